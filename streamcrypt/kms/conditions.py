@@ -1,0 +1,372 @@
+"""The Condition element of a policy, compiled once and asked many times.
+
+    "Condition": {OPERATOR: {KEY: VALUE or [VALUE …], …}, …}
+
+    OPERATOR   [ForAllValues: | ForAnyValue:] NAME [IfExists]
+    holds when every OPERATOR and every KEY holds; one VALUE that matches is enough,
+    and for a negated NAME (StringNotEquals …) none may match
+
+A key that is absent from the request fails a positive operator and satisfies a negated one,
+``…IfExists`` and ``ForAllValues``.  Names of keys ignore case; values follow the operator.
+What AWS leaves open, a multi-valued key without a set operator, is read as the statement that
+permits less: an Allow needs every value to pass, a Deny needs one.
+
+Source: IAM User Guide, "IAM JSON policy elements: Condition operators" and "Multivalued context
+keys"; AWS KMS Developer Guide, "AWS KMS condition keys".
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from streamcrypt.kms.errors import KmsError
+
+Context = Mapping[str, Sequence[str] | None]
+"""Lower-cased condition key -> the request's values, None where the request has none."""
+Condition = Callable[[Context], bool]
+Matcher = Callable[[str], bool]
+
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_LITERAL_VARIABLES: Final = frozenset("*?$")
+
+
+def malformed(message: str) -> KmsError:
+    """The error for a policy that breaks the grammar."""
+    return KmsError("MalformedPolicyDocumentException", message)
+
+
+def compile_conditions(element: object, *, variables: bool, every_value: bool) -> Condition:
+    """The test that a Condition element stands for: all of its operators and keys hold.
+
+    ``variables``: ``${aws:username}`` is replaced (policy version 2012-10-17).  ``every_value``:
+    how a multi-valued key is read without a set operator.  Raises MalformedPolicyDocumentException.
+    """
+    if not isinstance(element, dict):
+        raise malformed("Condition must be an object.")
+    tests: list[Condition] = []
+    for operator, keys in element.items():
+        if not isinstance(keys, dict):
+            raise malformed(f"Condition operator {operator} must hold an object of condition keys.")
+        for key, values in keys.items():
+            texts = _texts(values, f"{operator} of {key}")
+            tests.append(_compile_test(operator, key, texts, variables=variables, every_value=every_value))
+    if len(tests) == 1:
+        return tests[0]
+    return lambda context: all(test(context) for test in tests)
+
+
+def wildcard_match(pattern: str, *, ignore_case: bool = False) -> Matcher:
+    """A test for ``*`` (any characters, also none) and ``?`` (one character)."""
+    return _matches(_wildcard_regex([pattern]), re.IGNORECASE if ignore_case else re.NOFLAG)
+
+
+def arn_match(pattern: str) -> Matcher:
+    """A test for ARNs: a wildcard stays within its part, but the last part may hold colons.
+
+    A pattern of fewer parts than an ARN has (``*``, ``arn:aws:kms:*``) lets its last part span the rest.
+    """
+    return _matches(_arn_regex([pattern]))
+
+
+def _matches(regex: str, flags: re.RegexFlag = re.NOFLAG) -> Matcher:
+    fullmatch = re.compile(regex, flags | re.DOTALL).fullmatch
+    return lambda text: fullmatch(text) is not None
+
+
+def _compile_test(
+    operator: str, key: str, values: list[str], *, variables: bool, every_value: bool
+) -> Condition:
+    quantifier, colon, name = operator.rpartition(":")
+    if colon and quantifier not in ("ForAllValues", "ForAnyValue"):
+        raise malformed(f"Unknown condition operator {operator}.")
+    name, if_exists = (name.removesuffix("IfExists"), True) if name.endswith("IfExists") else (name, False)
+    lower = key.lower()
+    if name == "Null":
+        if if_exists or colon:
+            raise malformed(f"Condition operator {operator} does not exist.")
+        return _null_test(lower, values)
+    try:
+        matcher_of, negated = _OPERATORS[name]
+    except KeyError:
+        raise malformed(f"Unknown condition operator {operator}.") from None
+    # An operator without a set prefix asks one value; ours asks all (Allow) or any (Deny).
+    ask = any if quantifier == "ForAnyValue" or (not quantifier and not every_value) else all
+    when_absent = if_exists or quantifier == "ForAllValues" or (negated and not quantifier)
+    templates = [_parse_template(value) for value in values] if variables else [[value] for value in values]
+    if any(isinstance(part, _Variable) for template in templates for part in template):
+        _check_values(matcher_of, templates, operator)
+
+        def matcher_in(context: Context) -> Matcher:
+            resolved = [text for template in templates if (text := _resolve(template, context)) is not None]
+            return matcher_of(resolved)
+
+        def dynamic_test(context: Context) -> bool:
+            given = context[lower]
+            if given is None:
+                return when_absent
+            matches = matcher_in(context)
+            return ask(matches(value) != negated for value in given)
+
+        return dynamic_test
+
+    matches = matcher_of([[part for part in template if isinstance(part, str)] for template in templates])
+
+    def test(context: Context) -> bool:
+        given = context[lower]
+        if given is None:
+            return when_absent
+        if len(given) == 1:
+            return matches(given[0]) != negated
+        return ask(matches(value) != negated for value in given)
+
+    return test
+
+
+def _null_test(key: str, values: list[str]) -> Condition:
+    wanted = {_parsed(_bool, value) for value in values}
+    return lambda context: (context[key] is None) in wanted
+
+
+def _texts(values: Any, where: str) -> list[str]:
+    texts = []
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, bool):
+            texts.append("true" if value else "false")
+        elif isinstance(value, str | int | float):
+            texts.append(str(value))
+        else:
+            raise malformed(f"A value of {where} is neither text, number nor boolean.")
+    return texts
+
+
+# --- values with variables ------------------------------------------------------------------------
+# A template is a list of parts.  A str part may hold wildcards; a _Literal is text in which they
+# mean themselves: ``${*}``, and what a variable stood for, so that no caller brings a wildcard in.
+
+
+class _Literal(str):
+    """Text whose ``*`` and ``?`` are no wildcards."""
+
+    __slots__ = ()
+
+
+class _Variable:
+    """``${key}`` or ``${key, 'default'}``."""
+
+    __slots__ = ("default", "key")
+
+    def __init__(self, text: str) -> None:
+        key, comma, default = text.partition(",")
+        default = default.strip()
+        self.key = key.strip().lower()
+        self.default = _Literal(default[1:-1]) if comma and len(default) >= 2 else None
+
+
+def _parse_template(value: str) -> list[str | _Variable]:
+    parts: list[str | _Variable] = []
+    position = 0
+    for match in _VARIABLE.finditer(value):
+        if match.start() > position:
+            parts.append(value[position : match.start()])
+        name = match[1]
+        parts.append(_Literal(name) if name in _LITERAL_VARIABLES else _Variable(name))
+        position = match.end()
+    if position < len(value) or not parts:
+        parts.append(value[position:])
+    return parts
+
+
+def _resolve(template: Sequence[str | _Variable], context: Context) -> list[str] | None:
+    """The template with its variables replaced; None (it matches nothing) where the request lacks one."""
+    resolved: list[str] = []
+    for part in template:
+        if isinstance(part, str):
+            resolved.append(part)
+            continue
+        values = context[part.key]
+        text = _Literal(values[0]) if values is not None and len(values) == 1 else part.default
+        if text is None:
+            return None
+        resolved.append(text)
+    return resolved
+
+
+def resource_matcher(pattern: str, *, variables: bool) -> Callable[[str, Context], bool]:
+    """A test of a Resource pattern against an ARN; ``*`` alone is every resource."""
+    if pattern == "*":
+        return lambda arn, context: True
+    template: list[str | _Variable] = _parse_template(pattern) if variables else [pattern]
+    if any(isinstance(part, _Variable) for part in template):
+
+        def dynamic_match(arn: str, context: Context) -> bool:
+            resolved = _resolve(template, context)
+            return resolved is not None and _arn_like([resolved])(arn)
+
+        return dynamic_match
+    match = _arn_like([[part for part in template if isinstance(part, str)]])
+    return lambda arn, context: match(arn)
+
+
+# --- operators ------------------------------------------------------------------------------------
+# Each takes the policy's values, as lists of parts, and gives the test of one value of the request.
+
+Parts = list[str]
+
+
+def _equals(values: list[Parts]) -> Matcher:
+    return frozenset("".join(parts) for parts in values).__contains__
+
+
+def _equals_ignoring_case(values: list[Parts]) -> Matcher:
+    wanted = frozenset("".join(parts).casefold() for parts in values)
+    return lambda text: text.casefold() in wanted
+
+
+def _like(values: list[Parts]) -> Matcher:
+    return _matches("|".join(_wildcard_regex(parts) for parts in values)) if values else _nothing
+
+
+def _arn_like(values: list[Parts]) -> Matcher:
+    return _matches("|".join(_arn_regex(parts) for parts in values)) if values else _nothing
+
+
+def _nothing(text: str) -> bool:
+    return False
+
+
+def _wildcard_regex(parts: Parts) -> str:
+    return "".join(
+        re.escape(part)
+        if isinstance(part, _Literal)
+        else re.escape(part).replace(r"\*", ".*").replace(r"\?", ".")
+        for part in parts
+    )
+
+
+def _arn_regex(parts: Parts) -> str:
+    last = min(5, sum(part.count(":") for part in parts))  # an ARN has six parts, five colons
+    colons = 0
+    regex = []
+    for part in parts:
+        literal = isinstance(part, _Literal)
+        for character in part:
+            colons += character == ":"
+            if literal or character not in "*?":
+                regex.append(re.escape(character))
+            else:
+                regex.append(("." if colons >= last else "[^:]") + ("*" if character == "*" else ""))
+    return "".join(regex)
+
+
+def _compare(
+    parse: Callable[[str], Any], holds: Callable[[Any, Any], bool]
+) -> Callable[[list[Parts]], Matcher]:
+    """Operators on parsed values.  A bad value of the policy is malformed; one of the request matches nothing."""
+
+    def matcher_of(values: list[Parts]) -> Matcher:
+        wanted = [_parsed(parse, "".join(parts)) for parts in values]
+
+        def match(text: str) -> bool:
+            try:
+                given = parse(text)
+            except ValueError:
+                return False
+            return any(holds(given, value) for value in wanted)
+
+        return match
+
+    return matcher_of
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError:
+        raise malformed(f"Invalid condition value {text!r}.") from None
+
+
+def _bool(text: str) -> bool:
+    lower = text.lower()
+    if lower not in ("true", "false"):
+        raise ValueError(text)
+    return lower == "true"
+
+
+def _seconds(text: str) -> float:
+    """Unix seconds from ISO 8601 (UTC where no zone is given) or from seconds."""
+    try:
+        return float(text)
+    except ValueError:
+        moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _binary(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(text) from error
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    return ipaddress.ip_network(text, strict=False)
+
+
+def _within(address: Any, network: Any) -> bool:
+    return address.version == network.version and bool(address.subnet_of(network))
+
+
+_equal_numbers = _compare(float, lambda given, value: given == value)
+_equal_dates = _compare(_seconds, lambda given, value: given == value)
+_in_network = _compare(_network, _within)
+
+# name -> (how to make the test, negated)
+_OPERATORS: Final[dict[str, tuple[Callable[[list[Parts]], Matcher], bool]]] = {
+    "StringEquals": (_equals, False),
+    "StringNotEquals": (_equals, True),
+    "StringEqualsIgnoreCase": (_equals_ignoring_case, False),
+    "StringNotEqualsIgnoreCase": (_equals_ignoring_case, True),
+    "StringLike": (_like, False),
+    "StringNotLike": (_like, True),
+    "NumericEquals": (_equal_numbers, False),
+    "NumericNotEquals": (_equal_numbers, True),
+    "NumericLessThan": (_compare(float, lambda given, value: given < value), False),
+    "NumericLessThanEquals": (_compare(float, lambda given, value: given <= value), False),
+    "NumericGreaterThan": (_compare(float, lambda given, value: given > value), False),
+    "NumericGreaterThanEquals": (_compare(float, lambda given, value: given >= value), False),
+    "DateEquals": (_equal_dates, False),
+    "DateNotEquals": (_equal_dates, True),
+    "DateLessThan": (_compare(_seconds, lambda given, value: given < value), False),
+    "DateLessThanEquals": (_compare(_seconds, lambda given, value: given <= value), False),
+    "DateGreaterThan": (_compare(_seconds, lambda given, value: given > value), False),
+    "DateGreaterThanEquals": (_compare(_seconds, lambda given, value: given >= value), False),
+    "Bool": (_compare(_bool, lambda given, value: given is value), False),
+    "BinaryEquals": (_compare(_binary, lambda given, value: given == value), False),
+    "IpAddress": (_in_network, False),
+    "NotIpAddress": (_in_network, True),
+    # IAM User Guide: "The ArnEquals and ArnLike condition operators behave identically."
+    "ArnEquals": (_arn_like, False),
+    "ArnLike": (_arn_like, False),
+    "ArnNotEquals": (_arn_like, True),
+    "ArnNotLike": (_arn_like, True),
+}
+
+
+def _check_values(
+    matcher_of: Callable[[list[Parts]], Matcher],
+    templates: Sequence[Sequence[str | _Variable]],
+    operator: str,
+) -> None:
+    """Refuse now what can be refused now: the values without variables."""
+    fixed = [
+        [part for part in template if isinstance(part, str)]
+        for template in templates
+        if not any(isinstance(part, _Variable) for part in template)
+    ]
+    matcher_of(fixed)
