@@ -1,0 +1,300 @@
+"""One request on its way through KMS's checks, in AWS's order.
+
+    shape -> cross-field rules -> key resolution -> authorization -> key state
+          -> key usage and algorithm -> the cryptography -> the answer of a dry run
+
+An operation is a function of a Call.  The Call knows who asks, where and when, and refuses in
+AWS's words; whatever it resolved goes into the audit row, also when the call then fails.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, NoReturn, TypeVar
+
+from streamcrypt.kms import managed, material, policy
+from streamcrypt.kms.errors import refuse
+from streamcrypt.kms.store import Key, Material, Store, key_arn
+
+DEFAULT_ACCOUNT: Final = "000000000000"
+
+_KEY_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}", re.ASCII)
+_ARN: Final = re.compile(r"arn:aws[a-z0-9-]*:kms:([^:]*):([0-9]{12}):(key|alias)/(.+)", re.ASCII)
+
+# Operations that a principal of another account may use (AWS's guide, "cross-account use").
+_CROSS_ACCOUNT: Final = frozenset(
+    "Decrypt Encrypt ReEncrypt GenerateDataKey GenerateDataKeyWithoutPlaintext GenerateDataKeyPair "
+    "GenerateDataKeyPairWithoutPlaintext GenerateMac VerifyMac Sign Verify GetPublicKey DeriveSharedSecret "
+    "Encapsulate Decapsulate DescribeKey GetKeyRotationStatus CreateGrant ListGrants RetireGrant "
+    "RevokeGrant".split()
+)
+
+_GRANT_TOKEN_VERSION: Final = b"\x01"
+_GRANT_ID_LENGTH: Final = 32
+_TOKEN_NONCE_LENGTH: Final = 16
+_TOKEN_MAC_LENGTH: Final = 32
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Call:
+    """A request, its circumstances, and the checks that it must pass."""
+
+    store: Store
+    operation: str
+    request: dict[str, Any]
+    caller: policy.Caller
+    region: str
+    now: float
+    grant_delay: float = 0.0
+    """Seconds until a new grant works without its token; AWS says "usually within five minutes"."""
+    prepared: bytes = field(default=b"", repr=False)
+    """Material made before the transaction began, because making it takes long."""
+    keys: list[Key] = field(default_factory=list)
+    """The keys that this call resolved, for the audit row."""
+
+    @property
+    def account(self) -> str:
+        return self.caller.account or DEFAULT_ACCOUNT
+
+    # -- resolution --------------------------------------------------------------------------
+
+    def resolve(self, reference: str, *, action: str | None = None, aliases: bool = True) -> Key:
+        """The key that ``reference`` names; NotFoundException or AccessDeniedException as AWS answers."""
+        region, account, kind, name = self._parse(reference, aliases)
+        if region != self.region:
+            refuse("NotFoundException", f"Invalid arn {region}")
+        if account != self.account and self.operation not in _CROSS_ACCOUNT:
+            self._deny_unknown(action)
+        key_id: str | None = name
+        if kind == "alias":
+            key_id = self.store.alias_target(account, region, name)
+            if key_id is None and managed.is_managed_alias(name) and account == self.account:
+                key_id = managed.ensure_key(self.store, account, region, name, self.now)
+            if key_id is None:
+                if account != self.account:
+                    self._deny_unknown(action)
+                alias_arn = f"arn:aws:kms:{region}:{account}:{name}"
+                refuse("NotFoundException", f"Alias {alias_arn} is not found.")
+        key = self.store.key(account, region, key_id or "")
+        if key is None:
+            if account != self.account:
+                self._deny_unknown(action)
+            refuse("NotFoundException", f"Key '{key_arn(account, region, key_id or '')}' does not exist")
+        self.keys.append(key)
+        return key
+
+    def _parse(self, reference: str, aliases: bool) -> tuple[str, str, str, str]:
+        """Region, account, "key" or "alias", and the id or the alias name with its prefix."""
+        if reference.startswith("arn:"):
+            match = _ARN.fullmatch(reference)
+            if match is None:
+                refuse("InvalidArnException", f"Invalid arn {reference}")
+            region, account, kind, name = match.groups()
+            if kind == "alias":
+                name = f"alias/{name}"
+            elif not _KEY_ID.fullmatch(name):
+                refuse("NotFoundException", f"Invalid keyId '{name}'")
+        elif reference.startswith("alias/"):
+            region, account, kind, name = self.region, self.account, "alias", reference
+        elif _KEY_ID.fullmatch(reference):
+            region, account, kind, name = self.region, self.account, "key", reference
+        else:
+            refuse("NotFoundException", f"Invalid keyId '{reference}'")
+        if kind == "alias" and not aliases:
+            refuse("NotFoundException", f"Invalid keyId '{reference}'")
+        return region, account, kind, name
+
+    def key_of_blob(self, key_id: str, action: str) -> Key:
+        """The key that a ciphertext names; a stranger cannot tell an absent key from a forbidden one."""
+        for account in self.store.owners(key_id):
+            key = self.store.key(account, self.region, key_id)
+            if key is not None:
+                self.keys.append(key)
+                return key
+        self._deny_unknown(action, by_ciphertext=True)
+
+    def _deny_unknown(self, action: str | None, *, by_ciphertext: bool = False) -> NoReturn:
+        text = policy.unknown_key_message(self.caller, action or f"kms:{self.operation}")
+        if by_ciphertext:
+            text = text.replace(" on this resource ", " on the resource associated with this ciphertext ")
+        refuse("AccessDeniedException", text)
+
+    # -- authorization -----------------------------------------------------------------------
+
+    def authorize(
+        self,
+        key: Key,
+        action: str | None = None,
+        *,
+        context: Mapping[str, str] | None = None,
+        conditions: Mapping[str, policy.Value] | None = None,
+        new_grant: policy.Grant | None = None,
+        reference: str | None = None,
+        by_ciphertext: bool = False,
+    ) -> None:
+        """AccessDeniedException unless key policy, identity policies or grants allow the action."""
+        asked = dict(conditions) if conditions else {}
+        if reference is not None and "alias/" in reference:
+            asked["kms:RequestAlias"] = reference[reference.index("alias/") :]
+        request = policy.Request(
+            self.caller,
+            action or f"kms:{self.operation}",
+            key=key.facts,
+            encryption_context=context,
+            conditions=asked,
+            new_grant=new_grant,
+            time=self.now,
+        )
+        grants: Sequence[policy.Grant] = [r.grant for r in self._effective_grants(key)] if key.grants else ()
+        decision = policy.evaluate(request, key.policy, grants)
+        if not decision.allowed:
+            refuse("AccessDeniedException", decision.message(request, by_ciphertext=by_ciphertext))
+
+    def authorize_account(
+        self,
+        action: str | None = None,
+        *,
+        resource: str = "*",
+        conditions: Mapping[str, policy.Value] | None = None,
+    ) -> None:
+        """The same for what identity policies alone decide: CreateKey, ListKeys, an alias's own permission."""
+        request = policy.Request(
+            self.caller,
+            action or f"kms:{self.operation}",
+            resource=resource,
+            conditions=conditions or {},
+            time=self.now,
+        )
+        decision = policy.evaluate(request, None)
+        if not decision.allowed:
+            refuse("AccessDeniedException", decision.message(request))
+
+    def _effective_grants(self, key: Key) -> list[Any]:
+        tokens = {self.read_grant_token(token) for token in self.request.get("GrantTokens") or ()}
+        return [
+            record
+            for record in key.grants
+            if record.created + self.grant_delay <= self.now or record.grant.grant_id in tokens
+        ]
+
+    def new_grant_token(self, grant_id: str) -> str:
+        body = _GRANT_TOKEN_VERSION + bytes.fromhex(grant_id) + os.urandom(_TOKEN_NONCE_LENGTH)
+        return base64.urlsafe_b64encode(body + self._token_mac(body)).decode().rstrip("=")
+
+    def read_grant_token(self, token: str) -> str:
+        """The grant that a token stands for; InvalidGrantTokenException for what is no token of ours."""
+        try:
+            raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        except ValueError:
+            refuse("InvalidGrantTokenException", "The grant token is not valid.")
+        body, given = raw[:-_TOKEN_MAC_LENGTH], raw[-_TOKEN_MAC_LENGTH:]
+        whole = len(_GRANT_TOKEN_VERSION) + _GRANT_ID_LENGTH + _TOKEN_NONCE_LENGTH
+        if len(body) != whole or not hmac.compare_digest(self._token_mac(body), given):
+            refuse("InvalidGrantTokenException", "The grant token is not valid.")
+        return body[1 : 1 + _GRANT_ID_LENGTH].hex()
+
+    def _token_mac(self, body: bytes) -> bytes:
+        return hmac.digest(self.store.secret(b"grant token"), body, "sha256")
+
+    # -- state, usage, algorithm -----------------------------------------------------------------
+
+    def require_enabled(self, key: Key) -> None:
+        """DisabledException or KMSInvalidStateException unless the key may be used."""
+        if key.state in ("Enabled", "Updating"):
+            return
+        if key.state == "Disabled":
+            refuse("DisabledException", f"{key.arn} is disabled.")
+        self.refuse_state(key)
+
+    def refuse_state(self, key: Key) -> NoReturn:
+        words = {
+            "PendingDeletion": "is pending deletion",
+            "PendingReplicaDeletion": "is pending deletion",
+            "PendingImport": "is pending import",
+            "Creating": "is creating",
+            "Updating": "is updating",
+            "Unavailable": "is unavailable",
+            "Disabled": "is disabled",
+        }
+        refuse("KMSInvalidStateException", f"{key.arn} {words[key.state]}.")
+
+    def require_not_pending_deletion(self, key: Key) -> None:
+        if key.state in ("PendingDeletion", "PendingReplicaDeletion"):
+            self.refuse_state(key)
+
+    def require_usage(self, key: Key, usage: str, operation: str | None = None) -> None:
+        if key.usage != usage:
+            refuse(
+                "InvalidKeyUsageException",
+                f"{key.arn} key usage is {key.usage} which is not valid for {operation or self.operation}.",
+            )
+
+    def require_algorithm(self, key: Key, algorithm: str) -> None:
+        if algorithm not in material.SPECS[key.spec].usages[key.usage]:
+            refuse(
+                "InvalidKeyUsageException", f"Algorithm {algorithm} is incompatible with key spec {key.spec}."
+            )
+
+    # -- material ----------------------------------------------------------------------------------
+
+    def current_material(self, key: Key) -> Material:
+        current = key.current
+        if current is None or current.sealed is None:
+            refuse("KMSInvalidStateException", f"{key.arn} is pending import.")
+        return current
+
+    def open(self, key: Key, generation: Material | None = None) -> bytes:
+        return self.store.open_material(key, generation or self.current_material(key))
+
+    # -- pages -------------------------------------------------------------------------------------
+
+    def page_limit(self, *, default: int, most: int) -> int:
+        limit = int(self.request.get("Limit") or default)
+        if limit > most:
+            refuse(
+                "ValidationException",
+                f"1 validation error detected: Value '{limit}' at 'limit' failed to satisfy constraint: "
+                f"Member must have value less than or equal to {most}",
+            )
+        return limit
+
+    def marker(self) -> str:
+        """Where the last page ended: the name of its last entry."""
+        given = self.request.get("Marker")
+        if given is None:
+            return ""
+        try:
+            text = base64.urlsafe_b64decode(given).decode()
+        except ValueError:
+            text = ""
+        operation, _, place = text.partition(" ")
+        if operation != self.operation or not place:
+            refuse("InvalidMarkerException", "The marker is not valid.")
+        return place
+
+    def page(
+        self, entries: Sequence[tuple[str, _T]], *, default: int, most: int, member: str
+    ) -> dict[str, Any]:
+        """One page of entries that are sorted by the name in front of each."""
+        limit, after = self.page_limit(default=default, most=most), self.marker()
+        rest = [entry for entry in entries if entry[0] > after]
+        response: dict[str, Any] = {
+            member: [value for _, value in rest[:limit]],
+            "Truncated": len(rest) > limit,
+        }
+        if len(rest) > limit:
+            text = f"{self.operation} {rest[limit - 1][0]}"
+            response["NextMarker"] = base64.urlsafe_b64encode(text.encode()).decode()
+        return response
+
+
+def timestamp(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

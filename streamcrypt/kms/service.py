@@ -1,0 +1,210 @@
+"""The embedded KMS: an operation and a dict in, a dict or a KmsError out.
+
+Every door comes through ``Service.call``: it checks the request against KMS's own shapes, runs
+the operation, and writes one audit row, in the same transaction as what the operation changed.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from streamcrypt.kms import audit, cryptographic, keys, shapes
+from streamcrypt.kms.call import Call
+from streamcrypt.kms.errors import KmsError
+from streamcrypt.kms.policy import ROOT, Caller
+from streamcrypt.kms.store import Store
+
+Handler = Callable[[Call], dict[str, Any]]
+
+# Operations that only read, or use a key: no transaction but that of their audit row.
+_READING: Final[dict[str, Handler]] = {
+    "Encrypt": cryptographic.encrypt,
+    "Decrypt": cryptographic.decrypt,
+    "ReEncrypt": cryptographic.re_encrypt,
+    "GenerateDataKey": cryptographic.generate_data_key,
+    "GenerateDataKeyWithoutPlaintext": cryptographic.generate_data_key_without_plaintext,
+    "GenerateDataKeyPair": cryptographic.generate_data_key_pair,
+    "GenerateDataKeyPairWithoutPlaintext": cryptographic.generate_data_key_pair_without_plaintext,
+    "GenerateRandom": cryptographic.generate_random,
+    "Sign": cryptographic.sign,
+    "Verify": cryptographic.verify,
+    "GenerateMac": cryptographic.generate_mac,
+    "VerifyMac": cryptographic.verify_mac,
+    "DeriveSharedSecret": cryptographic.derive_shared_secret,
+    "Encapsulate": cryptographic.encapsulate,
+    "Decapsulate": cryptographic.decapsulate,
+    "GetPublicKey": cryptographic.get_public_key,
+    "DescribeKey": keys.describe_key,
+    "ListKeys": keys.list_keys,
+    "ListAliases": keys.list_aliases,
+}
+
+# Operations that change the store: durable when they return.
+_WRITING: Final[dict[str, Handler]] = {
+    "CreateKey": keys.create_key,
+    "CreateAlias": keys.create_alias,
+    "UpdateAlias": keys.update_alias,
+    "DeleteAlias": keys.delete_alias,
+}
+
+# What takes long and touches nothing is done before the transaction begins.
+_PREPARING: Final[dict[str, Callable[[Call], bytes]]] = {"CreateKey": keys.prepare_create_key}
+
+
+class Service:
+    """The KMS of one store.  Thread-safe.
+
+    Any operation is also a method by boto3's name: ``generate_data_key(KeyId=…, KeySpec=…)``.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], float] = time.time,
+        region: str = shapes.LOCAL_REGION,
+        grant_delay: float = 0.0,
+    ) -> None:
+        self.store = store
+        self.region = region
+        self._clock = clock
+        self._grant_delay = grant_delay
+        self._operations = shapes.operations()
+
+    def __repr__(self) -> str:
+        return f"Service({self.store!r})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a KMS service is not pickled; open it where it is used")
+
+    def close(self) -> None:
+        self.store.close()
+
+    def call(
+        self,
+        operation: str,
+        request: Mapping[str, Any],
+        *,
+        caller: Caller = ROOT,
+        region: str | None = None,
+        tls: bool = False,
+    ) -> dict[str, Any]:
+        """Run one operation, by AWS's CamelCase name, in boto3's shapes (bytes, datetime).
+
+        Raises KmsError as AWS would answer, and TypeError for an argument of a wrong type.
+        """
+        shape = self._operations.get(operation)
+        reading, writing = _READING.get(operation), _WRITING.get(operation)
+        if shape is None or (reading is None and writing is None):
+            raise KmsError("UnknownOperationException", operation_name=operation)
+        now = self._clock()
+        request_id = str(uuid.uuid4())
+        call = Call(
+            self.store,
+            operation,
+            {name: value for name, value in request.items() if value is not None},
+            caller,
+            region or self.region,
+            now,
+            self._grant_delay,
+        )
+        try:
+            shape.validate(call.request)
+            if reading is not None:
+                response = self._run(reading, call)
+                self.store.record_event(_row(call, request_id, response, tls=tls))
+            elif writing is not None:
+                prepare = _PREPARING.get(operation)
+                if prepare is not None:
+                    call.prepared = prepare(call)
+                with self.store.transaction():
+                    response = self._run(writing, call)
+                    self.store.record_event(_row(call, request_id, response, tls=tls))
+        except KmsError as error:
+            error.operation_name = operation
+            error.request_id = request_id
+            self.store.record_event(_row(call, request_id, None, error=error, tls=tls))
+            raise
+        except sqlite3.Error as error:
+            raise _internal_error(operation, request_id, error) from error
+        return response
+
+    @staticmethod
+    def _run(handler: Handler, call: Call) -> dict[str, Any]:
+        response = handler(call)
+        if call.request.get("DryRun"):
+            # Within a transaction this also undoes what the operation has written.
+            raise KmsError(
+                "DryRunOperationException", "The request would have succeeded, but the DryRun option is set."
+            )
+        return response
+
+    def generate_data_key(self, **request: Any) -> dict[str, Any]:
+        return self.call("GenerateDataKey", request)
+
+    def encrypt(self, **request: Any) -> dict[str, Any]:
+        return self.call("Encrypt", request)
+
+    def decrypt(self, **request: Any) -> dict[str, Any]:
+        return self.call("Decrypt", request)
+
+    def __getattr__(self, name: str) -> Callable[..., dict[str, Any]]:
+        operation = _OPERATION_NAMES.get(name)
+        if operation is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def method(**request: Any) -> dict[str, Any]:
+            return self.call(operation, request)
+
+        return method
+
+
+def _row(
+    call: Call,
+    request_id: str,
+    response: Mapping[str, Any] | None,
+    *,
+    error: KmsError | None = None,
+    tls: bool = False,
+) -> audit.Row:
+    if not audit.INSERT:  # until audit.py has its table
+        return ()
+    return audit.row(
+        call.now,
+        call.operation,
+        call.caller,
+        call.request,
+        response,
+        request_id=request_id,
+        keys=[key.arn for key in call.keys],
+        key_spec=call.keys[0].spec if call.keys else None,
+        region=call.region,
+        error=error.code if error else None,
+        message=error.message if error else None,
+        tls=tls,
+    )
+
+
+def _internal_error(operation: str, request_id: str, error: sqlite3.Error) -> KmsError:
+    failure = KmsError("KMSInternalException", f"The key store failed: {error}", operation_name=operation)
+    failure.request_id = request_id
+    return failure
+
+
+def snake_case(operation: str) -> str:
+    """boto3's method name of an operation."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
+
+
+_OPERATION_NAMES: Final = {snake_case(name): name for name in (*_READING, *_WRITING)}
+
+
+def open_store_service(home: Path, **options: Any) -> Service:
+    """A Service on the store of ``home``; the options are those of Store."""
+    return Service(Store(home, **options))
