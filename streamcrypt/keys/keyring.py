@@ -226,8 +226,10 @@ def _rank(error: StreamcryptError) -> int:
 def describe_wrapped_key(encrypted: EncryptedDataKey) -> str:
     """Who wrapped it, for an error message.  The bytes come from an unauthenticated message."""
     provider, info = printable(encrypted.provider_id), encrypted.info
-    if provider in (KMS_PROVIDER, KMS_RSA_PROVIDER):
+    if provider == KMS_PROVIDER:
         return f"KMS key {printable(info)}"
+    if provider == KMS_RSA_PROVIDER:
+        return f"KMS RSA key kms-rsa:{printable(info)}"
     if provider == HIERARCHY_PROVIDER:
         return f"branch key {printable(info)}"
     if provider in (RAW_ECDH_PROVIDER, KMS_ECDH_PROVIDER):

@@ -1,0 +1,433 @@
+"""Key references: one string names a key.
+
+    local:alias/NAME   local:KEY-ID   arn:aws:kms:local:…     a key of the embedded KMS
+    local:…@http://HOST:PORT                                  the same through a running ``kms serve``
+    arn:PARTITION:kms:REGION:ACCOUNT:key/ID   …:alias/NAME    AWS KMS; a multi-Region key stands for
+    aws:alias/NAME     aws:KEY-ID                             all its replicas
+    aws:discovery[?partition=P&accounts=A,B][&mrk=yes&region=R]    decrypts with the key that the
+    local:discovery                                           message names
+    kms-rsa:KEY-ARN[@PUBLIC.pem][?padding=oaep-sha1]          RSA key of a KMS; wraps without any call
+                                                              when the public key is given
+    raw-aes:NAMESPACE/NAME@FILE                               16, 24 or 32 bytes in a file
+    raw-rsa:NAMESPACE/NAME@FILE.pem[?padding=…]               public key encrypts, private key decrypts
+
+A reference that is not understood is a ValueError; a key file that cannot be used is a
+KeyAccessError.  Nothing is asked of a KMS before a data key is.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from streamcrypt.errors import KeyAccessError, StreamcryptError
+from streamcrypt.keys.calls import KmsCalls, KmsStats
+from streamcrypt.keys.keyring import Keyring, MultiKeyring, printable
+from streamcrypt.keys.kms import KeyArn, KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring, is_multi_region
+from streamcrypt.keys.raw import AES_KEY_LENGTHS, DEFAULT_RSA_PADDING, RawAesKeyring, RawRsaKeyring
+from streamcrypt.kms import default_home, open_service
+from streamcrypt.kms.redaction import withhold_secrets_from_logs
+
+LOCAL_REGION: Final = "local"
+PLAINTEXT_HTTP_VARIABLE: Final = "STREAMCRYPT_ALLOW_PLAINTEXT_HTTP"
+
+_FORMS: Final = (
+    "local:alias/NAME, a KMS key ARN, aws:alias/NAME, raw-aes:NAMESPACE/NAME@FILE "
+    "or raw-rsa:NAMESPACE/NAME@FILE.pem"
+)
+_log = logging.getLogger("streamcrypt.keys")
+
+References = str | Keyring | Sequence[str | Keyring]
+
+
+def encrypting_keyring(references: References, *, stats: KmsStats | None = None) -> Keyring:
+    """The keyring to encrypt with: the first key makes the data key, every one wraps it."""
+    keyrings = [_from(reference, encrypting=True, stats=stats) for reference in _as_list(references)]
+    if not keyrings:
+        raise ValueError(f"encrypting needs a key: {_FORMS}")
+    _refuse_repeated_replicas(keyrings)
+    return keyrings[0] if len(keyrings) == 1 else MultiKeyring(keyrings[0], keyrings[1:])
+
+
+def decrypting_keyring(references: References | None, *, stats: KmsStats | None = None) -> Keyring:
+    """The keyring to decrypt with: any of the keys opens.
+
+    None: AWS and local keys are found by the ARN in the message.  An alias or key ID stands for the
+    key that it names now (DescribeKey).
+    """
+    if references is None:
+        return _discovery("local and AWS", stats, {})
+    keyrings = [_from(reference, encrypting=False, stats=stats) for reference in _as_list(references)]
+    if not keyrings:
+        raise ValueError(
+            "an empty list of keys opens nothing; leave it out to find keys by the message's ARNs"
+        )
+    _refuse_repeated_replicas(keyrings)
+    return keyrings[0] if len(keyrings) == 1 else MultiKeyring(None, keyrings)
+
+
+def _as_list(references: References) -> list[str | Keyring]:
+    return [references] if isinstance(references, str | Keyring) else list(references)
+
+
+def _refuse_repeated_replicas(keyrings: Sequence[Keyring]) -> None:
+    seen = set()
+    for keyring in keyrings:
+        if isinstance(keyring, KmsKeyring) and is_multi_region(keyring.key_id):
+            key = keyring.key_id.rpartition("/")[2]
+            if key in seen:
+                raise ValueError(f"multi-Region key {key} is given twice; its replicas are one key")
+            seen.add(key)
+
+
+def _from(reference: str | Keyring, *, encrypting: bool, stats: KmsStats | None) -> Keyring:
+    if isinstance(reference, Keyring):
+        return reference
+    if not isinstance(reference, str):
+        raise TypeError(f"a key is a reference or a Keyring, not {type(reference).__name__}")
+    kind, colon, rest = reference.partition(":")
+    if colon and rest:
+        if kind in ("local", "aws", "arn"):
+            return _kms(reference, encrypting=encrypting, stats=stats)
+        if kind == "kms-rsa":
+            return _kms_rsa(rest, stats=stats)
+        if kind == "raw-aes":
+            return _raw_aes(reference, rest)
+        if kind == "raw-rsa":
+            return _raw_rsa(reference, rest, encrypting=encrypting)
+    raise ValueError(f"{printable(reference)!r} is not a key reference; write {_FORMS}")
+
+
+# KMS keys
+
+
+def _kms(reference: str, *, encrypting: bool, stats: KmsStats | None) -> Keyring:
+    text, options = _split_options(
+        reference, ("partition", "accounts", "mrk", "region", "allow-plaintext-http")
+    )
+    if text in ("aws:discovery", "local:discovery"):
+        if encrypting:
+            raise ValueError(f"{text} only decrypts; name the key to encrypt with")
+        return _discovery(text.partition(":")[0], stats, options)
+    calls, key_id = _reach(text, options, stats)
+    return KmsKeyring(calls, key_id, multi_region=is_multi_region(key_id), resolve=True, label=text)
+
+
+def _reach(text: str, options: Mapping[str, str], stats: KmsStats | None) -> tuple[KmsCalls, str]:
+    """The KMS that a ``local:``, ``aws:`` or ``arn:`` reference points to, and the key's identifier there."""
+    body, _, endpoint = text.partition("@")
+    if body.startswith("arn:"):
+        key_id = body
+        local = KeyArn.parse(body).region == LOCAL_REGION
+    else:
+        kind, _, key_id = body.partition(":")
+        local = kind == "local"
+    if key_id.startswith("arn:"):
+        arn = KeyArn.parse(key_id)
+        if local != (arn.region == LOCAL_REGION) and not endpoint:
+            raise ValueError(f"{printable(text)!r}: a key of region {arn.region!r} is not reached that way")
+        region: str | None = arn.region
+    else:
+        region = None
+        if "/" in key_id and not key_id.startswith("alias/"):
+            raise ValueError(
+                f"{printable(text)!r} is not a key reference: write alias/NAME, a key ID or an ARN"
+            )
+    if not key_id:
+        raise ValueError(f"{printable(text)!r} names no key; write {_FORMS}")
+    if endpoint:
+        if not local:
+            raise ValueError(
+                f"{printable(text)!r}: only local: keys take @URL; for AWS KMS set AWS_ENDPOINT_URL_KMS"
+            )
+        allowed = options.get("allow-plaintext-http") == "yes"
+        check_endpoint(endpoint, plaintext_allowed=allowed)
+        return aws_calls(LOCAL_REGION, stats, endpoint=endpoint, plaintext_allowed=allowed), key_id
+    return (local_calls(stats) if local else aws_calls(region, stats)), key_id
+
+
+def _discovery(where: str, stats: KmsStats | None, options: Mapping[str, str]) -> Keyring:
+    accounts = [account for account in options.get("accounts", "").split(",") if account]
+    partition = options.get("partition", "aws" if accounts else None)
+    if partition is not None and not accounts:
+        raise ValueError(
+            "discovery with a partition needs accounts as well: ?partition=aws&accounts=111122223333"
+        )
+    if options.get("mrk") == "yes":
+        return KmsDiscoveryKeyring(
+            aws_calls(options.get("region"), stats), partition=partition, accounts=accounts, multi_region=True
+        )
+    reached: dict[str, KmsCalls] = {}
+
+    def reach(arn: KeyArn) -> KmsCalls | None:
+        is_local = arn.region == LOCAL_REGION
+        if ("local" if is_local else "aws") not in where.lower():
+            return None
+        if arn.region not in reached:
+            reached[arn.region] = local_calls(stats) if is_local else aws_calls(arn.region, stats)
+        return reached[arn.region]
+
+    identity = (where, str(default_home()), _environment())
+    return KmsDiscoveryKeyring(reach, partition=partition, accounts=accounts, identity=identity)
+
+
+def _kms_rsa(rest: str, *, stats: KmsStats | None) -> Keyring:
+    text, options = _split_options(rest, ("padding",))
+    key, _, file = text.partition("@")
+    padding = options.get("padding", DEFAULT_RSA_PADDING)
+    public_key = _rsa_public_key(Path(file), f"kms-rsa:{key}") if file else None
+    calls, key_id = _reach(key, {}, stats)
+    if not key_id.startswith("arn:") or KeyArn.parse(key_id).kind != "key":
+        # The message must name the key by its ARN.
+        key_id = KmsKeyring(calls, key_id, resolve=True).key_arn()
+    return KmsRsaKeyring(key_id, public_key=public_key, client=calls, padding=padding)
+
+
+def local_calls(stats: KmsStats | None = None) -> KmsCalls:
+    """The embedded KMS of this home, in this process."""
+    home = default_home()
+
+    def connect() -> Any:
+        try:
+            return open_service(home, create=False)
+        except StreamcryptError as error:
+            if isinstance(error, KeyAccessError):
+                raise
+            raise KeyAccessError(
+                f"{error}; make a key first: streamcrypt kms create-key --alias alias/NAME"
+            ) from error
+
+    return KmsCalls(connect, stats=stats, name="the embedded KMS", identity=("local", str(home.absolute())))
+
+
+def aws_calls(
+    region: str | None,
+    stats: KmsStats | None = None,
+    *,
+    endpoint: str | None = None,
+    plaintext_allowed: bool = False,
+) -> KmsCalls:
+    """AWS KMS in ``region`` (None: boto3's own), or another KMS at ``endpoint``, through boto3.
+
+    Profile, credentials, region, proxies, FIPS and AWS_ENDPOINT_URL_KMS are boto3's own affair.
+    """
+    environment = _environment()
+    return KmsCalls(
+        lambda: _shared_client("kms", region, endpoint, environment, plaintext_allowed=plaintext_allowed),
+        stats=stats,
+        name=f"KMS at {endpoint}" if endpoint else f"AWS KMS{f' in {region}' if region else ''}",
+        identity=("aws", region, endpoint, environment),
+    )
+
+
+Environment = tuple[tuple[str, str], ...]
+
+
+def _environment() -> Environment:
+    """What boto3 reads from the environment: clients are shared only while it stays the same.
+
+    Without values that are secrets; the access key ID changes with them.
+    """
+    secret = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    return tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_") and i[0] not in secret))
+
+
+_clients: dict[tuple[Any, ...], Any] = {}
+_clients_lock = threading.Lock()
+
+
+def _shared_client(
+    service: str,
+    region: str | None,
+    endpoint: str | None,
+    environment: Environment,
+    *,
+    plaintext_allowed: bool,
+) -> Any:
+    """A boto3 client; one for all callers that ask for the same."""
+    key = (service, region, endpoint, environment)
+    with _clients_lock:
+        client = _clients.get(key)
+        if client is None:
+            client = _clients[key] = _make_client(service, region, endpoint)
+    check_endpoint(client.meta.endpoint_url, plaintext_allowed=plaintext_allowed)
+    return client
+
+
+def _make_client(service: str, region: str | None, endpoint: str | None) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise ImportError("AWS keys need boto3: pip install boto3") from error
+    withhold_secrets_from_logs()
+    config = Config(
+        # Attempts are ours to count and to pace (calls.Pace): one throttle must reach all threads.
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        connect_timeout=5,
+        read_timeout=10,
+        max_pool_connections=64,
+    )
+    session: Any = boto3.session.Session()  # boto3's stubs want a literal service name
+    return session.client(service, region_name=region, endpoint_url=endpoint, config=config)
+
+
+def _forget_in_child() -> None:
+    global _clients_lock
+    _clients_lock = threading.Lock()
+    _clients.clear()  # a child must not write on its parent's connections
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def check_endpoint(url: str, *, plaintext_allowed: bool = False) -> None:
+    """ValueError for a KMS over plain HTTP outside this machine: data keys would cross the net in clear."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"{printable(url)!r} is not a URL of a KMS; write http://127.0.0.1:8400 or https://HOST:PORT"
+        )
+    if parts.scheme == "https" or _is_loopback(parts.hostname):
+        return
+    if plaintext_allowed or os.environ.get(PLAINTEXT_HTTP_VARIABLE) == "yes":
+        return
+    raise ValueError(
+        f"{printable(url)}: plain http:// to another machine would show data keys to the network; use https://, "
+        f"or set {PLAINTEXT_HTTP_VARIABLE}=yes if the network itself is private"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+# Key files
+
+
+def _raw_aes(reference: str, rest: str) -> Keyring:
+    namespace, name, file = _raw_name(reference, rest)
+    key = _read_key_file(Path(file), reference, private=True)
+    if len(key) not in AES_KEY_LENGTHS:
+        raise KeyAccessError(
+            f"{file}: {len(key)} bytes, and an AES wrapping key is 16, 24 or 32 raw bytes (no text, no newline); "
+            "make one with: head -c 32 /dev/urandom > FILE"
+        )
+    return RawAesKeyring(namespace, name, key)
+
+
+def _raw_rsa(reference: str, rest: str, *, encrypting: bool) -> Keyring:
+    text, options = _split_options(rest, ("padding",))
+    namespace, name, file = _raw_name(reference, text)
+    padding = options.get("padding", DEFAULT_RSA_PADDING)
+    path = Path(file)
+    pem = _read_key_file(path, reference, private=False)
+    if b"PRIVATE KEY" in pem:
+        _warn_if_readable_by_all(path)
+        private_key = load_private_key(pem, path)
+        if not isinstance(private_key, RSAPrivateKey):
+            raise KeyAccessError(f"{path}: not an RSA key; raw-rsa: needs one")
+        return RawRsaKeyring(namespace, name, private_key=private_key, padding=padding)
+    if not encrypting:
+        raise KeyAccessError(f"{path}: a public key cannot decrypt; give the file with the private key")
+    public_key = load_public_key(pem, path)
+    if not isinstance(public_key, RSAPublicKey):
+        raise KeyAccessError(f"{path}: not an RSA key; raw-rsa: needs one")
+    return RawRsaKeyring(namespace, name, public_key=public_key, padding=padding)
+
+
+def _rsa_public_key(path: Path, reference: str) -> RSAPublicKey:
+    pem = _read_key_file(path, reference, private=False)
+    public_key = load_public_key(pem, path)
+    if not isinstance(public_key, RSAPublicKey):
+        raise KeyAccessError(f"{path}: not an RSA public key; kms-rsa: needs one (kms get-public-key)")
+    return public_key
+
+
+def _raw_name(reference: str, text: str) -> tuple[str, str, str]:
+    names, at, file = text.partition("@")
+    namespace, slash, name = names.partition("/")
+    if not (at and slash and namespace and name and file):
+        form = reference.partition(":")[0]
+        raise ValueError(f"{printable(reference)!r} is not a key reference; write {form}:NAMESPACE/NAME@FILE")
+    return namespace, name, file
+
+
+def _read_key_file(path: Path, reference: str, *, private: bool) -> bytes:
+    if private:
+        _warn_if_readable_by_all(path)
+    try:
+        with path.open("rb") as file:
+            key = file.read(_MAX_KEY_FILE + 1)
+    except OSError as error:
+        raise KeyAccessError(
+            f"{printable(reference)}: key file {path} cannot be read ({error.strerror}); "
+            "check the path after @ and its permissions"
+        ) from error
+    if len(key) > _MAX_KEY_FILE:
+        raise KeyAccessError(f"{path}: too large for a key file")
+    return key
+
+
+_MAX_KEY_FILE: Final = 64 * 1024
+_warned: set[Path] = set()
+
+
+def _warn_if_readable_by_all(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # opening it says why
+    if mode & 0o004 and path not in _warned:
+        _warned.add(path)
+        _log.warning("%s: this key file is readable by everyone on this machine; chmod 600 it", path)
+
+
+def load_private_key(pem: bytes, path: Path) -> Any:
+    """The private key in ``pem``; KeyAccessError, without a word of its content, when there is none."""
+    return _load(lambda: load_pem_private_key(pem, password=None), path, "private key")
+
+
+def load_public_key(pem: bytes, path: Path) -> Any:
+    """The public key in ``pem``, or KeyAccessError."""
+    return _load(lambda: load_pem_public_key(pem), path, "public key")
+
+
+def _load(load: Callable[[], Any], path: Path, what: str) -> Any:
+    try:
+        return load()
+    except TypeError as error:
+        raise KeyAccessError(
+            f"{path}: this {what} is protected by a password; decrypt it first (openssl pkey -in FILE)"
+        ) from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise KeyAccessError(f"{path}: not a {what} in PEM form") from error
+
+
+def _split_options(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """``body?name=value&name=value`` in its parts; a ``?`` that begins no known option is part of the body."""
+    body, mark, tail = text.rpartition("?")
+    if not mark or "=" not in tail:
+        return text, {}
+    options: dict[str, str] = {}
+    for item in tail.split("&"):
+        name, _, value = item.partition("=")
+        if name not in allowed:
+            raise ValueError(
+                f"{printable(text)!r}: unknown option {printable(name)!r}; known here: {', '.join(allowed)}"
+            )
+        options[name] = value
+    return body, options
