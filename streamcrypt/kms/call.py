@@ -29,10 +29,7 @@ _ARN: Final = re.compile(r"arn:aws[a-z0-9-]*:kms:([^:]*):([0-9]{12}):(key|alias)
 
 # Operations that a principal of another account may use (AWS's guide, "cross-account use").
 _CROSS_ACCOUNT: Final = frozenset(
-    "Decrypt Encrypt ReEncrypt GenerateDataKey GenerateDataKeyWithoutPlaintext GenerateDataKeyPair "
-    "GenerateDataKeyPairWithoutPlaintext GenerateMac VerifyMac Sign Verify GetPublicKey DeriveSharedSecret "
-    "Encapsulate Decapsulate DescribeKey GetKeyRotationStatus CreateGrant ListGrants RetireGrant "
-    "RevokeGrant".split()
+    ["Decrypt", "Encrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "GenerateDataKeyPair", "GenerateDataKeyPairWithoutPlaintext", "GenerateMac", "VerifyMac", "Sign", "Verify", "GetPublicKey", "DeriveSharedSecret", "Encapsulate", "Decapsulate", "DescribeKey", "GetKeyRotationStatus", "CreateGrant", "ListGrants", "RetireGrant", "RevokeGrant"]
 )
 
 _GRANT_TOKEN_VERSION: Final = b"\x01"
@@ -154,7 +151,7 @@ class Call:
             time=self.now,
         )
         grants: Sequence[policy.Grant] = [r.grant for r in self._effective_grants(key)] if key.grants else ()
-        decision = policy.evaluate(request, key.policy, grants)
+        decision = policy.evaluate(request, key.key_policy, grants)
         if not decision.allowed:
             refuse("AccessDeniedException", decision.message(request, by_ciphertext=by_ciphertext))
 

@@ -116,7 +116,7 @@ def _generate_data_key(call: Call) -> tuple[Response, bytes]:
     context = request.get("EncryptionContext") or {}
     key = _usable(call, request["KeyId"], ENCRYPT_DECRYPT, {"kms:EncryptionAlgorithm": SYMMETRIC}, context)
     call.require_algorithm(key, SYMMETRIC)
-    plaintext = os.urandom(length or _DATA_KEY_LENGTHS[spec])
+    plaintext = os.urandom(length or _DATA_KEY_LENGTHS[spec or ""])
     current = call.current_material(key)
     blob = material.seal_blob(_blob_prefix(key.id, current.id), call.open(key, current), plaintext, context)
     return {"CiphertextBlob": blob, "KeyId": key.arn, "KeyMaterialId": current.id}, plaintext

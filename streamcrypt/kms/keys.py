@@ -50,7 +50,7 @@ def create_key(call: Call) -> Response:
         usage=usage,
         origin=origin,
         description=request.get("Description", ""),
-        policy=request.get("Policy") or policy.default_key_policy(call.account),
+        key_policy=request.get("Policy") or policy.default_key_policy(call.account),
         tags=tags,
         primary_region=call.region if multi_region else None,
     )
@@ -248,7 +248,7 @@ def list_aliases(call: Call) -> Response:
     call.authorize_account()
     if "KeyId" in call.request:
         target = call.resolve(call.request["KeyId"], aliases=False).id
-    entries = {}
+    entries: dict[str, Response] = {}
     for service in managed.SERVICES if target is None else ():
         name = managed.PREFIX + service
         entries[name] = {"AliasName": name, "AliasArn": f"arn:aws:kms:{call.region}:{call.account}:{name}"}

@@ -45,7 +45,7 @@ def ensure_key(store: Store, account: str, region: str, name: str, now: float) -
             created=now,
             manager="AWS",
             description=f"Default key that protects my {service} data when no other key is defined",
-            policy=_policy(service, account, region),
+            key_policy=_policy(service, account, region),
             rotation_period=365,
             rotation_next=now + _AUTOMATIC_ROTATION,
             rotation_start=now,

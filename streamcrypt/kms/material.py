@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa,
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from streamcrypt.kms.errors import refuse
+from streamcrypt.kms.errors import KmsError, refuse
 
 SYMMETRIC: Final = "SYMMETRIC_DEFAULT"
 _SYMMETRIC_LENGTH: Final = 32
@@ -135,7 +135,7 @@ def generate_private_key(spec: KeySpec) -> Any:
     if spec.kind in ("ml-dsa", "ml-kem"):
         return _post_quantum_class(spec).generate()
     # Outside China, AWS refuses SM2 with this exception.
-    refuse("UnsupportedOperationException", f"KeySpec {spec.name} is not supported in this region.")
+    raise KmsError("UnsupportedOperationException", f"KeySpec {spec.name} is not supported in this region.")
 
 
 def _post_quantum_class(spec: KeySpec) -> Any:
@@ -275,7 +275,7 @@ def encode_context(context: Mapping[str, str]) -> bytes:
     """One encoding for one set of pairs: sorted, each string with its length before it."""
     if not context:
         return b""
-    pieces = []
+    pieces: list[bytes] = []
     for name, value in sorted(
         (k.encode("utf-8", "surrogatepass"), v.encode("utf-8", "surrogatepass")) for k, v in context.items()
     ):
@@ -391,18 +391,22 @@ def _ml_dsa_mu(key: Any, name: str) -> Any:
     return method
 
 
+# cryptography has pure Ed25519 only, and composing Ed25519ph by hand is not ours to do.
+_NO_ED25519_PH: Final = "ED25519_PH_SHA_512 is not supported by this installation."
+
+
 def _sign_ed25519(algorithm: str, key: Any, message: bytes, message_type: str) -> bytes:
     _check_ed25519(algorithm, message_type)
     if algorithm == "ED25519_SHA_512":
         signature: bytes = key.sign(message)
         return signature
-    refuse("UnsupportedOperationException", "ED25519_PH_SHA_512 is not supported by this installation.")
+    raise KmsError("UnsupportedOperationException", _NO_ED25519_PH)
 
 
 def _verify_ed25519(algorithm: str, public: Any, message: bytes, message_type: str, signature: bytes) -> None:
     _check_ed25519(algorithm, message_type)
     if algorithm != "ED25519_SHA_512":
-        refuse("UnsupportedOperationException", "ED25519_PH_SHA_512 is not supported by this installation.")
+        refuse("UnsupportedOperationException", _NO_ED25519_PH)
     public.verify(signature, message)
 
 

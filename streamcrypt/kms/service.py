@@ -93,18 +93,21 @@ class Service:
         *,
         caller: Caller = ROOT,
         region: str | None = None,
+        request_id: str | None = None,
         tls: bool = False,
+        wait: bool = True,
     ) -> dict[str, Any]:
         """Run one operation, by AWS's CamelCase name, in boto3's shapes (bytes, datetime).
 
-        Raises KmsError as AWS would answer, and TypeError for an argument of a wrong type.
+        ``region`` is the Region that is asked (default: the service's own), ``request_id`` the
+        id under which the audit knows the call, ``tls`` whether it came over TLS.  Raises KmsError as AWS would answer, and TypeError for an argument of a wrong type.
         """
         shape = self._operations.get(operation)
         reading, writing = _READING.get(operation), _WRITING.get(operation)
         if shape is None or (reading is None and writing is None):
             raise KmsError("UnknownOperationException", operation_name=operation)
         now = self._clock()
-        request_id = str(uuid.uuid4())
+        request_id = request_id or str(uuid.uuid4())
         call = Call(
             self.store,
             operation,

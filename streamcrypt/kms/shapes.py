@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from streamcrypt.kms.errors import refuse
 
@@ -302,7 +302,9 @@ def _read_map(value: Any) -> dict[str, str]:
 
 
 def _read_string(value: Any) -> str:
-    return value if isinstance(value, str) else _wrong_type()
+    if not isinstance(value, str):
+        _wrong_type()
+    return value
 
 
 def _read_blob(value: Any) -> bytes:
@@ -311,7 +313,7 @@ def _read_blob(value: Any) -> bytes:
     try:
         return binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
     except ValueError:
-        return _wrong_type()
+        _wrong_type()
 
 
 def _read_integer(value: Any) -> int:
@@ -321,7 +323,9 @@ def _read_integer(value: Any) -> int:
 
 
 def _read_boolean(value: Any) -> bool:
-    return value if isinstance(value, bool) else _wrong_type()
+    if not isinstance(value, bool):
+        _wrong_type()
+    return value
 
 
 def _read_timestamp(value: Any) -> datetime:
@@ -330,10 +334,10 @@ def _read_timestamp(value: Any) -> datetime:
     try:
         return datetime.fromtimestamp(value, UTC)
     except (OverflowError, ValueError, OSError):
-        return _wrong_type()
+        _wrong_type()
 
 
-def _wrong_type() -> Any:
+def _wrong_type() -> NoReturn:
     refuse("SerializationException")
 
 

@@ -3,9 +3,8 @@
     <home>/kms/kms.sqlite    keys, materials, aliases, grants, principals, audit rows   (0600)
     <home>/kms/kms.root      the root key, or how to come by it                          (0600)
 
-The root key is 32 random bytes.  kms.root holds it as it is (kind "file"), sealed under a
-passphrase (kind "passphrase", Argon2id), or names an entry of the platform's keystore (kind
-"keystore").  Material is sealed with AES-256-GCM, bound to store, key and material id.
+Material is sealed with AES-256-GCM under the root key (rootkey.py), bound to store, key and
+material id.
 
 Promises: a write that returned is on the disk (WAL, synchronous=FULL, the folder synced);
 audit rows are written with synchronous=NORMAL: in order, never torn, and the last ones may be
@@ -16,7 +15,6 @@ key, is an error: never begin an empty store where there was one.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -33,22 +31,14 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from streamcrypt.errors import KeyAccessError, StreamcryptError
-from streamcrypt.kms import audit, policy
+from streamcrypt.kms import audit, policy, rootkey
 from streamcrypt.kms.material import load_private
 
 SCHEMA_VERSION: Final = 1
-ROOT_KEY_KINDS: Final = ("file", "passphrase", "keystore")
-
-_ROOT_KEY_LENGTH: Final = 32
 _NONCE_LENGTH: Final = 12
-_SALT_LENGTH: Final = 16
-# RFC 9106's second recommended choice (64 MiB, three passes, four lanes).
-_ARGON2: Final = {"iterations": 3, "lanes": 4, "memory_cost": 64 * 1024}
-_KEYSTORE_SERVICE: Final = "streamcrypt"
 _BUSY_TIMEOUT: Final = 30.0  # seconds that a writer waits for another process
 
 _SCHEMA: Final = """
@@ -123,7 +113,7 @@ class Key:
     manager: str = "CUSTOMER"
     description: str = ""
     state: str = "Enabled"
-    policy: str = ""
+    key_policy: str = ""
     tags: dict[str, str] = field(default_factory=dict)
     deletion_date: float | None = None
     deletion_window: int | None = None
@@ -202,17 +192,15 @@ class Store:
         create: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if root_key not in ROOT_KEY_KINDS:
-            raise ValueError(
-                f"{root_key!r} is not a kind of root key; it is one of {', '.join(ROOT_KEY_KINDS)}"
-            )
+        if root_key not in rootkey.KINDS:
+            raise ValueError(f"{root_key!r} is no kind of root key; it is one of {', '.join(rootkey.KINDS)}")
         self.folder = home / "kms"
         self.path = self.folder / "kms.sqlite"
         self.clock = clock
         self._root_path = self.folder / "kms.root"
         self._new_root_path = self.folder / "kms.root.new"
         self._kind = root_key
-        self._passphrase = passphrase
+        self._passphrase = passphrase or rootkey.passphrase_from_environment
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._depth = 0
@@ -220,6 +208,7 @@ class Store:
         self._generation = -1
         self._keys: dict[tuple[str, str, str], Key] = {}
         self._alias_targets: dict[tuple[str, str, str], str | None] = {}
+        self._access_keys: dict[str, AccessKey] = {}
         self._open_materials: dict[str, bytes] = {}
         self._private_keys: dict[str, Any] = {}
         self._prepare_folder(create)
@@ -255,7 +244,7 @@ class Store:
                 raise StreamcryptError(
                     f"{self.folder}: cannot be made ({error.strerror}); set STREAMCRYPT_HOME"
                 ) from error
-            _sync_folder(self.folder.parent)
+            rootkey.sync_folder(self.folder.parent)
         for path in (self.folder, self.path, self._root_path):
             if path.exists() and path.stat().st_mode & 0o077:
                 raise KeyAccessError(
@@ -270,7 +259,7 @@ class Store:
             # SQLite gives its -wal and -shm files the mode of the database.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            _sync_folder(self.folder)
+            rootkey.sync_folder(self.folder)
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -284,8 +273,7 @@ class Store:
             raise StreamcryptError(f"{self.path}: cannot be opened ({error})") from error
         self._connection = connection
         self._data_version = self._generation = -1
-        self._keys.clear()
-        self._alias_targets.clear()
+        self._forget()
         return connection
 
     def _db(self) -> sqlite3.Connection:
@@ -335,14 +323,13 @@ class Store:
                     "put the database back, or restore a backup into another home"
                 )
             store_id = str(uuid.uuid4())
-            root = os.urandom(_ROOT_KEY_LENGTH)
-            self.write_root(root, store_id, self._kind, self._new_root_path)
+            root = os.urandom(rootkey.LENGTH)
+            made = rootkey.document(root, store_id, self._kind, self._passphrase)
+            rootkey.write(self._new_root_path, made)
             for statement in (*_SCHEMA.split(";"), *audit.SCHEMA.split(";")):
                 connection.execute(statement)
-            nonce = os.urandom(_NONCE_LENGTH)
-            check = nonce + AESGCM(root).encrypt(nonce, b"", _check_aad(store_id))
             self._set_meta("store", store_id)
-            self._set_meta("root_check", check)
+            self._set_meta("root_check", rootkey.make_check(root, store_id))
             self._set_meta("created", self.clock())
             self._set_meta("generation", 0)
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION:d}")
@@ -351,74 +338,23 @@ class Store:
         # A crash between the commit of _create and this rename leaves the new name behind.
         if self._new_root_path.exists() and not self._root_path.exists():
             with contextlib.suppress(FileNotFoundError):  # another process renamed it
-                root = self._load_root(self._new_root_path, store_id)
-                _check_root(root, store_id, check, self._new_root_path)
+                root = self._load_root(self._new_root_path, store_id, check)
                 self._new_root_path.rename(self._root_path)
-                _sync_folder(self.folder)
-        if not self._root_path.exists():
+                rootkey.sync_folder(self.folder)
+                return root
+        try:
+            return self._load_root(self._root_path, store_id, check)
+        except FileNotFoundError as error:
             raise KeyAccessError(
                 f"{self._root_path}: the root key of this KMS is missing; without it no key can be used. "
                 "Put it back, or restore a backup"
-            )
-        root = self._load_root(self._root_path, store_id)
-        _check_root(root, store_id, check, self._root_path)
-        return root
-
-    def _load_root(self, path: Path, store_id: str) -> bytes:
-        try:
-            document = json.loads(path.read_text())
-            kind, owner = document["kind"], document["store"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise KeyAccessError(f"{path}: this is not a root key of the embedded KMS") from error
-        if owner != store_id:
-            raise KeyAccessError(
-                f"{path}: this root key belongs to another KMS (store {owner}), not to this database "
-                f"(store {store_id}); put the right one back"
-            )
-        try:
-            if kind == "file":
-                return base64.b64decode(document["key"], validate=True)
-            if kind == "keystore":
-                return _read_keystore(document["user"])
-            if kind == "passphrase":
-                return _open_with_passphrase(document, self._ask_passphrase())
-        except (ValueError, KeyError) as error:
-            raise KeyAccessError(
-                f"{path}: the root key is damaged; put it back, or restore a backup"
             ) from error
-        except InvalidTag as error:
-            raise KeyAccessError(f"{path}: the passphrase is wrong") from error
-        raise KeyAccessError(f"{path}: root key of the unknown kind {kind!r}")
 
-    def _ask_passphrase(self) -> bytes:
-        if self._passphrase is not None:
-            return self._passphrase()
-        name = os.environ.get("STREAMCRYPT_PASSPHRASE_FILE")
-        if name is None:
-            raise KeyAccessError(
-                "the root key of this KMS is protected by a passphrase: name the file that holds it in "
-                "STREAMCRYPT_PASSPHRASE_FILE"
-            )
-        return read_passphrase_file(Path(name))
-
-    def write_root(self, root: bytes, store_id: str, kind: str, path: Path) -> None:
-        """Write a root key document; it is on the disk when this returns."""
-        document: dict[str, Any] = {"version": 1, "kind": kind, "store": store_id}
-        if kind == "file":
-            document["key"] = base64.b64encode(root).decode()
-        elif kind == "keystore":
-            document["user"] = f"kms-root-{store_id}"
-            _write_keystore(document["user"], root)
-        else:
-            document |= seal_with_passphrase(root, store_id, self._ask_passphrase())
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(self.folder)
+    def _load_root(self, path: Path, store_id: str, check: bytes) -> bytes:
+        found = rootkey.read(path)
+        root = rootkey.open_document(found, store_id, self._passphrase, name=str(path))
+        rootkey.check(root, store_id, check, name=str(path))
+        return root
 
     # -- transactions ----------------------------------------------------------------------
 
@@ -439,8 +375,7 @@ class Store:
                     yield connection
             finally:
                 self._depth -= 1
-                self._keys.clear()
-                self._alias_targets.clear()
+                self._forget()
 
     def changed(self) -> None:
         """Tell other processes, within a transaction, that keys, aliases or principals changed."""
@@ -469,8 +404,12 @@ class Store:
         self._data_version = version
         if generation != self._generation:
             self._generation = generation
-            self._keys.clear()
-            self._alias_targets.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._keys.clear()
+        self._alias_targets.clear()
+        self._access_keys.clear()
 
     def _meta(self, name: str) -> Any:
         rows = self.query("SELECT value FROM meta WHERE name = ?", (name,))
@@ -590,8 +529,7 @@ class Store:
     # -- material ------------------------------------------------------------------------------
 
     def seal_material(self, account: str, key_id: str, material_id: str, material: bytes) -> bytes:
-        nonce = os.urandom(_NONCE_LENGTH)
-        return nonce + self._seal.encrypt(nonce, material, self._material_aad(account, key_id, material_id))
+        return self._sealed(material, self._material_aad(account, key_id, material_id))
 
     def open_material(self, key: Key, material: Material) -> bytes:
         """The material in clear; KeyAccessError when it was altered in the database."""
@@ -599,14 +537,8 @@ class Store:
         if opened is None:
             if material.sealed is None:
                 raise RuntimeError("internal error: material is absent")
-            nonce, sealed = material.sealed[:_NONCE_LENGTH], material.sealed[_NONCE_LENGTH:]
             aad = self._material_aad(key.account, key.id, material.id)
-            try:
-                opened = self._seal.decrypt(nonce, sealed, aad)
-            except InvalidTag as error:
-                raise KeyAccessError(
-                    f"{key.arn}: its material in {self.path} was altered; restore a backup"
-                ) from error
+            opened = self._unsealed(material.sealed, aad, key.arn)
             self._open_materials[material.id] = opened
         return opened
 
@@ -628,7 +560,7 @@ class Store:
     def secret(self, purpose: bytes) -> bytes:
         """A secret of this store for one purpose: the key of grant tokens, of import tokens."""
         info = b"streamcrypt kms secret 1|" + self.id.encode() + b"|" + purpose
-        return HKDFExpand(algorithm=hashes.SHA256(), length=_ROOT_KEY_LENGTH, info=info).derive(self._root)
+        return HKDFExpand(algorithm=hashes.SHA256(), length=rootkey.LENGTH, info=info).derive(self._root)
 
     # -- aliases ---------------------------------------------------------------------------------
 
@@ -691,6 +623,79 @@ class Store:
         rows = self.query("SELECT DISTINCT account, region, key FROM grants")
         return [(row[0], row[1], row[2]) for row in rows]
 
+    # -- principals and their access keys ----------------------------------------------------
+
+    def principal(self, arn: str) -> dict[str, Any] | None:
+        rows = self.query("SELECT record FROM principals WHERE arn = ?", (arn,))
+        record: dict[str, Any] | None = json.loads(rows[0][0]) if rows else None
+        return record
+
+    def put_principal(self, arn: str, record: dict[str, Any]) -> None:
+        self._db().execute("INSERT OR REPLACE INTO principals VALUES (?, ?)", (arn, json.dumps(record)))
+        self.changed()
+
+    def put_access_key(self, key: AccessKey, now: float) -> None:
+        sealed = self._sealed(key.secret.encode(), self._access_key_aad(key.id))
+        self._db().execute(
+            "INSERT INTO access_keys VALUES (?, ?, ?, ?, ?, ?)",
+            (key.id, key.caller.arn, key.session_token, key.expires, now, sealed),
+        )
+        self.changed()
+
+    def access_keys_of(self, arn: str) -> list[str]:
+        """The ids of a principal's long-lived access keys, oldest first."""
+        rows = self.query(
+            "SELECT id FROM access_keys WHERE principal = ? AND session_token IS NULL ORDER BY created",
+            (arn,),
+        )
+        return [row[0] for row in rows]
+
+    def access_key(self, access_key_id: str) -> AccessKey | None:
+        """The access key with its secret and its principal's policies, as every process sees it now."""
+        with self._lock:
+            self._refresh()
+            found = self._access_keys.get(access_key_id)
+            if found is None:
+                found = self._load_access_key(access_key_id)
+                if found is not None:
+                    self._access_keys[access_key_id] = found
+            return found
+
+    def _load_access_key(self, access_key_id: str) -> AccessKey | None:
+        rows = self.query(
+            "SELECT principal, session_token, expires, sealed FROM access_keys WHERE id = ?", (access_key_id,)
+        )
+        if not rows:
+            return None
+        arn, token, expires, sealed = rows[0]
+        record = self.principal(arn) or {}
+        caller = policy.Caller(
+            arn,
+            policies=tuple(record.get("policies", ())),
+            role=record.get("role"),
+            access_key_id=access_key_id,
+            tags=record.get("tags", {}),
+        )
+        secret = self._unsealed(sealed, self._access_key_aad(access_key_id), f"access key {access_key_id}")
+        return AccessKey(access_key_id, secret.decode(), caller, token, expires)
+
+    def _access_key_aad(self, access_key_id: str) -> bytes:
+        return f"streamcrypt kms access key 1|{self.id}|{access_key_id}".encode()
+
+    # -- sealing -----------------------------------------------------------------------------
+
+    def _sealed(self, secret: bytes, aad: bytes) -> bytes:
+        nonce = os.urandom(_NONCE_LENGTH)
+        return nonce + self._seal.encrypt(nonce, secret, aad)
+
+    def _unsealed(self, sealed: bytes, aad: bytes, name: str) -> bytes:
+        try:
+            return self._seal.decrypt(sealed[:_NONCE_LENGTH], sealed[_NONCE_LENGTH:], aad)
+        except InvalidTag as error:
+            raise KeyAccessError(
+                f"{name}: its secret in {self.path} was altered; restore a backup"
+            ) from error
+
 
 @contextlib.contextmanager
 def _durable(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
@@ -713,102 +718,6 @@ def _read_grant(text: str) -> GrantRecord:
     grant = values.pop("grant")
     grant["operations"] = frozenset(grant["operations"])
     return GrantRecord(grant=policy.Grant(**grant), **values)
-
-
-# -- root key documents --------------------------------------------------------------------------
-
-
-def seal_with_passphrase(root: bytes, store_id: str, passphrase: bytes) -> dict[str, Any]:
-    """The members of a root key document of kind "passphrase"."""
-    if not passphrase:
-        raise KeyAccessError("the passphrase is empty")
-    salt, nonce = os.urandom(_SALT_LENGTH), os.urandom(_NONCE_LENGTH)
-    wrapping = Argon2id(salt=salt, length=_ROOT_KEY_LENGTH, **_ARGON2).derive(passphrase)
-    sealed = nonce + AESGCM(wrapping).encrypt(nonce, root, _passphrase_aad(store_id))
-    return {
-        "argon2id": _ARGON2 | {"salt": base64.b64encode(salt).decode()},
-        "sealed": base64.b64encode(sealed).decode(),
-    }
-
-
-def _open_with_passphrase(document: dict[str, Any], passphrase: bytes) -> bytes:
-    costs = {name: int(document["argon2id"][name]) for name in _ARGON2}
-    # The document is not authenticated before the passphrase is stretched: bound the work.
-    if not 1 <= costs["iterations"] <= 64 or not 1 <= costs["lanes"] <= 64 or costs["memory_cost"] > 4 << 20:
-        raise ValueError("cost parameters out of bounds")
-    salt = base64.b64decode(document["argon2id"]["salt"], validate=True)
-    sealed = base64.b64decode(document["sealed"], validate=True)
-    wrapping = Argon2id(salt=salt, length=_ROOT_KEY_LENGTH, **costs).derive(passphrase)
-    aad = _passphrase_aad(document["store"])
-    return AESGCM(wrapping).decrypt(sealed[:_NONCE_LENGTH], sealed[_NONCE_LENGTH:], aad)
-
-
-def read_passphrase_file(path: Path) -> bytes:
-    """The passphrase in a file: its bytes without one line end; KeyAccessError when it cannot be read."""
-    try:
-        passphrase = path.read_bytes()
-    except OSError as error:
-        raise KeyAccessError(f"{path}: the passphrase cannot be read ({error.strerror})") from error
-    passphrase = passphrase.removesuffix(b"\n").removesuffix(b"\r")
-    if not passphrase:
-        raise KeyAccessError(f"{path}: the passphrase is empty")
-    return passphrase
-
-
-def _check_root(root: bytes, store_id: str, check: bytes, path: Path) -> None:
-    try:
-        AESGCM(root).decrypt(check[:_NONCE_LENGTH], check[_NONCE_LENGTH:], _check_aad(store_id))
-    except (InvalidTag, ValueError) as error:
-        raise KeyAccessError(
-            f"{path}: this is not the root key of this database; put the right one back"
-        ) from error
-
-
-def _check_aad(store_id: str) -> bytes:
-    return b"streamcrypt kms root check 1|" + store_id.encode()
-
-
-def _passphrase_aad(store_id: str) -> bytes:
-    return b"streamcrypt kms root passphrase 1|" + store_id.encode()
-
-
-def _keystore() -> Any:
-    try:
-        import keyring
-    except ImportError as error:
-        raise ImportError(
-            "a root key in the platform's keystore needs keyring: pip install 'streamcrypt[keystore]'"
-        ) from error
-    return keyring
-
-
-def _read_keystore(user: str) -> bytes:
-    keyring = _keystore()
-    try:
-        secret = keyring.get_password(_KEYSTORE_SERVICE, user)
-    except keyring.errors.KeyringError as error:
-        raise KeyAccessError(f"the platform's keystore refused ({error}); unlock it") from error
-    if secret is None:
-        raise KeyAccessError(
-            f"the platform's keystore has no entry {user} of {_KEYSTORE_SERVICE}; put it back"
-        )
-    return base64.b64decode(secret, validate=True)
-
-
-def _write_keystore(user: str, root: bytes) -> None:
-    keyring = _keystore()
-    try:
-        keyring.set_password(_KEYSTORE_SERVICE, user, base64.b64encode(root).decode())
-    except keyring.errors.KeyringError as error:
-        raise KeyAccessError(f"the platform's keystore refused ({error}); unlock it") from error
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- fork ------------------------------------------------------------------------------------------
