@@ -45,6 +45,7 @@ class Load:
     data_keys: int = 0
     order: Order = "sequential"
     capacity: int = 1000  # entries of the cache
+    pieces: int = 1  # equal spans into which a file is cut, each for any worker
 
     @property
     def tokens(self) -> float:
@@ -171,16 +172,14 @@ def closed_form(load: Load) -> Outcome:
 
 def _finish(load: Load, calls: float, per_key: float, stall: float, last_key: float) -> Outcome:
     """Join the two bounds, work with its waits and the quota, and add the tail of the last files."""
-    n, workers, s = load.files, load.workers, load.service
+    workers, n, s = load.workers, load.files * load.pieces, load.service / load.pieces
     square = load.variation * load.variation
     if load.variation == 0 and stall == 0:
         work, tail = math.ceil(n / workers) * s, 0.0
     elif n <= workers:  # as long as its longest file
-        work, tail = (
-            s,
-            s * (_longest(n, load.variation) - n / (n + 1) * (1 - min(1.0, square)) - min(1.0, square)),
-        )
-    else:  # when no file is left to hand out, the longest residual service is still to come
+        least = n / (n + 1) * (1 - min(1.0, square)) + min(1.0, square)
+        work, tail = s, s * (_longest(n, load.variation) - least)
+    else:  # when nothing is left to hand out, the longest residual service is still to come
         work, tail = n * s / workers, s * (_longest(workers, load.variation) - (1 + square) / 2)
     worker_seconds = work + stall + tail
     forced = max(0.0, calls - load.tokens) / load.quota if math.isfinite(load.quota) else 0.0

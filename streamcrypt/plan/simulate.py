@@ -128,8 +128,9 @@ def _play_shared(load: Load, kms: _Kms, files: Iterator[tuple[float, float, int]
         if not cache.usable(key, size, now):
             now = kms.call(now)
             cache.put(key, size, now)
-        done = max(now, heapq.heappop(free)) + service
-        heapq.heappush(free, done)
+        for _ in range(load.pieces):
+            done = max(now, heapq.heappop(free)) + service / load.pieces
+            heapq.heappush(free, done)
         heapq.heappush(in_flight, done)
         end = max(end, done)
         work += service

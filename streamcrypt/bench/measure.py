@@ -1,0 +1,419 @@
+"""One cell, measured: a job of its own in a fresh process, with the yardsticks of the same minute.
+
+    Bench.run(cell)     in the sweep's process: makes the files, starts the child, watches it
+    python -m …         in the child: one sc.encrypt, decrypt, verify, rekey or random read, timed
+
+The child is stopped with all its workers when it exceeds its time limit, and a child that dies is a
+record with an error, never a wait.  Seconds count the call alone: no interpreter start, no import, no
+making of files; workers started by the call are in it.
+
+Yardsticks: ``copy`` moves the same bytes the same way without a cipher, ``cipher`` seals them in
+memory, ``read`` only reads.  They say what the machine could give at that moment, and their spread
+is the session's noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from streamcrypt.bench import data
+from streamcrypt.bench.records import Cell, Record, now, usable_cores
+
+_BATCH: Final = 1 << 20
+_POLL: Final = 0.1  # seconds between looks at the child's memory
+_KEEP: Final = 4 << 30  # bytes of test data kept between cells
+RANDOM_READS: Final = 200
+RANDOM_LENGTH: Final = 64 << 10
+CONTEXT: Final = {"purpose": "benchmark"}
+
+
+class MeasureError(RuntimeError):
+    """The measurement itself cannot go on: no room, no such storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weather:
+    """What else the machine was doing, from the kernel's counters."""
+
+    steal: float
+    total: float
+    swapped: int
+
+    @classmethod
+    def now(cls) -> _Weather:
+        try:
+            fields = [float(part) for part in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+            swapped = 0
+            for line in Path("/proc/vmstat").read_text().splitlines():
+                if line.startswith("pswpin "):
+                    swapped = int(line.split()[1])
+            return cls(fields[7] if len(fields) > 7 else 0.0, sum(fields[:8]), swapped)
+        except (OSError, ValueError, IndexError):
+            return cls(0.0, 0.0, 0)
+
+    def noise(self, before: _Weather) -> list[str]:
+        found = []
+        elapsed = self.total - before.total
+        if elapsed > 0 and (self.steal - before.steal) / elapsed > 0.01:
+            found.append(f"steal {(self.steal - before.steal) / elapsed:.0%}")
+        if self.swapped > before.swapped:
+            found.append("swapping")
+        return found
+
+
+def busy() -> list[str]:
+    """Why a run that starts now would be noisy: other work on the cores."""
+    try:
+        import psutil
+
+        # The load average lags by a minute and would count our own last cell.
+        used = sum(psutil.cpu_percent(interval=0.2, percpu=True)) / 100
+    except ImportError:
+        used = os.getloadavg()[0]
+    cores = usable_cores()
+    return [f"other work: {used:.1f} of {cores} cores"] if used > 0.35 * cores else []
+
+
+class Bench:
+    """Runs cells below a folder of its own; use as a context manager, the folder goes at the end."""
+
+    def __init__(self, work: Path | None = None, *, timeout: float = 120.0, yardsticks: bool = True) -> None:
+        self._timeout = timeout
+        self._yardsticks = yardsticks
+        self._stack = contextlib.ExitStack()
+        self._places: dict[str, Path] = {}
+        self._work = work
+        self._datasets: dict[tuple[Any, ...], tuple[Path, int]] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def _place(self, storage: str) -> Path:
+        """A temporary folder on this kind of storage."""
+        if storage not in self._places:
+            if storage == "memory":
+                base = Path("/dev/shm")  # noqa: S108 - the memory file system itself
+                if not base.is_dir():
+                    raise MeasureError(
+                        "there is no memory file system at /dev/shm; measure with storage disk"
+                    )
+            elif storage == "disk":
+                base = self._work or Path(tempfile.gettempdir())
+            else:
+                raise MeasureError(f"{storage!r} is not a storage; choose memory or disk")
+            made = tempfile.TemporaryDirectory(prefix="streamcrypt-bench-", dir=base)
+            self._places[storage] = Path(self._stack.enter_context(made))
+        return self._places[storage]
+
+    def _dataset(self, cell: Cell) -> Path:
+        """The cell's plain files; made once and kept while there is room."""
+        key = (cell.files, cell.file_size, cell.distribution, cell.spread, cell.seed, cell.storage)
+        if key not in self._datasets:
+            lengths = data.sizes(cell.files, cell.file_size, cell.distribution, cell.spread, cell.seed)
+            need = sum(lengths)
+            while self._datasets and sum(size for _, size in self._datasets.values()) + need > _KEEP:
+                folder, _ = self._datasets.pop(next(iter(self._datasets)))
+                shutil.rmtree(folder)
+            folder = self._place(cell.storage) / f"plain-{cell.hash}"
+            if folder.exists():
+                shutil.rmtree(folder)
+            self._datasets[key] = (folder, data.write(folder, lengths, cell.seed))
+            if cell.storage == "disk":
+                os.sync()  # else the run pays for flushing its own source
+        return self._datasets[key][0]
+
+    def run(self, cell: Cell, *, session: str = "", round_number: int = 0) -> Record:
+        """One run of ``cell``.  What goes wrong in the child is the record's ``error``."""
+        source = self._dataset(cell)
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=self._place(cell.storage)))
+        try:
+            noise = busy()
+            before = _Weather.now()
+            started = now()
+            answer, peak = self._child(cell, source, folder)
+            noise += _Weather.now().noise(before)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if "error" in answer:
+            answer = {"error": answer["error"], "wall_s": 0.0}
+        answer["peak_rss"] = max(peak, answer.get("peak_rss", 0))
+        return Record(session=session, round=round_number, cell=cell, started=started, noise=noise, **answer)
+
+    def _child(self, cell: Cell, source: Path, folder: Path) -> tuple[dict[str, Any], int]:
+        from dataclasses import asdict
+
+        question = {
+            "cell": asdict(cell),
+            "source": str(source),
+            "folder": str(folder),
+            "yardsticks": self._yardsticks,
+        }
+        environment = {**os.environ, "STREAMCRYPT_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamcrypt.bench.measure"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        watch = _PeakMemory(process.pid)
+        try:
+            output, errors = process.communicate(json.dumps(question).encode(), timeout=self._timeout)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {self._timeout:g} s"}, watch.stop()
+        finally:
+            # The whole session of the child: its workers too.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        peak = watch.stop()
+        if process.returncode != 0:
+            lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
+            return {"error": f"exit {process.returncode}: {lines[-1]}"}, peak
+        answer: dict[str, Any] = json.loads(output)
+        return answer, peak
+
+
+class _PeakMemory:
+    """The largest resident memory of a process and its descendants together, looked at now and then."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        try:
+            import psutil
+        except ImportError:
+            return
+        while not self._done.wait(_POLL):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(self._pid)
+                for one in [process, *process.children(recursive=True)]:
+                    with contextlib.suppress(psutil.Error):
+                        total += one.memory_info().rss
+            self._peak = max(self._peak, total)
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self._peak
+
+
+# -- in the child
+
+
+def main() -> int:
+    """Read one question from standard input, measure, answer on standard output."""
+    question = json.load(sys.stdin)
+    cell = Cell(**question["cell"])
+    answer = measure(cell, Path(question["source"]), Path(question["folder"]), question["yardsticks"])
+    json.dump(answer, sys.stdout)
+    return 0
+
+
+def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[str, Any]:
+    """Prepare, time the one call, and say what it did: the fields of a Record."""
+    import streamcrypt as sc
+    from streamcrypt.bench.shaped import ShapedKms
+    from streamcrypt.keys.kms import KmsKeyring
+    from streamcrypt.kms import open_service
+
+    service = open_service(folder / "home")
+    arn = service.create_key(Description="benchmark")["KeyMetadata"]["Arn"]
+    kms = ShapedKms(service, latency=cell.kms_latency, quota=cell.kms_quota, seed=cell.seed)
+    keyring = KmsKeyring(kms, arn)
+    fast = KmsKeyring(service, arn)
+
+    encrypted, target = folder / "encrypted", folder / "target"
+    common: dict[str, Any] = {"workers": cell.workers, "fsync": cell.fsync}
+    sealing = {"context": CONTEXT, "sign": cell.signed, "frame_size": cell.frame_size}
+    if cell.operation != "encrypt":
+        # The keys of what is read follow the cell's own cache limits.
+        report = sc.encrypt(source, encrypted, keys=fast, cache=_cache(cell), **common, **sealing)
+
+    def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+        before = _cpu_seconds()
+        start = time.perf_counter()
+        result = call()
+        wall = time.perf_counter() - start
+        return result, wall, _cpu_seconds() - before
+
+    cache = _cache(cell)
+    if cell.operation == "encrypt":
+        call = lambda: sc.encrypt(source, target, keys=keyring, cache=cache, **common, **sealing)  # noqa: E731
+    elif cell.operation == "decrypt":
+        call = lambda: sc.decrypt(encrypted, target, keys=keyring, cache=cache, **common)  # noqa: E731
+    elif cell.operation == "verify":
+        call = lambda: sc.verify(encrypted, keys=keyring, cache=cache, workers=cell.workers)  # noqa: E731
+    elif cell.operation == "rekey":
+        call = lambda: sc.rekey(  # noqa: E731
+            encrypted, target, keys=keyring, from_keys=keyring, cache=cache, **common, **sealing
+        )
+    elif cell.operation == "read":
+        call = lambda: _random_reads(encrypted, keyring, cache, cell)  # noqa: E731
+    else:
+        raise ValueError(f"{cell.operation!r} cannot be measured")
+    report, wall, cpu = timed(call)
+    outcome = report if isinstance(report, dict) else report.to_json()
+    if outcome.get("failed"):
+        raise RuntimeError(f"{len(outcome['failed'])} files failed, first: {outcome['failed'][0]['error']}")
+    lengths = [path.stat().st_size for path in source.iterdir()]
+    plain = sum(lengths)
+    found = outcome.get("cache") or {"hits": 0, "misses": 0, "evictions": {}}
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer: dict[str, Any] = {
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "bytes_in": outcome.get("plain", plain),
+        "bytes_out": outcome.get("bytes_out", 0),
+        "files": len(lengths),
+        "frames": sum(length // cell.frame_size + 1 for length in lengths),
+        "kms_calls": {_CAMEL.get(name, name): count for name, count in kms.calls.items()},
+        "kms_latency_ms": [round(sample * 1000, 4) for sample in kms.samples],
+        "kms_wait_s": kms.waited,
+        "throttled": kms.throttled,
+        "cache_hits": found["hits"],
+        "cache_misses": found["misses"],
+        "evictions": found["evictions"],
+        "peak_rss": usage * (1 if sys.platform == "darwin" else 1024),
+    }
+    if yardsticks:
+        shutil.rmtree(target, ignore_errors=True)
+        answer["yardstick_s"] = run_yardsticks(cell, source, folder / "copy")
+    return answer
+
+
+_CAMEL: Final = {"generate_data_key": "GenerateDataKey", "encrypt": "Encrypt", "decrypt": "Decrypt"}
+
+
+def _cache(cell: Cell) -> Any:
+    """The cell's cache policy, as the public API takes it."""
+    import streamcrypt as sc
+
+    if not cell.cache:
+        return False
+    limits = {
+        "max_age": cell.cache_max_age,
+        "max_messages": cell.cache_max_messages,
+        "max_bytes": cell.cache_max_bytes,
+    }
+    return sc.DataKeyCache(**{name: value for name, value in limits.items() if value is not None})
+
+
+def _cpu_seconds() -> float:
+    total = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        total += usage.ru_utime + usage.ru_stime
+    return total
+
+
+def _random_reads(folder: Path, keyring: Any, cache: Any, cell: Cell) -> dict[str, Any]:
+    """Ranges at seeded places of seeded files, each file opened anew."""
+    import streamcrypt as sc
+
+    rng = random.Random(cell.seed)  # noqa: S311 - places to read, no secret
+    paths = sorted(path for path in folder.glob("*.bin*") if path.is_file())
+    read = 0
+    for _ in range(RANDOM_READS):
+        with sc.open(rng.choice(paths), keys=keyring, cache=cache) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(rng.randrange(max(1, size - RANDOM_LENGTH)))
+            read += len(file.read(RANDOM_LENGTH))
+    return {"plain": read, "bytes_out": read, "cache": cache.stats() if cache else None}
+
+
+def run_yardsticks(cell: Cell, source: Path, copy: Path) -> dict[str, float]:
+    """Seconds for the same files and threads without a cipher, for the cipher alone, for reading alone."""
+    paths = sorted(source.iterdir())
+    copy.mkdir()
+
+    def spread_over_threads(work: Callable[[Path], None]) -> float:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(cell.workers) as threads:
+            for _ in threads.map(work, paths):
+                pass
+        return time.perf_counter() - start
+
+    local = threading.local()
+
+    def buffer() -> memoryview:
+        if not hasattr(local, "buffer"):
+            local.buffer = memoryview(bytearray(_BATCH))
+        found: memoryview = local.buffer
+        return found
+
+    def read_one(path: Path) -> None:
+        for _ in _chunks(path, buffer()):
+            pass
+
+    def copy_one(path: Path) -> None:
+        target = copy / path.name
+        temporary = copy / f".{path.name}.tmp"
+        with temporary.open("wb", buffering=0) as file:
+            for chunk in _chunks(path, buffer()):
+                file.write(chunk)
+            if cell.fsync:
+                os.fsync(file.fileno())
+        temporary.rename(target)
+
+    seconds = {"copy": spread_over_threads(copy_one), "read": spread_over_threads(read_one)}
+    shutil.rmtree(copy)
+    seconds["cipher"] = _cipher_alone(paths, cell)
+    return seconds
+
+
+def _chunks(path: Path, into: memoryview) -> Iterator[memoryview]:
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(into):
+            yield into[:count]
+
+
+def _cipher_alone(paths: list[Path], cell: Cell) -> float:
+    """The same bytes sealed from and into memory, frame by frame; measured on 256 MiB and scaled."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    total = sum(path.stat().st_size for path in paths)
+    frame = min(cell.frame_size, 4 << 20)
+    count = max(1, min(total, 256 << 20) // frame)
+    each = max(1, count // cell.workers)
+
+    def seal(_: int) -> None:
+        cipher = AESGCM(bytes(32))
+        plain, sealed = bytearray(frame), bytearray(frame + 16)
+        for number in range(each):
+            cipher.encrypt_into(number.to_bytes(12, "big"), plain, b"", sealed)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(cell.workers) as threads:
+        list(threads.map(seal, range(cell.workers)))
+    return (time.perf_counter() - start) * total / (each * cell.workers * frame)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,518 @@
+"""Which cells are measured, in which order, and what two sweeps say about each other.
+
+A sweep goes in rounds: every cell once, in a new seeded order, then all again.  So a slow minute of
+the machine falls on all cells and not on one.  Each run is written to ``runs.jsonl`` when it ends; a
+sweep that was interrupted goes on where it stopped.  A run on a busy machine is repeated up to three
+times, and kept and marked when it stays noisy, never dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import json
+import math
+import random
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from streamcrypt.bench.measure import Bench
+from streamcrypt.bench.records import (
+    SCHEMA,
+    Cell,
+    Record,
+    Records,
+    RecordsError,
+    append_line,
+    by_cell,
+    median,
+    read_folder,
+    read_lines,
+    spread,
+    this_machine,
+    write_parquet,
+)
+from streamcrypt.units import parse_duration, parse_size
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+ATTEMPTS: Final = 3
+THRESHOLD: Final = 0.03  # a smaller change is no finding
+
+_SIZES: Final = frozenset({"file_size", "frame_size", "cache_max_bytes"})
+_DURATIONS: Final = frozenset({"cache_max_age", "kms_latency"})
+_FIELDS: Final = {field.name: field for field in dataclasses.fields(Cell)}
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be run as it is described."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Cells and how often each is run."""
+
+    cells: tuple[Cell, ...]
+    rounds: int
+    seed: int = 1
+
+
+def parse_value(axis: str, text: Any) -> Any:
+    """One value of an axis from a word or a TOML value; SweepError says what is wrong with it."""
+    field = _FIELDS.get(axis)
+    if field is None:
+        raise SweepError(f"{axis!r} is not an axis; the axes are {', '.join(_FIELDS)}")
+    try:
+        if isinstance(text, str) and text.lower() == "none":
+            return None
+        if axis in _SIZES:
+            value: Any = parse_size(text)
+        elif axis in _DURATIONS:
+            value = parse_duration(text)
+        elif field.type == "bool":
+            if text not in (True, False, "true", "false", "yes", "no"):
+                raise ValueError(f"{text!r} is not yes or no")
+            value = text in (True, "true", "yes")
+        elif field.type in ("int", "int | None"):
+            value = int(text)
+        elif field.type in ("float", "float | None"):
+            value = float(text)
+        else:
+            value = str(text)
+    except (TypeError, ValueError) as error:
+        raise SweepError(f"axis {axis}: {error}") from error
+    if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+        raise SweepError(f"axis {axis}: {text!r} is negative")
+    if axis in ("files", "frame_size", "workers") and value < 1:
+        raise SweepError(f"axis {axis}: {text!r} is not at least 1")
+    return value
+
+
+def grid(axes: Mapping[str, Sequence[Any]], base: Cell | None = None) -> tuple[Cell, ...]:
+    """Every combination of the axes' values."""
+    names = list(axes)
+    start = base or Cell()
+    combined = itertools.product(*(axes[name] for name in names))
+    return _distinct(
+        dataclasses.replace(start, **dict(zip(names, values, strict=True))) for values in combined
+    )
+
+
+def one_at_a_time(axes: Mapping[str, Sequence[Any]], base: Cell | None = None) -> tuple[Cell, ...]:
+    """The first value of every axis, and each other value alone."""
+    start = dataclasses.replace(base or Cell(), **{name: values[0] for name, values in axes.items()})
+    singles = (
+        dataclasses.replace(start, **{name: value}) for name, values in axes.items() for value in values[1:]
+    )
+    return _distinct([start, *singles])
+
+
+def latin_hypercube(
+    axes: Mapping[str, Sequence[Any]], count: int, seed: int, base: Cell | None = None
+) -> tuple[Cell, ...]:
+    """``count`` cells whose values cover every axis evenly; the same for the same seed."""
+    from scipy.stats import qmc
+
+    sample = qmc.LatinHypercube(d=len(axes), rng=np.random.default_rng(seed)).random(count)
+    cells = []
+    for row in sample.tolist():
+        chosen = {
+            name: values[min(len(values) - 1, int(place * len(values)))]
+            for (name, values), place in zip(axes.items(), row, strict=True)
+        }
+        cells.append(dataclasses.replace(base or Cell(), **chosen))
+    return _distinct(cells)
+
+
+def _distinct(cells: Iterator[Cell] | Sequence[Cell]) -> tuple[Cell, ...]:
+    return tuple({cell.hash: cell for cell in cells}.values())
+
+
+def preset(name: str) -> Sweep:
+    """``quick`` (under a minute), ``standard`` (some minutes), ``full`` (an hour and more)."""
+    if name == "quick":
+        axes: dict[str, Sequence[Any]] = {
+            "operation": ["encrypt", "decrypt"],
+            "frame_size": [64 * KIB, MIB],
+            "workers": [1, 2],
+        }
+        return Sweep(grid(axes, Cell(files=16, file_size=8 * MIB)), 2)
+    if name == "standard":
+        large = grid(
+            {
+                "operation": ["encrypt", "decrypt", "verify", "rekey"],
+                "frame_size": [4 * KIB, 64 * KIB, MIB],
+                "workers": [1, 2],
+            },
+            Cell(files=32, file_size=16 * MIB),
+        )
+        small = grid(
+            {"operation": ["encrypt", "decrypt"], "workers": [1, 2]}, Cell(files=1000, file_size=16 * KIB)
+        )
+        keys = grid(
+            {"cache_max_messages": [1, 10, 100], "kms_latency": [0.005, 0.02]},
+            Cell(files=200, file_size=MIB, workers=2),
+        )
+        reads = grid(
+            {"frame_size": [4 * KIB, 64 * KIB, MIB]}, Cell(operation="read", files=8, file_size=32 * MIB)
+        )
+        return Sweep(large + small + keys + reads, 5)
+    if name == "full":
+        wide = grid(
+            {
+                "operation": ["encrypt", "decrypt", "verify", "rekey"],
+                "frame_size": [4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB],
+                "workers": [1, 2, 4],
+                "signed": [False, True],
+                "storage": ["memory", "disk"],
+            },
+            Cell(files=32, file_size=16 * MIB),
+        )
+        return Sweep(preset("standard").cells + wide, 5)
+    raise SweepError(f"{name!r} is not a preset; choose quick, standard or full")
+
+
+def from_toml(path: Path) -> Sweep:
+    """A sweep from a file::
+
+    design = "grid"          # or "one-at-a-time", or "lhs" with count = 40
+    rounds = 5
+    seed = 1
+    [base]                   # what all cells share
+    file_size = "4MiB"
+    [axes]
+    frame_size = ["64KiB", "1MiB"]
+    workers = [1, 2]
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SweepError(f"{path}: {error}") from error
+    unknown = set(document) - {"design", "rounds", "seed", "base", "axes", "count"}
+    if unknown:
+        raise SweepError(f"{path}: unknown {', '.join(sorted(unknown))}")
+    given = document.get("axes", {})
+    if not given:
+        raise SweepError(f"{path}: no [axes]")
+    axes = {name: [parse_value(name, value) for value in _list(values)] for name, values in given.items()}
+    base = dataclasses.replace(
+        Cell(), **{name: parse_value(name, value) for name, value in document.get("base", {}).items()}
+    )
+    return design(
+        str(document.get("design", "grid")),
+        axes,
+        base,
+        rounds=int(document.get("rounds", 5)),
+        seed=int(document.get("seed", 1)),
+        count=int(document.get("count", 40)),
+    )
+
+
+def _list(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
+
+
+def design(
+    name: str, axes: Mapping[str, Sequence[Any]], base: Cell, *, rounds: int, seed: int, count: int
+) -> Sweep:
+    """Axes into cells, by the name of a design."""
+    if rounds < 1:
+        raise SweepError(f"rounds is {rounds}: a sweep that measures nothing says nothing")
+    if name == "grid":
+        return Sweep(grid(axes, base), rounds, seed)
+    if name == "one-at-a-time":
+        return Sweep(one_at_a_time(axes, base), rounds, seed)
+    if name == "lhs":
+        return Sweep(latin_hypercube(axes, count, seed, base), rounds, seed)
+    raise SweepError(f"{name!r} is not a design; choose grid, one-at-a-time or lhs")
+
+
+def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep:
+    """The few cells from which a plan's rates are fitted: about a minute for one storage and one round.
+
+    Small files give the cost of a file, small frames that of a frame, large files that of a byte; each
+    with one worker and with as many as there are cores, since their ratio is the contention.
+    """
+    cells: list[Cell] = []
+    for storage in storages:
+        for workers in sorted({1, cores}):
+            base = Cell(storage=storage, workers=workers)
+            for operation in ("encrypt", "decrypt", "verify", "rekey"):
+                durable = storage == "disk" and operation != "verify"
+                shapes = [
+                    (1500, 8 * KIB, MIB),
+                    (100, 2 * MIB, MIB),
+                    (30, 24 * MIB, MIB),
+                    (20, 4 * MIB, 4 * KIB),
+                ]
+                if operation in ("encrypt", "decrypt"):
+                    shapes += [(40, 8 * MIB, 64 * KIB), (3, 192 * MIB, MIB), (300, 256 * KIB, 64 * KIB)]
+                cells += [
+                    dataclasses.replace(
+                        base, operation=operation, files=files, file_size=size, frame_size=frame
+                    )
+                    for files, size, frame in shapes
+                ]
+                if durable:
+                    cells += [
+                        dataclasses.replace(
+                            base, operation=operation, files=files, file_size=size, frame_size=MIB, fsync=True
+                        )
+                        for files, size in ((300, 16 * KIB), (24, 16 * MIB), (100, MIB))
+                    ]
+            cells += [
+                dataclasses.replace(base, operation=operation, signed=True, files=files, file_size=size)
+                for operation in ("encrypt", "decrypt")
+                for files, size in ((200, 16 * KIB), (40, 2 * MIB), (10, 16 * MIB), (4, 32 * MIB))
+            ]
+    return Sweep(_distinct(cells), 1)
+
+
+def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[Cell, ...]:
+    """Configurations outside the calibration grid, by a seeded Latin hypercube: to judge a plan by.
+
+    Frame lengths, sizes, distributions and numbers of workers that calibration has not seen, cache
+    limits, a KMS with latency or a quota that decides, and writes that the disk decides.
+    """
+    axes: dict[str, Sequence[Any]] = {
+        "operation": ["encrypt", "encrypt", "decrypt", "verify"],
+        "frame_size": [8 * KIB, 32 * KIB, 128 * KIB, 512 * KIB, 2 * MIB],
+        "workers": [1, 2, 3, 4],
+        "file_size": [24 * KIB, 100 * KIB, 500 * KIB, 3 * MIB, 12 * MIB],
+        "distribution": ["constant", "lognormal", "lognormal", "pareto"],
+        "storage": list(storages),
+    }
+    cells = []
+    for number, cell in enumerate(latin_hypercube(axes, 32, seed)):
+        total = (1 << 30) if cell.file_size > 64 * KIB else 48 * MIB
+        wide = {"constant": 0.0, "lognormal": 1.0, "pareto": 2.5}[cell.distribution]
+        cells.append(
+            dataclasses.replace(
+                cell,
+                files=max(8, min(2000, total // cell.file_size)),
+                spread=wide,
+                seed=seed + number,
+                fsync=cell.storage == "disk" and cell.operation != "verify",
+            )
+        )
+    keyed: dict[str, Sequence[Any]] = {
+        "operation": ["encrypt", "encrypt", "decrypt"],
+        "workers": [1, 2, 4],
+        "file_size": [40 * KIB, 400 * KIB, 2 * MIB],
+        "cache_max_messages": [1, 3, 25, 150],
+        "kms_latency": [0.004, 0.012, 0.04],
+        "kms_quota": [None, None, 40.0],
+    }
+    for number, cell in enumerate(latin_hypercube(keyed, 12, seed + 1000)):
+        # Long enough to mean something, short enough for a KMS that takes one call at a time.
+        slowest = max(cell.kms_latency, 1 / cell.kms_quota if cell.kms_quota else 0.0)
+        per_key = cell.cache_max_messages or 1
+        files = min(800, max(60, int(6 / slowest * per_key)))
+        cells.append(dataclasses.replace(cell, files=files, seed=seed + 1000 + number, storage=storages[0]))
+    return _distinct(cells)
+
+
+# -- running
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One sweep at a time in a folder; SweepError while another runs."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SweepError(f"{folder}: another sweep is running here") from error
+        yield
+
+
+def order(sweep: Sweep, round_number: int) -> list[Cell]:
+    """The cells of one round, in their own seeded order."""
+    cells = list(sweep.cells)
+    random.Random(f"{sweep.seed} {round_number}").shuffle(cells)  # noqa: S311 - an order, no secret
+    return cells
+
+
+def run(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    work: Path | None = None,
+    timeout: float = 120.0,
+    yardsticks: bool = True,
+    budget: float | None = None,
+    progress: Callable[[int, int, Record], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Records:
+    """Run the sweep into ``folder``, or go on with the one that is there.
+
+    RecordsError when the folder holds another machine's runs.  ``budget`` seconds stop it between two
+    runs; calling again goes on.  At the end ``records.parquet`` is written beside the lines.
+    """
+    if not sweep.cells:
+        raise SweepError("the sweep has no cells")
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = this_machine()
+    head = folder / "machine.json"
+    lines = folder / "runs.jsonl"
+    with _alone(folder):
+        if head.exists():
+            known = read_folder(folder).machine
+            if known.id != machine.id:
+                raise RecordsError(
+                    f"{folder}: measured on {known.name}; this is {machine.name}; use another folder"
+                )
+        else:
+            head.write_text(json.dumps({"schema": SCHEMA, "machine": machine.to_json()}), encoding="utf-8")
+        done = {(run.round, run.cell.hash) for run in read_lines(lines)}
+        session = f"{random.SystemRandom().getrandbits(32):08x}"
+        total = len(sweep.cells) * sweep.rounds
+        started = clock()
+        with Bench(work, timeout=timeout, yardsticks=yardsticks) as bench:
+            for round_number in range(sweep.rounds):
+                for cell in order(sweep, round_number):
+                    if (round_number, cell.hash) in done:
+                        continue
+                    if budget is not None and clock() - started > budget:
+                        return read_folder(folder)
+                    record = _quietest(bench, cell, session, round_number)
+                    append_line(lines, record)
+                    done.add((round_number, cell.hash))
+                    if progress is not None:
+                        progress(len(done), total, record)
+        records = read_folder(folder)
+        write_parquet(folder / "records.parquet", records)
+    return records
+
+
+def _quietest(bench: Bench, cell: Cell, session: str, round_number: int) -> Record:
+    """The first run without noise, or the last of three."""
+    for _ in range(ATTEMPTS):
+        record = bench.run(cell, session=session, round_number=round_number)
+        if not record.noise or record.error is not None:
+            break
+    return record
+
+
+# -- comparing
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One cell in two sweeps: the ratio new/old of seconds, its interval, and what may be said."""
+
+    cell: Cell
+    old_s: float
+    new_s: float
+    ratio: float
+    interval: tuple[float, float]
+    interval_kind: str  # "95 %" or "min-max"
+    verdict: str  # faster, slower, no evidence, too noisy
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "cell": dataclasses.asdict(self.cell), "label": self.cell.label()}
+
+
+def _relative(run: Record) -> float:
+    """Seconds in units of the same round's copy, so that a slower minute cancels; else plain seconds."""
+    yardstick = run.yardstick_s.get("copy", 0.0)
+    return run.wall_s / yardstick if yardstick > 0 else run.wall_s
+
+
+def bootstrap_median(values: Sequence[float], seed: int = 1) -> tuple[tuple[float, float], str]:
+    """A 95 % interval of the median; with fewer than 8 values their minimum and maximum."""
+    if len(values) < 8 or min(values) == max(values):
+        return (min(values), max(values)), "min-max"
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (np.array(values),), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return (float(found.low), float(found.high)), "95 %"
+
+
+def verdict(ratio: float, interval: tuple[float, float]) -> str:
+    """What a ratio of seconds with its interval allows to be said."""
+    low, high = interval
+    if high < 1 and ratio < 1 - THRESHOLD:
+        return "faster"
+    if low > 1 and ratio > 1 + THRESHOLD:
+        return "slower"
+    return "no evidence" if high - low <= 0.10 else "too noisy"
+
+
+def compare(old: Records, new: Records, *, cross_machine: bool = False) -> list[Comparison]:
+    """Cell by cell, in pairs of runs of the same round.  RecordsError for two machines."""
+    if old.machine.id != new.machine.id and not cross_machine:
+        raise RecordsError(
+            f"the two were measured on different machines ({old.machine.name}; {new.machine.name}); "
+            "add --cross-machine to compare them all the same"
+        )
+    before = by_cell(old.usable())
+    found = []
+    for name, runs in by_cell(new.usable()).items():
+        others = {run.round: run for run in before.get(name, [])}
+        pairs = [(others[run.round], run) for run in runs if run.round in others]
+        if not pairs:
+            continue
+        use_yardstick = all(a.yardstick_s.get("copy") and b.yardstick_s.get("copy") for a, b in pairs)
+        ratios = [_relative(b) / _relative(a) if use_yardstick else b.wall_s / a.wall_s for a, b in pairs]
+        interval, kind = bootstrap_median(ratios)
+        ratio = median(ratios)
+        said = verdict(ratio, interval)
+        if len(pairs) < 3 and said in ("faster", "slower"):
+            said = "too noisy"  # one or two runs prove nothing
+        found.append(
+            Comparison(
+                runs[0].cell,
+                median([a.wall_s for a, _ in pairs]),
+                median([b.wall_s for _, b in pairs]),
+                ratio,
+                interval,
+                kind,
+                said,
+                len(pairs),
+            )
+        )
+    return found
+
+
+def compare_exit_code(comparisons: Sequence[Comparison]) -> int:
+    """0 no regression, 1 a regression, 5 nothing in common or everything too noisy."""
+    if any(one.verdict == "slower" for one in comparisons):
+        return 1
+    if not comparisons or all(one.verdict == "too noisy" for one in comparisons):
+        return 5
+    return 0
+
+
+def summary(records: Records) -> list[dict[str, Any]]:
+    """A row per cell: median seconds and rate, spread, KMS calls, memory, the yardsticks' rates."""
+    rows = []
+    for runs in by_cell(records.usable()).values():
+        wall = median([run.wall_s for run in runs])
+        copies = [run.yardstick_s["copy"] for run in runs if run.yardstick_s.get("copy")]
+        rows.append(
+            {
+                "cell": runs[0].cell.hash,
+                "label": runs[0].cell.label(),
+                "runs": len(runs),
+                "noisy": sum(1 for run in runs if run.noise),
+                "seconds": wall,
+                "bytes_per_second": median([run.rate for run in runs]),
+                "spread": spread([run.wall_s for run in runs]),
+                "of_copy": median(copies) / wall if copies and wall else math.nan,
+                "kms_calls": median([float(run.calls) for run in runs]),
+                "peak_rss": max(run.peak_rss for run in runs),
+            }
+        )
+    return rows

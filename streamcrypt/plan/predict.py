@@ -1,0 +1,648 @@
+"""A job before it is run: seconds, KMS calls, money, and which resource decides.
+
+    Job          what is to be done, on which hosts, with which cache and KMS
+    predict      Job and measured records -> Prediction
+    solve        the least number of hosts or workers, the deadline, or the cache limit that will do
+
+A host's work comes from rates fitted to records (``model.py``), its waits from the queue
+(``closed.py``, and ``simulate.py`` where two bounds nearly tie), the interval from repeating the
+closed form with resampled rates and with the errors that the fit made on cells it had not seen.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from streamcrypt.bench.records import Records
+from streamcrypt.engine.spans import SPAN_LENGTH, SPLIT_LENGTH
+from streamcrypt.plan import limits
+from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form
+from streamcrypt.plan.model import Fit, Vector, Work, describe, fit
+from streamcrypt.plan.simulate import simulate
+
+TRIALS: Final = 2000
+CONFIDENCE: Final = 0.9  # share of trials that must meet the deadline
+HEADER: Final = 400  # bytes: one KMS key and a few context pairs
+KNEE: Final = 8.0  # exponent of the norm that joins bounds; two equal ones come to 1.09 of one
+MOST_HOSTS: Final = 1 << 16
+
+# INTERFACE.md: the cache's defaults.
+MAX_AGE: Final = 300.0
+MAX_MESSAGES: Final = 100_000
+MAX_BYTES: Final = 1 << 40
+CAPACITY: Final = 1000
+
+_KMS_OPERATION: Final = {
+    "encrypt": "GenerateDataKey",
+    "decrypt": "Decrypt",
+    "verify": "Decrypt",
+    "rekey": "GenerateDataKey",
+}
+
+
+class PlanError(ValueError):
+    """A job that cannot be planned; the message says why and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A distribution of file sizes as points of equal weight, in bytes."""
+
+    points: tuple[float, ...]
+
+    @classmethod
+    def constant(cls, mean: float) -> Sizes:
+        return cls((mean,))
+
+    @classmethod
+    def lognormal(cls, mean: float, sigma: float) -> Sizes:
+        """64 quantiles of a lognormal distribution, scaled to ``mean``."""
+        normal = NormalDist()
+        points = [math.exp(sigma * normal.inv_cdf((i + 0.5) / 64)) for i in range(64)]
+        scale = mean * len(points) / sum(points)
+        return cls(tuple(point * scale for point in points))
+
+    @classmethod
+    def listing(cls, sizes: Sequence[int]) -> Sizes:
+        """The sizes themselves, or 512 groups of neighbours by their means; PlanError for none."""
+        if not sizes:
+            raise PlanError("the listing holds no files; name a folder or bucket that does")
+        ordered = sorted(sizes)
+        if len(ordered) <= 512:
+            return cls(tuple(float(size) for size in ordered))
+        groups = [ordered[i * len(ordered) // 512 : (i + 1) * len(ordered) // 512] for i in range(512)]
+        return cls(tuple(sum(group) / len(group) for group in groups))
+
+    def scaled(self, mean: float) -> Sizes:
+        """The same shape with another mean."""
+        if self.mean == 0:
+            return Sizes.constant(mean)
+        return Sizes(tuple(point * mean / self.mean for point in self.points))
+
+    @property
+    def mean(self) -> float:
+        return sum(self.points) / len(self.points)
+
+    @property
+    def variation(self) -> float:
+        """Coefficient of variation."""
+        mean = self.mean
+        if mean == 0:
+            return 0.0
+        return math.sqrt(sum((point - mean) ** 2 for point in self.points) / len(self.points)) / mean
+
+    @property
+    def largest(self) -> float:
+        return max(self.points)
+
+    def frames(self, frame_size: int) -> float:
+        """Mean frames of a message; a whole number of frames is followed by an empty final one."""
+        return sum(point // frame_size + 1 for point in self.points) / len(self.points)
+
+    def spans(self) -> float:
+        """Mean pieces that the engine cuts a message into."""
+        spans = (math.ceil(point / SPAN_LENGTH) if point > SPLIT_LENGTH else 1 for point in self.points)
+        return sum(spans) / len(self.points)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be planned.  Bytes, seconds, calls per second; bandwidths are per host.
+
+    ``workers`` None: as many as the records' machine has cores.  ``kms_quota`` None: the dated table.
+    ``data_keys`` matters to decryption: how many the files were sealed under (None: as this job's
+    cache would have made).
+    """
+
+    bytes: int
+    files: int
+    sizes: Sizes | None = None
+    operation: str = "encrypt"
+    signed: bool = False
+    frame_size: int = 1 << 20
+    hosts: int = 1
+    workers: int | None = None
+    cores: int | None = None  # of each host; None: as the records' machine
+    fsync: bool = True
+    storage: str = "disk"
+    cache: bool = True
+    cache_max_age: float = MAX_AGE
+    cache_max_messages: float = MAX_MESSAGES
+    cache_max_bytes: float = MAX_BYTES
+    capacity: int = CAPACITY
+    sharing: Sharing = "shared"
+    contexts: int = 1
+    data_keys: int | None = None
+    order: Literal["sequential", "random"] = "sequential"
+    kms_latency: float = limits.KMS_LATENCY
+    kms_quota: float | None = None
+    kms_quota_share: float = limits.QUOTA_SHARE
+    region: str | None = None
+    keys: int = 1
+    read_bandwidth: float | None = None
+    write_bandwidth: float | None = None
+    network_bandwidth: float | None = None
+    deadline: float | None = None
+    price_host_hour: float | None = None
+    object_store: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {
+            "files": self.files,
+            "hosts": self.hosts,
+            "frame size": self.frame_size,
+            "contexts": self.contexts,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise PlanError(f"{name} is {value}: it must be at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise PlanError(f"workers is {self.workers}: it must be at least 1")
+        if self.bytes < 0:
+            raise PlanError(f"bytes is {self.bytes}: a size is not negative")
+        if self.operation not in _KMS_OPERATION:
+            raise PlanError(f"{self.operation!r} cannot be planned; choose from {', '.join(_KMS_OPERATION)}")
+        if self.kms_quota is not None and not self.kms_quota > 0:
+            raise PlanError(
+                "a KMS quota of 0 calls a second lets no job finish; give the quota of your account"
+            )
+        if self.kms_latency < 0:
+            raise PlanError("a KMS latency is not negative")
+        positive = {
+            "deadline": self.deadline,
+            "read bandwidth": self.read_bandwidth,
+            "write bandwidth": self.write_bandwidth,
+            "network bandwidth": self.network_bandwidth,
+            "cache max age": self.cache_max_age,
+            "cache max messages": self.cache_max_messages,
+        }
+        for name, limit in positive.items():
+            if limit is not None and not limit > 0:
+                raise PlanError(f"{name} is {limit:g}: it must be above 0")
+
+    @property
+    def size_points(self) -> Sizes:
+        mean = self.bytes / self.files
+        return self.sizes.scaled(mean) if self.sizes else Sizes.constant(mean)
+
+    @property
+    def kms_operation(self) -> str:
+        return _KMS_OPERATION[self.operation]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One evaluation of the model: a point, before any interval."""
+
+    seconds: float
+    calls: float
+    messages_per_key: float
+    peak_per_second: float
+    parts: dict[str, float]  # seconds that each resource alone would need
+
+    @property
+    def limit(self) -> str:
+        """The resource that decides; the one that would need longest."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a job will take, and how sure that is.  Intervals hold 80 and 95 % of the trials."""
+
+    job: Job
+    hosts: int
+    workers: int
+    estimate: Estimate
+    interval: tuple[float, float]
+    interval_95: tuple[float, float]
+    meets_deadline: float | None  # share of trials
+    quota: limits.KmsQuota
+    bytes_out: float
+    cost: dict[str, Any]
+    sensitivity: dict[str, float]
+    what_if: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+    records: dict[str, Any] = field(default_factory=dict)
+    fit: Fit
+
+    @property
+    def feasible(self) -> bool:
+        return self.meets_deadline is None or self.meets_deadline >= CONFIDENCE
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``plan --json`` (INTERFACE.md), and every figure on the way to it."""
+        job, estimate = self.job, self.estimate
+        inputs = {name: getattr(job, name) for name in Job.__dataclass_fields__ if name != "sizes"}
+        return {
+            "operation": job.operation,
+            "bytes": job.bytes,
+            "files": job.files,
+            "hosts": self.hosts,
+            "workers_per_host": self.workers,
+            "seconds": estimate.seconds,
+            "seconds_interval": list(self.interval),
+            "seconds_interval_95": list(self.interval_95),
+            "bytes_per_second": job.bytes / estimate.seconds if estimate.seconds else 0.0,
+            "bytes_out": round(self.bytes_out),
+            "limit": estimate.limit,
+            "limits": estimate.parts,
+            "deadline": None
+            if job.deadline is None
+            else {"seconds": job.deadline, "met": self.feasible, "share_of_trials": self.meets_deadline},
+            "kms": {
+                "calls": {job.kms_operation: round(estimate.calls)}
+                | ({"Decrypt": round(estimate.calls)} if job.operation == "rekey" else {}),
+                "messages_per_key": estimate.messages_per_key,
+                "peak_per_second": estimate.peak_per_second,
+                "quota_per_second": self.quota.per_second,
+                "quota_source": self.quota.source,
+            },
+            "cost": self.cost,
+            "sensitivity": self.sensitivity,
+            "what_if": self.what_if,
+            "notes": self.notes,
+            "records": self.records,
+            "model": describe(self.fit),
+            "inputs": inputs,
+        }
+
+
+def _load(job: Job, files: int, work_seconds: float, parallel: float, quota: float, variation: float) -> Load:
+    """One host's queue."""
+    workers = max(1, round(parallel))
+    sizes = job.size_points
+    pieces = 1 if job.signed else max(1, round(sizes.spans()))
+    encrypting = job.operation in ("encrypt", "rekey")
+    # A rekey asks twice a key, one question after the other: to open the old one and for a new one.
+    questions = 2 if job.operation == "rekey" else 1
+    data_keys = 0
+    if not encrypting:
+        data_keys = max(1, round(job.data_keys / job.hosts)) if job.data_keys else _made_keys(job, files)
+    return Load(
+        files=files,
+        workers=workers,
+        service=work_seconds * workers / files,
+        variation=0.0 if pieces > 1 else variation,
+        latency=job.kms_latency * questions,
+        quota=quota / job.hosts / questions,
+        max_messages=job.cache_max_messages if job.cache else 1,
+        max_age=job.cache_max_age if job.cache else math.inf,
+        max_bytes=job.cache_max_bytes if job.cache else math.inf,
+        size=sizes.mean,
+        size_variation=sizes.variation,
+        sharing=job.sharing,
+        groups=min(job.contexts, files),
+        prefetch=PREFETCH_PER_WORKER * workers,
+        data_keys=data_keys if job.cache else (files if data_keys else 0),
+        order=job.order,
+        capacity=job.capacity,
+        pieces=pieces,
+    )
+
+
+# The engine lets this many files wait for each worker.
+PREFETCH_PER_WORKER: Final = 2
+
+
+def _made_keys(job: Job, files: int) -> int:
+    """Data keys that this job's cache would have made when the files were encrypted."""
+    sizes = job.size_points
+    from streamcrypt.plan.closed import messages_by_bytes
+
+    per_key = min(job.cache_max_messages, messages_by_bytes(job.cache_max_bytes, sizes.mean, sizes.variation))
+    return max(job.contexts, math.ceil(files / per_key))
+
+
+def _work(job: Job, files: int, workers: int, cores: int) -> Work:
+    share = files / job.files
+    return Work(
+        files=files,
+        bytes=job.bytes * share,
+        frames=job.size_points.frames(job.frame_size) * files,
+        workers=workers,
+        cores=cores,
+        fsync=job.fsync and job.operation != "verify",
+        splits=not job.signed,
+    )
+
+
+def _outcome(load: Load, *, exact: bool) -> Outcome:
+    """The closed form; where two bounds nearly tie and a point is wanted, the simulation."""
+    outcome = closed_form(load)
+    if exact and outcome.near_tie and load.files * load.pieces <= 200_000:
+        return dataclasses.replace(simulate(load), quota_seconds=outcome.quota_seconds)
+    return outcome
+
+
+def _bytes_out(job: Job) -> float:
+    frames = job.size_points.frames(job.frame_size) * job.files
+    overhead = job.files * (HEADER + 8 + (105 if job.signed else 0)) + 32 * frames
+    if job.operation in ("encrypt", "rekey"):
+        return job.bytes + overhead
+    return float(job.bytes) if job.operation == "decrypt" else 0.0
+
+
+def _estimate(
+    job: Job, rates: Fit, coefficients: Vector, workers: int, cores: int, quota: float, *, exact: bool = False
+) -> Estimate:
+    """The model at one point."""
+    files = math.ceil(job.files / job.hosts)
+    work = _work(job, files, workers, cores)
+    products = coefficients * work.features()
+    start, file_serial, file, byte_serial, byte, frame, sync_serial, sync, sync_byte, started = (
+        products.tolist()
+    )
+    overhead = start + started
+    busy = max(float(products.sum()) - overhead, 1e-9)
+    by_size = (byte_serial + byte + frame + sync_byte) / busy
+    load = _load(job, files, busy, work.parallel, quota, job.size_points.variation * by_size)
+    outcome = _outcome(load, exact=exact)
+
+    share = files / job.files
+    bounds = {
+        "storage-read": job.bytes * share / job.read_bandwidth if job.read_bandwidth else 0.0,
+        "storage-write": _bytes_out(job) * share / job.write_bandwidth if job.write_bandwidth else 0.0,
+        "network": (job.bytes + _bytes_out(job)) * share / job.network_bandwidth
+        if job.network_bandwidth
+        else 0.0,
+    }
+    seconds = [outcome.seconds, *(bound for bound in bounds.values() if bound > 0)]
+    top = max(seconds)
+    joined = top * sum((value / top) ** KNEE for value in seconds) ** (1 / KNEE) if len(seconds) > 1 else top
+
+    stored = byte_serial + sync_serial + sync + sync_byte
+    reads_only = job.operation == "verify"
+    parts = {
+        "cpu": file + byte + frame,
+        "file-overhead": file_serial,
+        "storage-write": max(bounds["storage-write"], 0.0 if reads_only else stored),
+        "storage-read": max(bounds["storage-read"], stored if reads_only else 0.0),
+        "network": bounds["network"],
+        "kms-latency": outcome.stall_seconds if outcome.quota_seconds <= outcome.worker_seconds else 0.0,
+        "kms-quota": outcome.quota_seconds,
+        "start-up": overhead,
+    }
+    if outcome.quota_seconds and outcome.quota_seconds >= 0.97 * outcome.seconds:
+        parts = {name: 0.0 if name == "kms-latency" else value for name, value in parts.items()}
+    return Estimate(
+        seconds=overhead + joined,
+        calls=outcome.calls * job.hosts,
+        messages_per_key=outcome.messages_per_key,
+        peak_per_second=min(outcome.peak_per_second * job.hosts, quota * 2),
+        parts=parts,
+    )
+
+
+def _quantile(ordered: Sequence[float], fraction: float) -> float:
+    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+
+
+def _trials(
+    job: Job, rates: Fit, workers: int, cores: int, quota: float, widen: float, trials: int, seed: int
+) -> list[float]:
+    """Seconds of repeated evaluations, sorted: resampled rates, the fit's own errors, a KMS faster or slower."""
+    rng = np.random.default_rng(seed)
+    residuals = rates.residuals or (0.0,)
+    picked = rng.integers(0, len(residuals), trials)
+    rates_picked = rng.integers(0, max(1, len(rates.resampled)), trials)
+    latencies = np.exp(rng.normal(0, 0.2, trials))
+    seconds = []
+    # The model is smooth: as many evaluations as there are refits, the other draws scale them.
+    for chosen in sorted(set(rates_picked.tolist())):
+        coefficients = rates.resampled[chosen] if rates.resampled else rates.coefficients
+        rows = np.flatnonzero(rates_picked == chosen)
+        slower = dataclasses.replace(job, kms_latency=job.kms_latency * float(latencies[rows[0]]))
+        point = _estimate(slower, rates, coefficients, workers, cores, quota).seconds
+        seconds += [point * max(0.1, 1 + widen * residuals[picked[row]]) for row in rows.tolist()]
+    return sorted(seconds)
+
+
+def _changed(job: Job, **changes: Any) -> Job:
+    return dataclasses.replace(job, **changes)
+
+
+def _sensitivity(job: Job, point: Any, workers: int) -> dict[str, float]:
+    """d ln(seconds) / d ln(input): -1 means that twice the input halves the time."""
+    base = point(job, workers).seconds
+    doubled = {"bytes", "files", "hosts", "frame_size"}
+    found: dict[str, float] = {}
+
+    def elasticity(changed: Job, with_workers: int, ratio: float) -> float:
+        return math.log(point(changed, with_workers).seconds / base) / math.log(ratio)
+
+    for name in ("bytes", "files", "frame_size", "hosts"):
+        value = getattr(job, name)
+        if name in doubled and value:
+            found[name] = elasticity(_changed(job, **{name: value * 2}), workers, 2)
+    found["workers"] = elasticity(job, workers * 2, 2)
+    for name in ("kms_latency", "cache_max_messages", "cache_max_age", "cache_max_bytes",
+                 "read_bandwidth", "write_bandwidth", "network_bandwidth"):  # fmt: skip
+        value = getattr(job, name)
+        if value:
+            found[name] = elasticity(_changed(job, **{name: value * 1.1}), workers, 1.1)
+    return {
+        name: round(value, 4) + 0.0 for name, value in sorted(found.items(), key=lambda item: -abs(item[1]))
+    }
+
+
+def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) -> Prediction:
+    """Plan ``job`` from measured ``records``.  ModelError when they hold too little for its operation."""
+    notes = []
+    storage = job.storage
+    kinds = {(run.cell.operation, run.cell.signed, run.cell.storage) for run in records.usable()}
+    if (job.operation, job.signed, storage) not in kinds and (job.operation, job.signed, "memory") in kinds:
+        storage = "memory"
+        notes.append(f"nothing was measured on {job.storage}: rates are those of a memory file system")
+    rates = fit(records, job.operation, signed=job.signed, storage=storage)
+    cores = job.cores or max(records.machine.cores, job.workers or 0)
+    workers = job.workers or cores
+    quota = (
+        limits.KmsQuota(job.kms_quota, "given")
+        if job.kms_quota is not None
+        else limits.kms_quota(job.kms_operation, job.region, job.kms_quota_share)
+    )
+
+    def point(changed: Job, with_workers: int, *, exact: bool = False) -> Estimate:
+        at_cores = max(cores, with_workers) if with_workers != workers else cores
+        return _estimate(
+            changed, rates, rates.coefficients, with_workers, at_cores, quota.per_second, exact=exact
+        )
+
+    widen = 1.0
+    if workers > 2 * rates.largest_workers:
+        widen = 1 + math.log2(workers / (2 * rates.largest_workers)) / 2
+        notes.append(
+            f"{workers} workers are {workers / rates.largest_workers:.3g} times the most that was measured "
+            f"({rates.largest_workers}); the interval is widened {widen:.2g} times and may still be too narrow"
+        )
+    if job.hosts > 1:
+        notes.append("hosts are assumed equal and independent; only the KMS quota is shared")
+    estimate = point(job, workers, exact=True)
+    drawn = _trials(job, rates, workers, cores, quota.per_second, widen, trials, seed)
+    meets = bisect.bisect_right(drawn, job.deadline) / len(drawn) if job.deadline is not None else None
+
+    sizes = job.size_points
+    longest = sizes.largest * job.files / max(job.bytes, 1)
+    if job.signed and longest * workers * job.hosts > job.files:
+        notes.append("one file is longer than a worker's share of the job; a signed message is not split")
+    what_if = []
+    variants: list[tuple[str, Job]] = [("no cache", _changed(job, cache=False))] if job.cache else []
+    variants += [
+        (f"frames of {label}", _changed(job, frame_size=size))
+        for label, size in (("4 KiB", 1 << 12), ("64 KiB", 1 << 16), ("1 MiB", 1 << 20))
+        if size != job.frame_size
+    ]
+    for label, variant in variants:
+        other = point(variant, workers)
+        what_if.append(
+            {
+                "change": label,
+                "seconds": other.seconds,
+                "ratio": other.seconds / estimate.seconds,
+                "calls": round(other.calls),
+                "limit": other.limit,
+            }
+        )
+    return Prediction(
+        job=job,
+        hosts=job.hosts,
+        workers=workers,
+        estimate=estimate,
+        interval=(_quantile(drawn, 0.1), _quantile(drawn, 0.9)),
+        interval_95=(_quantile(drawn, 0.025), _quantile(drawn, 0.975)),
+        meets_deadline=meets,
+        quota=quota,
+        bytes_out=_bytes_out(job),
+        cost=_cost(job, estimate, cores),
+        sensitivity=_sensitivity(job, point, workers),
+        what_if=what_if,
+        notes=notes,
+        records={
+            "machine": records.machine.name,
+            "date": records.date,
+            "runs": rates.runs,
+            "noise": rates.noise,
+        },
+        fit=rates,
+    )
+
+
+def host_hour(job: Job, cores: int) -> float:
+    """USD for an hour of one host."""
+    return job.price_host_hour if job.price_host_hour is not None else limits.CPU_HOUR.usd * cores
+
+
+def _cost(job: Job, estimate: Estimate, cores: int) -> dict[str, Any]:
+    questions = 2 if job.operation == "rekey" else 1
+    kms = limits.kms_cost(job.kms_operation, estimate.calls * questions, job.keys, estimate.seconds)
+    compute = host_hour(job, cores) * job.hosts * estimate.seconds / 3600
+    requests = 0.0
+    if job.object_store:
+        writes = 0 if job.operation == "verify" else job.files
+        requests = writes * limits.PUT_REQUEST.usd + job.files * limits.GET_REQUEST.usd
+    return {
+        "currency": "USD",
+        "kms_requests": kms["kms_requests"],
+        "kms_keys": kms["kms_keys"],
+        "compute": compute,
+        "store_requests": requests,
+        "total": kms["kms_requests"] + kms["kms_keys"] + compute + requests,
+        "prices": {
+            "kms": kms["kms_prices"],
+            "compute": {"date": limits.CPU_HOUR.date, "source": limits.CPU_HOUR.source}
+            if job.price_host_hour is None
+            else {"source": "given"},
+        },
+    }
+
+
+def _within(job: Job, records: Records) -> Prediction | None:
+    """The prediction, if it meets the deadline."""
+    found = predict(job, records, trials=400)
+    return found if found.feasible else None
+
+
+def _least(low: int, high: int, enough: Any) -> int | None:
+    """The least number for which ``enough`` holds, in [low, high]; None when it never does."""
+    step = low
+    while not enough(step):
+        if step >= high:
+            return None
+        low, step = step + 1, min(step * 2, high)
+    while low < step:
+        middle = (low + step) // 2
+        if enough(middle):
+            step = middle
+        else:
+            low = middle + 1
+    return step
+
+
+def solve(what: str, job: Job, records: Records) -> Prediction:
+    """The job with the least ``hosts``, ``workers``, ``deadline`` or ``cache`` limit that will do.
+
+    PlanError when no value will: then the message says which resource stands in the way.
+    """
+    if what == "deadline":
+        found = predict(dataclasses.replace(job, deadline=None), records)
+        # The time that nine of ten trials keep.
+        wanted = found.interval[1]
+        return predict(dataclasses.replace(job, deadline=math.ceil(wanted * 1000 + 1) / 1000), records)
+    if what == "cache":
+        base = predict(
+            dataclasses.replace(job, cache_max_messages=float(job.files), cache=True), records, trials=1
+        )
+
+        def good(messages: int) -> bool:
+            tried = dataclasses.replace(job, cache=True, cache_max_messages=float(messages))
+            return predict(tried, records, trials=1).estimate.seconds <= base.estimate.seconds * 1.01
+
+        least = _least(1, max(1, job.files), good)
+        return predict(
+            dataclasses.replace(job, cache=True, cache_max_messages=float(least or job.files)), records
+        )
+    if job.deadline is None:
+        raise PlanError(f"--solve {what} needs a --deadline")
+    if what == "hosts":
+        most = min(MOST_HOSTS, job.files)
+        least = _least(1, most, lambda hosts: _within(dataclasses.replace(job, hosts=hosts), records))
+        best = dataclasses.replace(job, hosts=least or most)
+    elif what == "workers":
+        most = 1024
+        least = _least(1, most, lambda workers: _within(dataclasses.replace(job, workers=workers), records))
+        best = dataclasses.replace(job, workers=least or most)
+    else:
+        raise PlanError(f"--solve takes hosts, workers, deadline or cache, not {what!r}")
+    found = predict(best, records)
+    if least is None:
+        raise PlanError(
+            f"no number of {what} up to {most} meets the deadline of {job.deadline:g} s: "
+            f"{found.estimate.limit} alone needs {found.estimate.parts[found.estimate.limit]:.3g} s there; "
+            "allow more time, or change that resource"
+        )
+    return found
+
+
+def check(report: dict[str, Any], job: Job, records: Records) -> dict[str, Any]:
+    """A finished job's report against its plan: predicted and actual seconds and calls, and their ratio."""
+    predicted = predict(job, records)
+    actual = float(report["seconds"])
+    calls: Iterable[int] = report.get("kms", {}).get("calls", {}).values()
+    return {
+        "predicted_seconds": predicted.estimate.seconds,
+        "actual_seconds": actual,
+        "ratio": actual / predicted.estimate.seconds,
+        "in_interval": predicted.interval[0] <= actual <= predicted.interval[1],
+        "predicted_calls": round(predicted.estimate.calls),
+        "actual_calls": sum(calls),
+        "drifted": abs(actual / predicted.estimate.seconds - 1) > 0.15,
+    }
