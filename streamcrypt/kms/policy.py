@@ -27,12 +27,16 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from streamcrypt.kms.conditions import (
+    RESOURCE,
     Condition,
     Context,
+    Values,
+    all_of,
+    always,
     arn_match,
     compile_conditions,
     malformed,
-    resource_matcher,
+    resource_condition,
     wildcard_match,
 )
 from streamcrypt.kms.errors import KmsError
@@ -179,14 +183,13 @@ def evaluate(request: Request, key_policy: str | None, grants: Iterable[Grant] =
     direct: _Statement | None = None
     delegated: _Statement | None = None
     if key_policy is not None:
-        denies, allows = _compile(key_policy, "key").about(action)
-        for statement in denies:
-            if statement.names(identity) and statement.applies(context):
+        denies, allows = _compile(key_policy, "key").about(action, identity)
+        for _, statement in denies:
+            if statement.applies(context):
                 reason = "with an explicit deny in a resource-based policy"
                 return Decision(False, "key policy", statement.label, reason, explicit=True)
-        for statement in allows:
-            match = statement.names(identity)
-            if match and (match == _ITSELF or delegated is None) and statement.applies(context):
+        for match, statement in allows:
+            if (match == _ITSELF or delegated is None) and statement.applies(context):
                 if match == _ITSELF:
                     direct = statement
                     break
@@ -194,13 +197,13 @@ def evaluate(request: Request, key_policy: str | None, grants: Iterable[Grant] =
 
     own: _Statement | None = None
     for text in caller.policies:
-        denies, allows = _compile(text, "identity").about(action)
-        for statement in denies:
+        denies, allows = _compile(text, "identity").about(action, identity)
+        for _, statement in denies:
             if statement.applies(context):
                 reason = "with an explicit deny in an identity-based policy"
                 return Decision(False, "identity policy", statement.label, reason, explicit=True)
         if own is None:
-            own = next((statement for statement in allows if statement.applies(context)), None)
+            own = next((statement for _, statement in allows if statement.applies(context)), None)
     own_allows = own is not None or identity.is_root
 
     no_own = f"because no identity-based policy allows the {action} action"
@@ -216,7 +219,10 @@ def evaluate(request: Request, key_policy: str | None, grants: Iterable[Grant] =
         return Decision(
             True, "key policy" if decisive is by_key_policy else "identity policy", decisive.label, ""
         )
+    operation = action.partition(":")[2]
     for grant in grants:
+        if operation not in grant.operations:
+            continue
         match = _names_principal(grant.grantee, identity)
         if (match == _ITSELF or (match and own_allows)) and _grant_covers(grant, request, context):
             return Decision(True, "grant", grant.grant_id, "")
@@ -293,9 +299,9 @@ def check_key_policy(text: str, request: Request, *, bypass_lockout_check: bool 
     caller = request.caller
     again = Request(caller, "kms:PutKeyPolicy", request.key, conditions={"kms:PolicyName": "default"})
     identity, context = _identity(caller.arn, caller.role), _RequestContext(again)
-    denies, allows = policy.about(again.action)
-    if any(statement.names(identity) and statement.applies(context) for statement in denies) or not any(
-        statement.names(identity) and statement.applies(context) for statement in allows
+    denies, allows = policy.about(again.action, identity)
+    if any(deny.applies(context) for _, deny in denies) or not any(
+        allow.applies(context) for _, allow in allows
     ):
         raise malformed("The new key policy will not allow you to update the key policy in the future.")
 
@@ -382,6 +388,7 @@ _ACCOUNT = re.compile(r"(?:arn:aws[a-z-]*:iam::)?(\d{12})(?::root)?")
 class _Identity:
     """The names under which a policy may mean a caller."""
 
+    arn: str
     account: str
     names: frozenset[str]
     """The caller itself: its ARN, for a session also its role's; and ``*``."""
@@ -399,14 +406,14 @@ class _Identity:
 def _identity(arn: str, role: str | None) -> _Identity:
     parts = arn.split(":", 5)
     if len(parts) < 6:
-        return _Identity("", frozenset({arn, "*"}), False, arn)
+        return _Identity(arn, "", frozenset({arn, "*"}), False, arn)
     partition, account, resource = parts[1], parts[4], parts[5]
     if resource == "root":
-        return _Identity(account, frozenset({account, "*"}), True, arn)
+        return _Identity(arn, account, frozenset({account, "*"}), True, arn)
     if resource.startswith("assumed-role/"):
         role = role or f"arn:{partition}:iam::{account}:role/{resource.split('/')[1]}"
-        return _Identity(account, frozenset({arn, role, "*"}), False, role)
-    return _Identity(account, frozenset({arn, "*"}), False, arn)
+        return _Identity(arn, account, frozenset({arn, role, "*"}), False, role)
+    return _Identity(arn, account, frozenset({arn, "*"}), False, arn)
 
 
 def _is_service(principal: str) -> bool:
@@ -415,11 +422,17 @@ def _is_service(principal: str) -> bool:
 
 def _names_principal(principal: str, identity: _Identity) -> int:
     """How ``principal`` (an ARN, twelve digits, a service) means the caller: itself, its account, or not."""
-    account = _ACCOUNT.fullmatch(principal)
-    name = account[1] if account else principal
+    name = _canonical(principal)
     if name in identity.names:
         return _ITSELF
     return _ITS_ACCOUNT if name == identity.account else _NOBODY
+
+
+@lru_cache(maxsize=4096)
+def _canonical(principal: str) -> str:
+    """A principal as policies are compiled with it: an account is its twelve digits."""
+    account = _ACCOUNT.fullmatch(principal)
+    return account[1] if account else principal
 
 
 def _account_of(arn: str) -> str:
@@ -440,7 +453,7 @@ def _grant_covers(grant: Grant, request: Request, context: Context) -> bool:
         return False
     if grant.source_arn is not None:
         source = context["aws:sourcearn"]
-        if source is None or not arn_match(grant.source_arn)(source[0]):
+        if not isinstance(source, str) or not arn_match(grant.source_arn)(source):
             return False
     if operation == "CreateGrant":
         return request.new_grant is not None and _is_narrower(request.new_grant, grant)
@@ -471,22 +484,21 @@ def _is_narrower(child: Grant, parent: Grant) -> bool:
 # --- condition keys of a request ------------------------------------------------------------------
 
 
-class _RequestContext(dict[str, "Sequence[str] | None"]):
+class _RequestContext(dict[str, Values]):
     """Condition keys (lower case) to the request's values, worked out when a condition first asks."""
 
-    __slots__ = ("_request", "resource")
+    __slots__ = ("_request",)
 
     def __init__(self, request: Request) -> None:
         super().__init__()
         self._request = request
-        self.resource = _resource_of(request)
 
-    def __missing__(self, key: str) -> Sequence[str] | None:
+    def __missing__(self, key: str) -> Values:
         values = self._find(key)
         self[key] = values
         return values
 
-    def _find(self, key: str) -> Sequence[str] | None:
+    def _find(self, key: str) -> Values:
         request = self._request
         for given in (request.conditions, request.caller.conditions):
             for name, value in given.items():
@@ -503,18 +515,17 @@ class _RequestContext(dict[str, "Sequence[str] | None"]):
         return None
 
 
-def _values(value: Value | None) -> Sequence[str] | None:
-    if isinstance(value, str):
-        return (value,)
-    if value is None:
-        return None
+def _values(value: Value | None) -> Values:
+    if value is None or isinstance(value, str):
+        return value
     if isinstance(value, bool):
-        return ("true" if value else "false",)
+        return "true" if value else "false"
     if isinstance(value, datetime):
-        return (value.isoformat(),)
+        return value.isoformat()
     if isinstance(value, int | float):
-        return (str(value),)
-    return tuple(value) or None
+        return str(value)
+    values = tuple(value)
+    return values[0] if len(values) == 1 else values or None
 
 
 def _encryption_context(request: Request) -> Mapping[str, str]:
@@ -564,6 +575,7 @@ def _grant_is_for_aws_resource(request: Request) -> bool | None:
 
 # What follows from the fields of a Request; the keys of single operations come in Request.conditions.
 _CONDITION_KEYS: Final[dict[str, Callable[[Request], Value | None]]] = {
+    RESOURCE: lambda request: _resource_of(request),
     "kms:calleraccount": lambda request: request.caller.account or None if request.key else None,
     "kms:encryptioncontextkeys": lambda request: tuple(_encryption_context(request)),
     "kms:grantconstrainttype": _of_grant(_constraint_type),
@@ -615,13 +627,13 @@ class _Statement:
     label: str
     allow: bool
     principals: frozenset[str]
-    """Names as in ``_Identity``; empty in identity policies."""
+    """Names as in ``_Identity``; ``*`` in identity policies, which mean who they are attached to."""
     spares: bool
     """NotPrincipal: the statement means everyone but ``principals``."""
     covers: Callable[[str], bool]
     """Whether the statement is about an action (lower case)."""
-    covers_resource: Callable[[str, Context], bool]
-    holds: Condition
+    applies: Condition
+    """Whether resource and conditions hold."""
 
     def names(self, identity: _Identity) -> int:
         """Whether the statement's principal is the caller itself, its account, or neither."""
@@ -635,30 +647,32 @@ class _Statement:
             return _NOBODY if not identity.chain.isdisjoint(self.principals) else _ITSELF
         return _NOBODY if identity.chain <= self.principals else _ITSELF
 
-    def applies(self, context: _RequestContext) -> bool:
-        """Whether resource and conditions hold."""
-        return self.covers_resource(context.resource, context) and self.holds(context)
 
-
-_Pair = tuple[tuple[_Statement, ...], tuple[_Statement, ...]]
+_Matched = tuple[tuple[int, _Statement], ...]
+"""Statements, each with how it names the caller (``_ITSELF`` or ``_ITS_ACCOUNT``)."""
 
 
 class _Policy:
-    """The statements of a policy, by action."""
+    """The statements of a policy; those about one action and one caller are looked up once."""
 
     def __init__(self, statements: Sequence[_Statement]) -> None:
         self._statements = statements
-        self._by_action: dict[str, _Pair] = {}
+        self._found: dict[tuple[str, str, str], tuple[_Matched, _Matched]] = {}
 
-    def about(self, action: str) -> _Pair:
-        """The Deny and the Allow statements about an action, in the policy's order."""
-        pair = self._by_action.get(action)
-        if pair is None:
-            about = [statement for statement in self._statements if statement.covers(action.lower())]
-            denies = tuple(statement for statement in about if not statement.allow)
-            pair = denies, tuple(statement for statement in about if statement.allow)
-            self._by_action[action] = pair
-        return pair
+    def about(self, action: str, identity: _Identity) -> tuple[_Matched, _Matched]:
+        """The Deny and the Allow statements about an action that name the caller, in the policy's order."""
+        key = (action, identity.arn, identity.principal_arn)
+        found = self._found.get(key)
+        if found is None:
+            lower = action.lower()
+            named = [(statement.names(identity), statement) for statement in self._statements]
+            about = [(match, statement) for match, statement in named if match and statement.covers(lower)]
+            denies = tuple(pair for pair in about if not pair[1].allow)
+            found = denies, tuple(pair for pair in about if pair[1].allow)
+            if len(self._found) >= 1024:  # many sessions of one role: forget, do not grow
+                self._found.clear()
+            self._found[key] = found
+        return found
 
 
 @lru_cache(maxsize=1024)
@@ -720,9 +734,13 @@ def _compile_statement(statement: Any, label: str, kind: _Kind, *, variables: bo
     allow = statement["Effect"] == "Allow"
     actions, spared_actions = _patterns(statement, "Action")
     resources, spared_resources = _patterns(statement, "Resource")
-    condition = statement.get("Condition", {})
     if kind == "key":
-        _refuse_overly_permissive(condition)
+        _refuse_overly_permissive(statement.get("Condition"))
+    # "*" in a key policy is the key; an ARN there means the key only where it is this one.
+    resource = _any_of(
+        [resource_condition(text, variables=variables) for text in resources], spared_resources
+    )
+    condition = compile_conditions(statement.get("Condition", {}), variables=variables, every_value=allow)
     return _Statement(
         label=sid or label,
         allow=allow,
@@ -730,21 +748,17 @@ def _compile_statement(statement: Any, label: str, kind: _Kind, *, variables: bo
         spares="NotPrincipal" in statement,
         # Actions ignore case: AWS KMS Developer Guide, "Permissions reference".
         covers=_any_of([wildcard_match(pattern.lower()) for pattern in actions], spared_actions),
-        # "*" in a key policy is the key; an ARN there means the key only where it is this one.
-        covers_resource=_any_of(
-            [resource_matcher(pattern, variables=variables) for pattern in resources], spared_resources
-        ),
-        holds=compile_conditions(condition, variables=variables, every_value=allow),
+        applies=all_of([test for test in (resource, condition) if test is not always]),
     )
 
 
-def _any_of(tests: Sequence[Callable[..., bool]], negated: bool) -> Callable[..., bool]:
+def _any_of(tests: Sequence[Callable[[Any], bool]], negated: bool) -> Callable[[Any], bool]:
     """One test of many; without any, none: a statement without Action or Resource has no effect."""
     if not tests:
-        return lambda *_: False
+        return lambda _: False
     if len(tests) == 1 and not negated:
         return tests[0]
-    return lambda *given: any(test(*given) for test in tests) != negated
+    return lambda given: any(test(given) for test in tests) != negated
 
 
 def _patterns(statement: dict[str, Any], element: str) -> tuple[list[str], bool]:
@@ -767,7 +781,7 @@ def _principals(statement: dict[str, Any], kind: _Kind) -> frozenset[str]:
     if kind == "identity":
         if principal is not None:
             raise malformed("An identity policy cannot name a Principal.")
-        return frozenset()
+        return frozenset({"*"})
     if principal is None:
         raise malformed("Policy contains a statement with no principal.")
     if principal == "*":
@@ -784,11 +798,8 @@ def _principals(statement: dict[str, Any], kind: _Kind) -> frozenset[str]:
 def _principal_name(type_: str, value: Any) -> str:
     if isinstance(value, str):
         if type_ == "AWS":
-            account = _ACCOUNT.fullmatch(value)
-            if account:
-                return account[1]
-            if value == "*" or _PRINCIPAL.fullmatch(value):
-                return value
+            if value == "*" or _ACCOUNT.fullmatch(value) or _PRINCIPAL.fullmatch(value):
+                return _canonical(value)
         elif (type_ == "Service" and _is_service(value)) or (
             type_ in ("Federated", "CanonicalUser") and value
         ):
