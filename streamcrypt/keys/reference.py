@@ -10,9 +10,18 @@
                                                               when the public key is given
     raw-aes:NAMESPACE/NAME@FILE                               16, 24 or 32 bytes in a file
     raw-rsa:NAMESPACE/NAME@FILE.pem[?padding=…]               public key encrypts, private key decrypts
+    ecdh:FILE.pem&recipient=FILE.pem                          own private key and the other's public key
+    ecdh:FILE.pem                                             decrypts what was wrapped for this private key
+    ecdh:ephemeral&recipient=FILE.pem                         encrypts; only the recipient decrypts
+    ecdh:KMS-KEY[&recipient=FILE.pem]                         KMS-KEY a local:, aws: or arn: key for
+                                                              key agreement, as either of the files
+    hierarchy:BRANCH-KEY-ID@local                             branch keys kept in this home
+    hierarchy:BRANCH-KEY-ID@dynamodb:TABLE[?logical=NAME]     in DynamoDB, in AWS's schema; also
+                                                              &region=REGION, &kms=KEY-ARN, &ttl=5m
 
 A reference that is not understood is a ValueError; a key file that cannot be used is a
-KeyAccessError.  Nothing is asked of a KMS before a data key is.
+KeyAccessError.  Nothing is asked of a KMS before a data key is, but the public key or the ARN of
+an asymmetric key.
 """
 
 from __future__ import annotations
@@ -27,16 +36,28 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from streamcrypt.errors import KeyAccessError, StreamcryptError
+from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsCalls, KmsStats
+from streamcrypt.keys.ecdh import EphemeralEcdhKeyring, KmsEcdhKeyring, RawEcdhKeyring
+from streamcrypt.keys.hierarchy import (
+    DEFAULT_TTL,
+    BranchKeyStore,
+    BranchKeyTable,
+    DynamoBranchKeyTable,
+    HierarchyKeyring,
+    SqliteBranchKeyTable,
+)
 from streamcrypt.keys.keyring import Keyring, MultiKeyring, printable
 from streamcrypt.keys.kms import KeyArn, KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring, is_multi_region
 from streamcrypt.keys.raw import AES_KEY_LENGTHS, DEFAULT_RSA_PADDING, RawAesKeyring, RawRsaKeyring
 from streamcrypt.kms import default_home, open_service
 from streamcrypt.kms.redaction import withhold_secrets_from_logs
+from streamcrypt.units import parse_duration
 
 LOCAL_REGION: Final = "local"
 PLAINTEXT_HTTP_VARIABLE: Final = "STREAMCRYPT_ALLOW_PLAINTEXT_HTTP"
@@ -101,6 +122,10 @@ def _from(reference: str | Keyring, *, encrypting: bool, stats: KmsStats | None)
             return _kms(reference, encrypting=encrypting, stats=stats)
         if kind == "kms-rsa":
             return _kms_rsa(rest, stats=stats)
+        if kind == "ecdh":
+            return _ecdh(reference, rest, encrypting=encrypting, stats=stats)
+        if kind == "hierarchy":
+            return _hierarchy(reference, rest, stats=stats)
         if kind == "raw-aes":
             return _raw_aes(reference, rest)
         if kind == "raw-rsa":
@@ -193,6 +218,97 @@ def _kms_rsa(rest: str, *, stats: KmsStats | None) -> Keyring:
     return KmsRsaKeyring(key_id, public_key=public_key, client=calls, padding=padding)
 
 
+def _ecdh(reference: str, rest: str, *, encrypting: bool, stats: KmsStats | None) -> Keyring:
+    own, *items = rest.split("&")
+    names = dict(item.partition("=")[::2] for item in items)
+    if set(names) - {"recipient"}:
+        raise ValueError(f"{printable(reference)!r}: write ecdh:FILE.pem&recipient=FILE.pem")
+    recipient = _ec_public_key(Path(names["recipient"]), reference) if "recipient" in names else None
+    if encrypting and recipient is None:
+        raise ValueError(
+            f"{printable(reference)!r}: encrypting needs the other's public key: &recipient=FILE.pem"
+        )
+    if own == "ephemeral":
+        if recipient is None or not encrypting:
+            raise ValueError("ecdh:ephemeral only encrypts, and needs &recipient=FILE.pem")
+        return EphemeralEcdhKeyring(recipient)
+    if own.partition(":")[0] in ("local", "aws", "arn"):
+        calls, key_id = _reach(own, {}, stats)
+        return KmsEcdhKeyring(calls, key_id, recipient, label=own)
+    path = Path(own)
+    private_key = load_private_key(_read_key_file(path, reference, private=True), path)
+    if not isinstance(private_key, EllipticCurvePrivateKey):
+        raise KeyAccessError(f"{path}: not an elliptic-curve key; ecdh: needs one on P-256, P-384 or P-521")
+    return RawEcdhKeyring(private_key, recipient)
+
+
+def _ec_public_key(path: Path, reference: str) -> EllipticCurvePublicKey:
+    pem = _read_key_file(path, reference, private=False)
+    if b"PRIVATE KEY" in pem:
+        raise KeyAccessError(f"{path}: a private key; &recipient= takes the other's public key")
+    public_key = load_public_key(pem, path)
+    if not isinstance(public_key, EllipticCurvePublicKey):
+        raise KeyAccessError(f"{path}: not an elliptic-curve public key; &recipient= needs one")
+    return public_key
+
+
+def _hierarchy(reference: str, rest: str, *, stats: KmsStats | None) -> Keyring:
+    branch_key_id, at, place = rest.partition("@")
+    if not (branch_key_id and at and place):
+        raise ValueError(
+            f"{printable(reference)!r} is not a key reference; write hierarchy:BRANCH-KEY-ID@local "
+            "or hierarchy:BRANCH-KEY-ID@dynamodb:TABLE"
+        )
+    store, ttl = _branch_key_store(place, stats)
+    return HierarchyKeyring(store, branch_key_id, cache=_branch_keys_for(ttl))
+
+
+def branch_key_store(
+    place: str, *, kms_key_arn: str | None = None, stats: KmsStats | None = None
+) -> BranchKeyStore:
+    """The store that ``local`` or ``dynamodb:TABLE?…`` names, to make and rotate branch keys in.
+
+    ``kms_key_arn`` is the KMS key that wraps new ones.
+    """
+    return _branch_key_store(place, stats, kms_key_arn)[0]
+
+
+def _branch_key_store(
+    place: str, stats: KmsStats | None, kms_key_arn: str | None = None
+) -> tuple[BranchKeyStore, float]:
+    text, options = _split_options(place, ("logical", "region", "kms", "ttl"))
+    ttl = parse_duration(options["ttl"]) if "ttl" in options else DEFAULT_TTL
+    kms_key_arn = kms_key_arn or options.get("kms")
+    table: BranchKeyTable
+    if text == "local":
+        table = SqliteBranchKeyTable(default_home() / "kms" / "branch-keys.sqlite3")
+        logical_name = options.get("logical", "streamcrypt")
+    elif text.startswith("dynamodb:") and text != "dynamodb:":
+        name = text.partition(":")[2]
+        environment, region = _environment(), options.get("region")
+
+        def connect() -> Any:
+            return _shared_client("dynamodb", region, None, environment, plaintext_allowed=False)
+
+        table = DynamoBranchKeyTable(connect, name, identity=(region, environment))
+        logical_name = options.get("logical", name)
+    else:
+        raise ValueError(f"{printable(place)!r} is not a branch-key store; write local or dynamodb:TABLE")
+
+    def reach(arn: KeyArn) -> KmsCalls:
+        return local_calls(stats) if arn.region == LOCAL_REGION else aws_calls(arn.region, stats)
+
+    return BranchKeyStore(table, reach, logical_name=logical_name, kms_key_arn=kms_key_arn), ttl
+
+
+_branch_keys: dict[float, DataKeyCache] = {}
+
+
+def _branch_keys_for(ttl: float) -> DataKeyCache:
+    """Branch keys of this process: one KMS call serves all jobs until they expire."""
+    return _branch_keys.setdefault(ttl, DataKeyCache(max_age=ttl))
+
+
 def local_calls(stats: KmsStats | None = None) -> KmsCalls:
     """The embedded KMS of this home, in this process."""
     home = default_home()
@@ -271,13 +387,9 @@ def _make_client(service: str, region: str | None, endpoint: str | None) -> Any:
     except ImportError as error:
         raise ImportError("AWS keys need boto3: pip install boto3") from error
     withhold_secrets_from_logs()
-    config = Config(
-        # Attempts are ours to count and to pace (calls.Pace): one throttle must reach all threads.
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=5,
-        read_timeout=10,
-        max_pool_connections=64,
-    )
+    # Attempts at KMS are ours to count and to pace (calls.Pace): one throttle must reach all threads.
+    retries = {"total_max_attempts": 1, "mode": "standard"} if service == "kms" else None
+    config = Config(retries=retries, connect_timeout=5, read_timeout=10, max_pool_connections=64)
     session: Any = boto3.session.Session()  # boto3's stubs want a literal service name
     return session.client(service, region_name=region, endpoint_url=endpoint, config=config)
 
