@@ -74,6 +74,6 @@ def kms_client(reference: str = "local", **options: Any) -> Any:
     running ``kms serve``, ``aws`` from AWS KMS with boto3's own configuration.  ``options``
     go to ``boto3.client``.
     """
-    from streamcrypt.kms import client
+    from streamcrypt.kms.client import make_client
 
-    return client.make_client(reference, **options)
+    return make_client(reference, **options)

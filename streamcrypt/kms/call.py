@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, NoReturn, TypeVar
 
 from streamcrypt.kms import managed, material, policy
-from streamcrypt.kms.errors import refuse
+from streamcrypt.kms.errors import KmsError, refuse
 from streamcrypt.kms.store import Key, Material, Store, key_arn
 
 DEFAULT_ACCOUNT: Final = "000000000000"
@@ -29,8 +29,13 @@ _ARN: Final = re.compile(r"arn:aws[a-z0-9-]*:kms:([^:]*):([0-9]{12}):(key|alias)
 
 # Operations that a principal of another account may use (AWS's guide, "cross-account use").
 _CROSS_ACCOUNT: Final = frozenset(
-    ["Decrypt", "Encrypt", "ReEncrypt", "GenerateDataKey", "GenerateDataKeyWithoutPlaintext", "GenerateDataKeyPair", "GenerateDataKeyPairWithoutPlaintext", "GenerateMac", "VerifyMac", "Sign", "Verify", "GetPublicKey", "DeriveSharedSecret", "Encapsulate", "Decapsulate", "DescribeKey", "GetKeyRotationStatus", "CreateGrant", "ListGrants", "RetireGrant", "RevokeGrant"]
-)
+    {
+        "CreateGrant", "Decapsulate", "Decrypt", "DeriveSharedSecret", "DescribeKey", "Encapsulate", "Encrypt",
+        "GenerateDataKey", "GenerateDataKeyPair", "GenerateDataKeyPairWithoutPlaintext",
+        "GenerateDataKeyWithoutPlaintext", "GenerateMac", "GetKeyRotationStatus", "GetPublicKey", "ListGrants",
+        "ReEncrypt", "RetireGrant", "RevokeGrant", "Sign", "Verify", "VerifyMac",
+    }
+)  # fmt: skip
 
 _GRANT_TOKEN_VERSION: Final = b"\x01"
 _GRANT_ID_LENGTH: Final = 32
@@ -69,7 +74,7 @@ class Call:
         if region != self.region:
             refuse("NotFoundException", f"Invalid arn {region}")
         if account != self.account and self.operation not in _CROSS_ACCOUNT:
-            self._deny_unknown(action)
+            raise self._denied(action)
         key_id: str | None = name
         if kind == "alias":
             key_id = self.store.alias_target(account, region, name)
@@ -77,13 +82,13 @@ class Call:
                 key_id = managed.ensure_key(self.store, account, region, name, self.now)
             if key_id is None:
                 if account != self.account:
-                    self._deny_unknown(action)
+                    raise self._denied(action)
                 alias_arn = f"arn:aws:kms:{region}:{account}:{name}"
                 refuse("NotFoundException", f"Alias {alias_arn} is not found.")
         key = self.store.key(account, region, key_id or "")
         if key is None:
             if account != self.account:
-                self._deny_unknown(action)
+                raise self._denied(action)
             refuse("NotFoundException", f"Key '{key_arn(account, region, key_id or '')}' does not exist")
         self.keys.append(key)
         return key
@@ -116,13 +121,13 @@ class Call:
             if key is not None:
                 self.keys.append(key)
                 return key
-        self._deny_unknown(action, by_ciphertext=True)
+        raise self._denied(action, by_ciphertext=True)
 
-    def _deny_unknown(self, action: str | None, *, by_ciphertext: bool = False) -> NoReturn:
+    def _denied(self, action: str | None, *, by_ciphertext: bool = False) -> KmsError:
         text = policy.unknown_key_message(self.caller, action or f"kms:{self.operation}")
         if by_ciphertext:
             text = text.replace(" on this resource ", " on the resource associated with this ciphertext ")
-        refuse("AccessDeniedException", text)
+        return KmsError("AccessDeniedException", text)
 
     # -- authorization -----------------------------------------------------------------------
 

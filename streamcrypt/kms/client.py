@@ -84,7 +84,7 @@ class _Answerer:
             target = target.decode()
         body = request.body.encode() if isinstance(request.body, str) else request.body
         answer = wire.answer(self._service, target, body, caller=self._caller, region=self._region)
-        headers = {"x-amzn-RequestId": answer.request_id, "Content-Type": wire.CONTENT_TYPE}
+        headers: Any = {"x-amzn-RequestId": answer.request_id, "Content-Type": wire.CONTENT_TYPE}
         return AWSResponse(request.url, answer.status, headers, _Body(answer.body))
 
 

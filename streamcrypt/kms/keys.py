@@ -13,7 +13,7 @@ from streamcrypt.kms.store import Key, Material, key_arn
 
 ALIASES_PER_KEY: Final = 50
 TAGS_PER_KEY: Final = 50
-DAY: Final = 86400.0
+POLICY_NAME: Final = "default"
 
 Response = dict[str, Any]
 
@@ -34,11 +34,11 @@ def create_key(call: Call) -> Response:
     request = call.request
     spec, usage = _spec_and_usage(request)
     origin = _origin(request)
-    tags = _checked_tags({}, request.get("Tags") or ())
+    tags = checked_tags({}, request.get("Tags") or ())
     conditions = _create_conditions(request, spec.name, usage)
     call.authorize_account(conditions=conditions)
     if tags:
-        call.authorize_account("kms:TagResource", conditions=_tag_conditions(tags))
+        call.authorize_account("kms:TagResource", conditions=tag_conditions(tags))
     multi_region = bool(request.get("MultiRegion"))
     key_id = f"mrk-{uuid.uuid4().hex}" if multi_region else str(uuid.uuid4())
     key = Key(
@@ -290,7 +290,34 @@ def _key_type(key: Key) -> str:
 # -- tags ----------------------------------------------------------------------------------------------
 
 
-def _checked_tags(existing: Mapping[str, str], added: Any) -> dict[str, str]:
+def tag_resource(call: Call) -> Response:
+    added = call.request["Tags"]
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key, conditions=tag_conditions({tag["TagKey"]: tag["TagValue"] for tag in added}))
+    call.require_not_pending_deletion(key)
+    key.tags = checked_tags(key.tags, added)
+    call.store.save_key(key)
+    return {}
+
+
+def untag_resource(call: Call) -> Response:
+    names = call.request["TagKeys"]
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key, conditions={"aws:TagKeys": list(names)})
+    call.require_not_pending_deletion(key)
+    key.tags = {name: value for name, value in key.tags.items() if name not in names}
+    call.store.save_key(key)
+    return {}
+
+
+def list_resource_tags(call: Call) -> Response:
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key)
+    entries = [(name, {"TagKey": name, "TagValue": key.tags[name]}) for name in sorted(key.tags)]
+    return call.page(entries, default=50, most=50, member="Tags")
+
+
+def checked_tags(existing: Mapping[str, str], added: Any) -> dict[str, str]:
     """The tags afterwards; TagException as AWS answers."""
     names = [tag["TagKey"] for tag in added]
     if len(set(names)) != len(names):
@@ -303,7 +330,50 @@ def _checked_tags(existing: Mapping[str, str], added: Any) -> dict[str, str]:
     return tags
 
 
-def _tag_conditions(tags: Mapping[str, str]) -> dict[str, policy.Value]:
+def tag_conditions(tags: Mapping[str, str]) -> dict[str, policy.Value]:
     conditions: dict[str, policy.Value] = {f"aws:RequestTag/{name}": value for name, value in tags.items()}
     conditions["aws:TagKeys"] = list(tags)
     return conditions
+
+
+# -- description and policy --------------------------------------------------------------------
+
+
+def update_key_description(call: Call) -> Response:
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key)
+    call.require_not_pending_deletion(key)
+    key.description = call.request["Description"]
+    call.store.save_key(key)
+    return {}
+
+
+def get_key_policy(call: Call) -> Response:
+    name = call.request.get("PolicyName", POLICY_NAME)
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key, conditions={"kms:PolicyName": name})
+    _check_policy_name(name)
+    return {"Policy": key.key_policy, "PolicyName": POLICY_NAME}
+
+
+def put_key_policy(call: Call) -> Response:
+    name = call.request.get("PolicyName", POLICY_NAME)
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    bypass = bool(call.request.get("BypassPolicyLockoutSafetyCheck"))
+    call.authorize(key, conditions={"kms:PolicyName": name, "kms:BypassPolicyLockoutSafetyCheck": bypass})
+    _check_policy_name(name)
+    check_policy(call, key, call.request["Policy"])
+    key.key_policy = call.request["Policy"]
+    call.store.save_key(key)
+    return {}
+
+
+def list_key_policies(call: Call) -> Response:
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key)
+    return call.page([(POLICY_NAME, POLICY_NAME)], default=100, most=1000, member="PolicyNames")
+
+
+def _check_policy_name(name: str) -> None:
+    if name != POLICY_NAME:
+        refuse("NotFoundException", "No such policy exists")

@@ -11,13 +11,13 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
-from streamcrypt.kms import audit, cryptographic, keys, shapes
+from streamcrypt.kms import audit, cryptographic, grants, imports, keys, lifecycle, regions, shapes
 from streamcrypt.kms.call import Call
 from streamcrypt.kms.errors import KmsError
 from streamcrypt.kms.policy import ROOT, Caller
+from streamcrypt.kms.simulation import Simulation
 from streamcrypt.kms.store import Store
 
 Handler = Callable[[Call], dict[str, Any]]
@@ -41,8 +41,16 @@ _READING: Final[dict[str, Handler]] = {
     "Decapsulate": cryptographic.decapsulate,
     "GetPublicKey": cryptographic.get_public_key,
     "DescribeKey": keys.describe_key,
+    "GetKeyPolicy": keys.get_key_policy,
     "ListKeys": keys.list_keys,
     "ListAliases": keys.list_aliases,
+    "ListKeyPolicies": keys.list_key_policies,
+    "ListResourceTags": keys.list_resource_tags,
+    "GetKeyRotationStatus": lifecycle.get_key_rotation_status,
+    "ListKeyRotations": lifecycle.list_key_rotations,
+    "GetParametersForImport": imports.get_parameters_for_import,
+    "ListGrants": grants.list_grants,
+    "ListRetirableGrants": grants.list_retirable_grants,
 }
 
 # Operations that change the store: durable when they return.
@@ -51,6 +59,24 @@ _WRITING: Final[dict[str, Handler]] = {
     "CreateAlias": keys.create_alias,
     "UpdateAlias": keys.update_alias,
     "DeleteAlias": keys.delete_alias,
+    "TagResource": keys.tag_resource,
+    "UntagResource": keys.untag_resource,
+    "UpdateKeyDescription": keys.update_key_description,
+    "PutKeyPolicy": keys.put_key_policy,
+    "EnableKey": lifecycle.enable_key,
+    "DisableKey": lifecycle.disable_key,
+    "ScheduleKeyDeletion": lifecycle.schedule_key_deletion,
+    "CancelKeyDeletion": lifecycle.cancel_key_deletion,
+    "EnableKeyRotation": lifecycle.enable_key_rotation,
+    "DisableKeyRotation": lifecycle.disable_key_rotation,
+    "RotateKeyOnDemand": lifecycle.rotate_key_on_demand,
+    "ImportKeyMaterial": imports.import_key_material,
+    "DeleteImportedKeyMaterial": imports.delete_imported_key_material,
+    "ReplicateKey": regions.replicate_key,
+    "UpdatePrimaryRegion": regions.update_primary_region,
+    "CreateGrant": grants.create_grant,
+    "RetireGrant": grants.retire_grant,
+    "RevokeGrant": grants.revoke_grant,
 }
 
 # What takes long and touches nothing is done before the transaction begins.
@@ -70,11 +96,13 @@ class Service:
         clock: Callable[[], float] = time.time,
         region: str = shapes.LOCAL_REGION,
         grant_delay: float = 0.0,
+        simulation: Simulation | None = None,
     ) -> None:
         self.store = store
         self.region = region
         self._clock = clock
-        self._grant_delay = grant_delay
+        self.grant_delay = grant_delay
+        self.simulation = simulation
         self._operations = shapes.operations()
 
     def __repr__(self) -> str:
@@ -100,7 +128,9 @@ class Service:
         """Run one operation, by AWS's CamelCase name, in boto3's shapes (bytes, datetime).
 
         ``region`` is the Region that is asked (default: the service's own), ``request_id`` the
-        id under which the audit knows the call, ``tls`` whether it came over TLS.  Raises KmsError as AWS would answer, and TypeError for an argument of a wrong type.
+        id under which the audit knows the call, ``tls`` whether it came over TLS; ``wait=False``
+        leaves a simulated latency to the door.  Raises KmsError as AWS would answer, and
+        TypeError for an argument of a wrong type.
         """
         shape = self._operations.get(operation)
         reading, writing = _READING.get(operation), _WRITING.get(operation)
@@ -115,10 +145,16 @@ class Service:
             caller,
             region or self.region,
             now,
-            self._grant_delay,
+            self.grant_delay,
         )
         try:
+            if self.simulation is not None:
+                self.simulation.admit(operation)
+                if wait:
+                    self.simulation.wait()
             shape.validate(call.request)
+            if self.store.next_due() <= now:
+                lifecycle.settle(self.store, now)
             if reading is not None:
                 response = self._run(reading, call)
                 self.store.record_event(_row(call, request_id, response, tls=tls))
@@ -147,6 +183,10 @@ class Service:
                 "DryRunOperationException", "The request would have succeeded, but the DryRun option is set."
             )
         return response
+
+    def delay(self) -> float:
+        """Seconds of simulated latency for the next call, for a door that waits by itself."""
+        return self.simulation.draw() if self.simulation is not None else 0.0
 
     def generate_data_key(self, **request: Any) -> dict[str, Any]:
         return self.call("GenerateDataKey", request)
@@ -206,8 +246,3 @@ def snake_case(operation: str) -> str:
 
 
 _OPERATION_NAMES: Final = {snake_case(name): name for name in (*_READING, *_WRITING)}
-
-
-def open_store_service(home: Path, **options: Any) -> Service:
-    """A Service on the store of ``home``; the options are those of Store."""
-    return Service(Store(home, **options))

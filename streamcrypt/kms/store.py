@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sqlite3
 import threading
@@ -144,8 +145,11 @@ class Key:
     @property
     def next_event(self) -> float | None:
         """When time alone changes this key."""
-        events = [self.deletion_date if self.state == "PendingDeletion" else None]
-        events.append(self.rotation_next)
+        # A key that is not enabled keeps its schedule and rotates when it is enabled again.
+        events = [
+            self.deletion_date if self.state == "PendingDeletion" else None,
+            self.rotation_next if self.state == "Enabled" else None,
+        ]
         events += [m.valid_to for m in self.materials if m.sealed is not None]
         return min((event for event in events if event is not None), default=None)
 
@@ -209,6 +213,7 @@ class Store:
         self._keys: dict[tuple[str, str, str], Key] = {}
         self._alias_targets: dict[tuple[str, str, str], str | None] = {}
         self._access_keys: dict[str, AccessKey] = {}
+        self._next_due: float | None = None
         self._open_materials: dict[str, bytes] = {}
         self._private_keys: dict[str, Any] = {}
         self._prepare_folder(create)
@@ -410,6 +415,7 @@ class Store:
         self._keys.clear()
         self._alias_targets.clear()
         self._access_keys.clear()
+        self._next_due = None
 
     def _meta(self, name: str) -> Any:
         rows = self.query("SELECT value FROM meta WHERE name = ?", (name,))
@@ -448,6 +454,15 @@ class Store:
             (account, region, after, limit),
         )
         return [row[0] for row in rows]
+
+    def next_due(self) -> float:
+        """When time alone changes a key for the next time; infinity when never."""
+        with self._lock:
+            self._refresh()
+            if self._next_due is None:
+                found = self.query("SELECT MIN(next_event) FROM keys")[0][0]
+                self._next_due = math.inf if found is None else float(found)
+            return self._next_due
 
     def due_keys(self, now: float) -> list[tuple[str, str, str]]:
         """Keys that time has changed: account, region, id."""
@@ -503,12 +518,13 @@ class Store:
             "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?)",
             (key.account, key.region, key.id, key.next_event, json.dumps(record)),
         )
+        connection.execute("DELETE FROM materials WHERE account = ? AND key = ?", (key.account, key.id))
         for ordinal, material in enumerate(key.materials):
             values = asdict(material)
             sealed = values.pop("sealed")
             del values["ordinal"]
             connection.execute(
-                "INSERT OR REPLACE INTO materials VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO materials VALUES (?, ?, ?, ?, ?)",
                 (key.account, key.id, ordinal, json.dumps(values), sealed),
             )
         self.changed()
@@ -618,6 +634,11 @@ class Store:
             (key.account, key.region, key.id, grant_id),
         )
         self.changed()
+
+    def key_of_grant(self, grant_id: str) -> tuple[str, str, str] | None:
+        """Account, Region and id of the key on which a grant was made."""
+        rows = self.query("SELECT account, region, key FROM grants WHERE id = ?", (grant_id,))
+        return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
 
     def keys_with_grants(self) -> list[tuple[str, str, str]]:
         rows = self.query("SELECT DISTINCT account, region, key FROM grants")

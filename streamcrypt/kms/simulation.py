@@ -1,0 +1,106 @@
+"""Latency and quota of AWS, for tests and planning: the embedded KMS on request answers as slowly,
+and refuses as many calls, as the real one would."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from streamcrypt.kms.errors import refuse
+from streamcrypt.units import parse_duration
+
+_P99_IN_SIGMAS: Final = 2.3263478740408408  # the standard normal's 99th percentile
+
+Latency = Callable[[random.Random], float]
+
+
+def constant(seconds: float) -> Latency:
+    return lambda _: seconds
+
+
+def lognormal(median: float, p99: float) -> Latency:
+    """The usual shape of a service's latency, given by two of its percentiles, in seconds."""
+    if not 0 < median <= p99:
+        raise ValueError("a latency needs 0 < median <= p99")
+    mu, sigma = math.log(median), math.log(p99 / median) / _P99_IN_SIGMAS
+    return lambda source: source.lognormvariate(mu, sigma)
+
+
+def observed(samples: Sequence[float]) -> Latency:
+    """Latencies drawn from recorded ones, in seconds."""
+    if not samples:
+        raise ValueError("a latency needs at least one sample")
+    kept = list(samples)
+    return lambda source: source.choice(kept)
+
+
+def parse_latency(text: str) -> Latency:
+    """``8ms``, or ``8ms,40ms`` for median and 99th percentile."""
+    first, comma, second = text.partition(",")
+    median = parse_duration(first)
+    return lognormal(median, parse_duration(second)) if comma else constant(median)
+
+
+class Simulation:
+    """A latency for every call, and a token bucket that throttles.  Thread-safe.
+
+    ``rate`` is in calls a second over all operations; the bucket holds one second's worth, as
+    AWS counts over one-second intervals, unless ``burst`` says otherwise.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency: Latency | None = None,
+        rate: float | None = None,
+        burst: float | None = None,
+        seed: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if rate is not None and rate <= 0:
+            raise ValueError("rate must be above 0")
+        self._latency = latency
+        self._rate = rate
+        self._capacity = burst if burst is not None else max(rate or 0.0, 1.0)
+        self._tokens = self._capacity
+        self._random = random.Random(seed)  # noqa: S311 - a simulated delay, no secret
+        self._clock = clock
+        self._sleep = sleep
+        self._filled = clock()
+        self._lock = threading.Lock()
+        self.throttled = 0
+
+    def admit(self, operation: str) -> None:
+        """ThrottlingException when the bucket is empty."""
+        if self._rate is None:
+            return
+        with self._lock:
+            now = self._clock()
+            self._tokens = min(self._capacity, self._tokens + (now - self._filled) * self._rate)
+            self._filled = now
+            if self._tokens >= 1:
+                self._tokens -= 1
+                return
+            self.throttled += 1
+        refuse(
+            "ThrottlingException",
+            "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls.",
+        )
+
+    def draw(self) -> float:
+        """A latency in seconds."""
+        if self._latency is None:
+            return 0.0
+        with self._lock:
+            return self._latency(self._random)
+
+    def wait(self) -> None:
+        """Let one drawn latency pass."""
+        seconds = self.draw()
+        if seconds > 0:
+            self._sleep(seconds)
