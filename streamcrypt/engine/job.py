@@ -1,0 +1,144 @@
+"""What is asked, and what was done."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamcrypt.errors import IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
+from streamcrypt.keys.materials import Materials
+from streamcrypt.message.suites import UNSIGNED, AlgorithmSuite
+from streamcrypt.storage import Filters, LocalTree
+from streamcrypt.streams import DEFAULT_FRAME_LENGTH, ReadingRules
+
+
+def default_workers() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file (``name`` in its folder) or a whole folder (``name`` None)."""
+
+    tree: LocalTree
+    name: str | None = None
+
+    @property
+    def path(self) -> str:
+        return self.tree.root if self.name is None else self.tree.path(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is: files that are finished, plaintext bytes that are done."""
+
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call of encrypt, decrypt, verify or rekey.
+
+    ``reading`` gives materials for the messages that are read, ``writing`` for those that are
+    written; lengths are in bytes.  ``names`` limits the job to these names of the source.
+    """
+
+    operation: str
+    source: Place
+    destination: Place | None = None
+    against: Place | None = None
+    reading: Materials | None = None
+    writing: Materials | None = None
+    rules: ReadingRules = field(default_factory=ReadingRules)
+    context: Mapping[str, str] = field(default_factory=dict)
+    authenticated_context: Mapping[str, str] = field(default_factory=dict)
+    suite: AlgorithmSuite = UNSIGNED
+    frame_length: int = DEFAULT_FRAME_LENGTH
+    workers: int = field(default_factory=default_workers)
+    overwrite: bool = False
+    durable: bool = True
+    require_manifest: bool = False
+    filters: Filters = field(default_factory=Filters)
+    names: tuple[str, ...] | None = None
+    dry_run: bool = False
+    progress: Callable[[Progress], None] | None = None
+    audit: Callable[[dict[str, Any]], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One file that failed, and why."""
+
+    path: str
+    error: StreamcryptError
+
+
+@dataclass(slots=True)
+class Report:
+    """What a job did.  ``bytes_in`` were read, ``bytes_out`` written; ``seconds`` is wall time.
+
+    ``to_json`` gives the JSON object of the command line.
+    """
+
+    operation: str
+    workers: int = 0
+    files: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+    data_keys: int = 0
+    skipped: int = 0
+    failed: list[Failure] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
+    kms: dict[str, Any] = field(default_factory=dict)
+    advice: list[str] = field(default_factory=list)
+    manifest_digest: str | None = None
+    dry_run: bool = False
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.bytes_in / self.seconds if self.seconds > 0 else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        report: dict[str, Any] = {
+            "operation": self.operation,
+            "files": self.files,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "seconds": round(self.seconds, 6),
+            "bytes_per_second": round(self.bytes_per_second, 1),
+            "workers": self.workers,
+            "data_keys": self.data_keys,
+            "cache": self.cache,
+            "skipped": self.skipped,
+            "failed": [{"path": failure.path, "error": str(failure.error)} for failure in self.failed],
+            "kms": self.kms,
+            "advice": self.advice,
+        }
+        if self.manifest_digest is not None:
+            report["manifest"] = self.manifest_digest
+        if self.dry_run:
+            report["dry_run"] = True
+        return report
+
+    def raise_for_failures(self) -> None:
+        """Raise the gravest failure, with this report as its ``report``; nothing when all went well."""
+        if not self.failed:
+            return
+        gravest = min(self.failed, key=lambda failure: _gravity(failure.error)).error
+        if len(self.failed) > 1:
+            gravest.args = (f"{gravest} ({len(self.failed)} files failed in all)",)
+        gravest.report = self  # type: ignore[attr-defined]  # for the caller who wants all of them
+        raise gravest
+
+
+def _gravity(error: StreamcryptError) -> float:
+    for rank, kind in enumerate((TemporaryError, KeyAccessError, IntegrityError)):
+        if isinstance(error, kind):
+            return (2, 1, 0)[rank]
+    return math.inf

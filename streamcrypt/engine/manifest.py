@@ -1,0 +1,157 @@
+"""The manifest of an encrypted tree: which messages belong to it, and which is which.
+
+It is a message itself, at ``_streamcrypt/manifest``, written last, under the same keys and context.
+Its plaintext is one JSON object a line:
+
+    {"streamcrypt": "manifest", "version": 1}
+    {"name", "size", "message_length", "message_id", "header_tag"}        a file, names in walk order
+    {"name", "folder": true}                                              an empty folder
+    {"name", "failed": "why"}                                             a file that was left out
+    {"files", "bytes"}                                                    what was listed; the end
+
+A message proves that it is whole; only the manifest proves that nothing was added, removed or put
+in another's place.  It binds a name to a message by message id and header tag.  It cannot prove that
+the whole tree is the newest one: for that, keep the manifest's digest elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from streamcrypt.errors import IntegrityError
+from streamcrypt.message.header import Header
+from streamcrypt.storage import check_name, sort_key
+from streamcrypt.streams import EncryptingFile
+
+_VERSION: Final = 1
+# Up to this the lines are held back, so that the manifest's length is known when its data key is
+# asked for and counted; longer ones are written as they come, in constant memory.
+_HELD_LENGTH: Final = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One line: a file with its message, an empty folder, or a file that was left out (``failed``)."""
+
+    name: str
+    size: int = 0
+    message_length: int = 0
+    message_id: str = ""
+    header_tag: str = ""
+    folder: bool = False
+    failed: str | None = None
+
+    def check(self, header: Header, message_length: int) -> None:
+        """IntegrityError unless this is the header of the message that was listed under the name."""
+        if header.message_id.hex() != self.message_id or header.tag.hex() != self.header_tag:
+            raise IntegrityError(
+                "is not the message that the manifest lists under this name: swapped or replaced"
+            )
+        if message_length != self.message_length:
+            raise IntegrityError("has another length than the manifest lists: truncated or extended")
+
+    def line(self) -> bytes:
+        record: dict[str, Any] = {"name": self.name}
+        if self.folder:
+            record["folder"] = True
+        elif self.failed is not None:
+            record["failed"] = self.failed
+        else:
+            record |= {
+                "size": self.size,
+                "message_length": self.message_length,
+                "message_id": self.message_id,
+                "header_tag": self.header_tag,
+            }
+        return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+class ManifestWriter:
+    """Writes lines in walk order.  ``create(length)`` begins the message; None: length unknown."""
+
+    def __init__(self, create: Callable[[int | None], EncryptingFile]) -> None:
+        self._create = create
+        self._file: EncryptingFile | None = None
+        self._held = bytearray()
+        self._files = 0
+        self._bytes = 0
+        self._write(_line({"streamcrypt": "manifest", "version": _VERSION}))
+
+    def add(self, listed: Listed) -> None:
+        if not listed.folder and listed.failed is None:
+            self._files += 1
+            self._bytes += listed.size
+        self._write(listed.line())
+
+    def publish(self) -> None:
+        """Write the last line and give the manifest its name."""
+        self._write(_line({"files": self._files, "bytes": self._bytes}))
+        if self._file is None:
+            self._begin(len(self._held))
+        assert self._file is not None
+        self._file.close()
+
+    def discard(self) -> None:
+        if self._file is not None:
+            self._file.discard()
+
+    def _write(self, line: bytes) -> None:
+        self._held += line
+        if self._file is None and len(self._held) > _HELD_LENGTH:
+            self._begin(None)
+        elif self._file is not None:
+            self._file.write(self._held)
+            self._held.clear()
+
+    def _begin(self, length: int | None) -> None:
+        self._file = self._create(length)
+        self._file.write(self._held)
+        self._held.clear()
+
+
+def read_manifest(file: Iterable[bytes]) -> Iterator[Listed]:
+    """The lines of a manifest whose message is open; IntegrityError when it is not one, or not whole."""
+    lines = iter(file)
+    _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
+    files = total = 0
+    previous: tuple[bytes, ...] = ()
+    for line in lines:
+        record = _parse(line)
+        if "name" not in record:
+            _expect(record == {"files": files, "bytes": total} and not next(lines, b""))
+            return
+        listed = Listed(**record) if record.keys() <= _FIELDS else None
+        _expect(listed is not None)
+        assert listed is not None
+        _expect(isinstance(listed.name, str) and previous < sort_key(check_name(listed.name)))
+        previous = sort_key(listed.name)
+        if not listed.folder and listed.failed is None:
+            files += 1
+            total += listed.size
+        yield listed
+    raise IntegrityError(_NOT_WHOLE)
+
+
+_FIELDS: Final = frozenset(Listed.__dataclass_fields__)
+_NOT_WHOLE: Final = "is not a whole manifest of this version"
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    _expect(isinstance(record, dict))
+    return dict(record)
+
+
+def _expect(holds: bool) -> None:
+    if not holds:
+        raise IntegrityError(_NOT_WHOLE)

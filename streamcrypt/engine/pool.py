@@ -1,0 +1,233 @@
+"""Tasks to workers: threads of this process, or processes of their own.
+
+    submit(tasks)     hand a list of tasks to the least busy worker; ``has_room`` first
+    collect()         wait, and return what has become of some lists
+
+Threads serve few or large files: `cryptography` and the kernel work without the interpreter's lock.
+Processes serve many small files, whose cost is the interpreter's own; they start in 0.2 s, so a job
+must be worth that (benchmarks/README.md, "threads or processes").
+
+A worker process is started anew (never forked), gets its tasks through its own socket, and dies with
+this process.  One that dies takes at most the lists that it held: they come back as lost, and
+another worker takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+from streamcrypt.engine.spans import FileTask, SpanTask
+from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker
+from streamcrypt.errors import StreamcryptError
+
+Tasks: TypeAlias = Sequence[FileTask | SpanTask]
+
+# Lists that a worker holds: the one that it works on, and one more so that it need not wait for it.
+_HELD: Final = 2
+_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Tasks that were with a worker when it died."""
+
+    tasks: Tasks
+    reason: str
+
+
+class Pool(Protocol):
+    """What the engine needs of workers."""
+
+    @property
+    def has_room(self) -> bool: ...
+
+    @property
+    def busy(self) -> bool: ...
+
+    def submit(self, tasks: Tasks) -> None: ...
+
+    def collect(self) -> list[Outcome | Lost]: ...
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Stop the workers; with ``cancel`` in the middle of what they do."""
+
+
+class ThreadPool:
+    """Workers as threads of this process."""
+
+    def __init__(self, setup: Setup, workers: int) -> None:
+        self._tasks: queue.SimpleQueue[Tasks | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[list[Outcome | Lost]] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._limit = workers * _HELD
+        self._in_flight = 0
+        self._threads = [
+            threading.Thread(
+                target=self._work, args=(Worker(setup, self._cancelled),), name=f"streamcrypt-{n}"
+            )
+            for n in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def has_room(self) -> bool:
+        return self._in_flight < self._limit
+
+    @property
+    def busy(self) -> bool:
+        return self._in_flight > 0
+
+    def submit(self, tasks: Tasks) -> None:
+        self._in_flight += 1
+        self._tasks.put(tasks)
+
+    def collect(self) -> list[Outcome | Lost]:
+        results = self._results.get()
+        self._in_flight -= 1
+        return results
+
+    def close(self, *, cancel: bool = False) -> None:
+        if cancel:
+            self._cancelled.set()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, worker: Worker) -> None:
+        try:
+            while (tasks := self._tasks.get()) is not None:
+                if self._cancelled.is_set():
+                    continue
+                try:
+                    self._results.put(list(worker.run(tasks)))
+                except Cancelled:
+                    return
+                except BaseException as error:  # noqa: BLE001  (a thread that dies must not leave the job waiting)
+                    self._results.put([Lost(tasks, f"{type(error).__name__}: {error}")])
+        finally:
+            worker.close()
+
+
+class _Process:
+    """One worker process and the lists that it holds."""
+
+    def __init__(self, setup: Setup) -> None:
+        ours, theirs = socket.socketpair()
+        code = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from streamcrypt.engine.pool import serve; serve()"
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the parent, which tells its workers to stop
+            )
+        self.connection = Connection(ours.detach())
+        self.held: deque[Tasks] = deque()
+        self.delivered = False
+        self.connection.send(setup)
+
+    def stop(self, *, kill: bool) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.close()  # the worker reads the end of its input and leaves
+        if kill:
+            self.process.kill()
+        self.process.wait()
+
+
+class ProcessPool:
+    """Workers as processes."""
+
+    # More deaths than this without one result between them: the workers cannot start at all.
+    _DEATHS: Final = 5
+
+    def __init__(self, setup: Setup, workers: int) -> None:
+        self._setup = setup
+        self._deaths = 0
+        self._processes = [_Process(setup) for _ in range(workers)]
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._processes]
+
+    @property
+    def has_room(self) -> bool:
+        return any(len(worker.held) < _HELD for worker in self._processes)
+
+    @property
+    def busy(self) -> bool:
+        return any(worker.held for worker in self._processes)
+
+    def submit(self, tasks: Tasks) -> None:
+        worker = min(self._processes, key=lambda worker: len(worker.held))
+        worker.held.append(tasks)
+        # A worker that has died is noticed in collect, where its lists come back.
+        with contextlib.suppress(OSError):
+            worker.connection.send(tasks)
+
+    def collect(self) -> list[Outcome | Lost]:
+        results: list[Outcome | Lost] = []
+        by_connection = {worker.connection: worker for worker in self._processes if worker.held}
+        for ready in wait(list(by_connection)):
+            worker = by_connection[ready]  # type: ignore[index]  # wait gives back what it was given
+            try:
+                outcomes = worker.connection.recv()
+            except (EOFError, OSError):
+                results += self._replace(worker)
+            else:
+                worker.held.popleft()
+                self._deaths = 0
+                results += outcomes
+        return results
+
+    def close(self, *, cancel: bool = False) -> None:
+        for worker in self._processes:
+            worker.stop(kill=cancel)
+
+    def _replace(self, worker: _Process) -> list[Lost]:
+        worker.stop(kill=True)
+        code = worker.process.returncode
+        reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        self._deaths += 1
+        if self._deaths > self._DEATHS:
+            raise StreamcryptError(f"worker processes die one after the other ({reason}); nothing was lost")
+        self._processes[self._processes.index(worker)] = _Process(self._setup)
+        return [Lost(tasks, f"a worker process died ({reason})") for tasks in worker.held]
+
+
+def serve() -> None:
+    """The main function of a worker process; its argument is the descriptor of its socket."""
+    _die_with_parent()
+    connection = Connection(int(sys.argv[1]))
+    try:
+        worker = Worker(connection.recv())
+        while True:
+            connection.send(worker.run(connection.recv()))
+    except (EOFError, ConnectionError):
+        pass  # the parent has closed its end: done, or gone
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        parent = os.getppid()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)

@@ -1,0 +1,630 @@
+"""encrypt, decrypt, verify, rekey: the story of a job, with files and workers.
+
+    for each entry of the source: open it or seal it as a task   (keys, derived keys, geometry)
+    tasks to workers, a bounded number in flight                 (engine.pool)
+    outcomes in any order; the manifest's lines in walk order
+
+The parent alone asks for data keys, so the cache's limits hold over all workers.  One file that
+fails does not stop the others; a key that cannot be used to encrypt stops the job, since it would
+fail every file.  A message whose worker died starts again under a new message id.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import chain, islice
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
+from streamcrypt.engine.manifest import Listed, ManifestWriter, read_manifest
+from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
+from streamcrypt.engine.spans import (
+    BATCH_FILES,
+    MANIFEST,
+    FileTask,
+    Opening,
+    Sealing,
+    cut,
+    in_batches,
+    is_large,
+    unit_length,
+)
+from streamcrypt.engine.worker import Outcome, Setup, Worker, located
+from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
+from streamcrypt.keys.keyring import describe_wrapped_key
+from streamcrypt.keys.materials import EncryptionMaterials
+from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
+from streamcrypt.message.header import HeaderTemplate, parse_header
+from streamcrypt.message.suites import TAG_LENGTH
+from streamcrypt.storage import Entry, LocalTarget, Source, sort_key
+from streamcrypt.streams import (
+    DecryptingFile,
+    EncryptingFile,
+    FrameReader,
+    OutgoingMessage,
+    header_template,
+    read_bytes,
+    source_geometry,
+    source_header,
+    unlock,
+)
+
+_ATTEMPTS: Final = 3
+# The first entries are looked at to choose threads or processes.
+_SAMPLE: Final = 4096
+# What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
+# seconds: see benchmarks/README.md, "threads or processes".
+_INTERPRETER_PER_FILE: Final = 150e-6
+_INTERPRETER_PER_FRAME: Final = 4e-6
+_PROCESSES_PAY: Final = 0.4
+
+
+def encrypt(job: Job) -> Report:
+    """Encrypt every entry of the source; each becomes visible when it is whole."""
+    with _Run(job) as run:
+        run.drive(run.seal(entry) for entry in run.readable(run.entries()))
+    return run.report
+
+
+def decrypt(job: Job) -> Report:
+    """Decrypt every message of the source, in the order of its manifest where it has one."""
+    with _Run(job) as run:
+        run.drive(run.open(entry, listed) for entry, listed in run.listed(run.entries()))
+    return run.report
+
+
+# Verifying is decrypting to nowhere (or to a comparison); rekeying opens and seals in the worker.
+verify = decrypt
+rekey = decrypt
+
+
+@dataclass(slots=True)
+class _Large:
+    """A file that is cut into spans: its target, how many spans are out, and what went wrong."""
+
+    task: FileTask
+    source_length: int
+    target: LocalTarget | None
+    spans_out: int = 0
+    all_sent: bool = False
+    error: StreamcryptError | None = None
+    lost: str | None = None
+
+
+class _Run:
+    """The state of one job while it runs."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.report = Report(job.operation, dry_run=job.dry_run)
+        self._whole_tree = job.source.name is None
+        self._next_number = 0
+        self._tasks: dict[int, FileTask] = {}  # that are with a worker
+        self._large: dict[int, _Large] = {}
+        self._feeds: list[Iterator[Tasks]] = []  # the last one is served first
+        self._listings: dict[int, Listed | None] = {}  # finished, and waiting for those before them
+        self._next_listing = 0
+        self._folders: set[str] = set()
+        self._template: tuple[EncryptionMaterials, HeaderTemplate, bytes | None] | None = None
+        self._done_bytes = 0
+        self._deaths = False
+        self._pool: Pool | None = None
+        self._manifest: ManifestWriter | None = None
+        self._batch_files = BATCH_FILES
+        if self._whole_tree and job.writing is not None and not job.dry_run:
+            self._manifest = ManifestWriter(self._create_manifest)
+
+    def __enter__(self) -> _Run:
+        self._started = time.perf_counter()
+        self.report.workers = self.job.workers
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._pool is not None:
+                self._pool.close(cancel=kind is not None)
+            for large in self._large.values():
+                if large.target is not None:
+                    large.target.discard()
+            destination = self.job.destination
+            if destination is not None and not self.job.dry_run:
+                if kind is not None or self._deaths:
+                    # Workers that were killed could not remove theirs.
+                    for folder in self._folders:
+                        destination.tree.remove_leftovers(folder)
+                if kind is None:
+                    self._finish(destination)
+            if kind is not None and self._manifest is not None:
+                self._manifest.discard()
+        finally:
+            self.report.seconds = time.perf_counter() - self._started
+
+    def _finish(self, destination: Place) -> None:
+        """Names first, manifest last: what was reported as done is durable."""
+        if self.job.durable:
+            for folder in sorted(self._folders):
+                destination.tree.sync_folder(folder)
+        if self._manifest is not None:
+            self._manifest.publish()
+            if self.job.durable:
+                destination.tree.sync_folder(MANIFEST.rpartition("/")[0])
+
+    # -- what there is to do
+
+    def entries(self) -> Iterator[Entry]:
+        job = self.job
+        if job.source.name is not None:
+            return iter((job.source.tree.entry(job.source.name),))
+        if job.names is not None:
+            return self._named(job.names)
+        return job.source.tree.walk(job.filters)
+
+    def _named(self, names: Iterable[str]) -> Iterator[Entry]:
+        for name in sorted(set(names), key=sort_key):
+            if self.job.filters.admit(name):
+                try:
+                    yield self.job.source.tree.entry(name)
+                except SourceError as error:
+                    yield Entry(
+                        name, 0, problem=str(error).removeprefix(self.job.source.tree.path(name) + ": ")
+                    )
+
+    def readable(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """The files among the entries; the others fail, or are made at once (empty folders)."""
+        for entry in entries:
+            if entry.problem is not None:
+                self._fail(
+                    self._take_number(), entry.name, SourceError(f"{self._path(entry.name)}: {entry.problem}")
+                )
+            elif entry.folder:
+                if self.job.destination is not None and not self.job.dry_run:
+                    self.job.destination.tree.make_folder(entry.name)
+                self._list(self._take_number(), Listed(entry.name, folder=True))
+            else:
+                yield entry
+
+    def listed(self, entries: Iterator[Entry]) -> Iterator[tuple[Entry, Listed | None]]:
+        """The messages of a tree together with their lines of its manifest, both in walk order.
+
+        What only one side has fails: a message that the manifest does not list was added, one that
+        is not there was removed.
+        """
+        if not self._whole_tree:
+            yield from ((entry, None) for entry in self.readable(entries))
+            return
+        manifest = self._open_manifest()
+        if manifest is None:
+            yield from ((entry, None) for entry in self.readable(entries))
+            return
+        with manifest:
+            for entry, line in _merge(entries, self._admitted(read_manifest(manifest))):
+                if line is None:
+                    assert entry is not None
+                    if not entry.folder:  # an empty folder that was added holds nothing
+                        self._fail_integrity(entry.name, "is not listed in the manifest: it was added")
+                elif line.failed is not None:
+                    reason = f"was left out when the tree was encrypted: {line.failed}"
+                    self._fail(
+                        self._take_number(), line.name, SourceError(f"{self._path(line.name)}: {reason}")
+                    )
+                elif entry is None:
+                    if line.folder:
+                        yield from self._only(Entry(line.name, 0, folder=True))
+                    else:
+                        self._fail_integrity(line.name, "is missing: the manifest lists it")
+                elif entry.folder != line.folder:
+                    self._fail_integrity(entry.name, "is a folder in one place and a file in the other")
+                else:
+                    for readable in self.readable((entry,)):
+                        yield readable, line
+
+    def _only(self, entry: Entry) -> Iterator[tuple[Entry, Listed | None]]:
+        yield from ((readable, None) for readable in self.readable((entry,)))
+
+    def _admitted(self, lines: Iterator[Listed]) -> Iterator[Listed]:
+        names = frozenset(self.job.names) if self.job.names is not None else None
+        for line in lines:
+            if self.job.filters.admit(line.name) and (names is None or line.name in names):
+                yield line
+
+    def _open_manifest(self) -> DecryptingFile | None:
+        tree = self.job.source.tree
+        assert self.job.reading is not None
+        if not tree.exists(MANIFEST):
+            if self.job.require_manifest:
+                raise IntegrityError(
+                    f"{tree.path(MANIFEST)}: there is no manifest, so nothing proves that the tree is complete; "
+                    "--no-manifest checks the messages one by one"
+                )
+            return None
+        source = tree.open(MANIFEST)
+        try:
+            file = DecryptingFile(source, self.job.reading, self.job.rules, name=tree.path(MANIFEST))
+            self.report.manifest_digest = f"{file.header.message_id.hex()}{file.header.tag.hex()}"
+            if file.header.suite.signed:
+                file.verify_signature()
+        except StreamcryptError as error:
+            raise located(error, tree.path(MANIFEST)) from error.__cause__
+        return file
+
+    # -- one file into a task
+
+    def seal(self, entry: Entry) -> FileTask:
+        """The task that encrypts a file; a key that cannot be used ends the job."""
+        number = self._take_number()
+        if self.job.dry_run:
+            return FileTask(number, entry.name, None, entry.size)
+        target = self._target_name(entry.name)
+        return FileTask(number, entry.name, target, entry.size, sealing=self._sealing(entry.size))
+
+    def open(self, entry: Entry, listed: Listed | None) -> FileTask | None:
+        """The task that decrypts, verifies or rekeys a message; None when its header is refused."""
+        job, number = self.job, self._take_number()
+        assert job.reading is not None
+        source: Source | None = None
+        try:
+            source = job.source.tree.open(entry.name)
+            header = source_header(source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys)
+            if listed is not None:
+                listed.check(header, source.size)
+            message = unlock(header, job.reading, job.rules)
+            geometry = source_geometry(source, header) if header.framed else None
+            if geometry is not None:
+                length = geometry.plaintext_length
+            else:
+                body = read_bytes(source, header.length, UNFRAMED_PREFIX)
+                length = unframed_length(body) if len(body) == UNFRAMED_PREFIX else 0
+        except StreamcryptError as error:
+            self._fail(number, entry.name, located(error, self._path(entry.name)))
+            return None
+        finally:
+            if source is not None:
+                source.close()
+        opening = Opening(header.serialize(), message.content_key, geometry, header.suite.signed)
+        if job.dry_run:
+            return FileTask(number, entry.name, None, length)
+        return FileTask(
+            number,
+            entry.name,
+            self._target_name(entry.name) if job.destination is not None else None,
+            length,
+            opening,
+            self._sealing(length) if job.writing is not None else None,
+            None if job.against is None else job.against.name or entry.name,
+        )
+
+    def _sealing(self, plaintext_length: int) -> Sealing:
+        job = self.job
+        assert job.writing is not None
+        context = {**job.context, **job.authenticated_context}
+        materials = job.writing.for_encryption(job.suite, context, plaintext_length)
+        template, signing_key = self._template_for(materials)
+        message = OutgoingMessage.begin(materials, template, job.frame_length)
+        return Sealing(
+            materials.suite.id,
+            message.header,
+            message.message_id,
+            message.content_key,
+            message.geometry(plaintext_length),
+            signing_key,
+        )
+
+    def _template_for(self, materials: EncryptionMaterials) -> tuple[HeaderTemplate, bytes | None]:
+        """The header that all messages of one data key share, and their signing key for the workers."""
+        if self._template is None or self._template[0] is not materials:
+            self.report.data_keys += 1
+            key, encoded = materials.signing_key, None
+            if key is not None:
+                encoded = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+            template = header_template(materials, self.job.frame_length, self.job.authenticated_context)
+            self._template = (materials, template, encoded)
+        return self._template[1], self._template[2]
+
+    def _target_name(self, source_name: str) -> str:
+        destination = self.job.destination
+        assert destination is not None
+        name = destination.name if destination.name is not None else source_name
+        folder = name.rpartition("/")[0]
+        if folder not in self._folders:
+            destination.tree.remove_leftovers(folder)
+            self._folders.add(folder)
+        return name
+
+    # -- tasks to workers, outcomes back
+
+    def drive(self, tasks: Iterator[FileTask | None]) -> None:
+        """Keep the workers fed until every task has an outcome."""
+        wanted = (task for task in tasks if task is not None)
+        if self.job.dry_run:
+            for task in wanted:
+                self._finish_file(task, Outcome(task.number, bytes_in=task.length))
+            return
+        sample = list(islice(wanted, _SAMPLE))
+        pool = self._pool = self._choose_pool(sample, complete=len(sample) < _SAMPLE)
+        self._feeds = [self._lists(chain(sample, wanted))]
+        while True:
+            while pool.has_room and (tasks_to_send := self._next_list()) is not None:
+                pool.submit(tasks_to_send)
+            if not pool.busy:
+                return
+            for outcome in pool.collect():
+                if isinstance(outcome, Lost):
+                    self._lost(outcome)
+                else:
+                    self._take(outcome)
+
+    def _choose_pool(self, sample: list[FileTask], *, complete: bool) -> Pool:
+        job, workers = self.job, self.job.workers
+        setup = Setup(
+            job.source.tree,
+            job.destination.tree if job.destination is not None else None,
+            job.against.tree if job.against is not None else None,
+            job.overwrite,
+            job.durable,
+        )
+        if complete:  # no more workers than there is work for, and every one of them gets some
+            pieces = sum(len(cut(task, None)) if is_large(task) else 1 for task in sample)
+            workers = max(1, min(workers, pieces))
+            self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * workers)))
+        frames = sum(task.length // unit_length(task) + 1 for task in sample)
+        interpreter_time = len(sample) * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME
+        if workers > 1 and interpreter_time > _PROCESSES_PAY:
+            return ProcessPool(setup, workers)
+        return ThreadPool(setup, workers)
+
+    def _next_list(self) -> Tasks | None:
+        while self._feeds:
+            tasks = next(self._feeds[-1], None)
+            if tasks is not None:
+                return tasks
+            self._feeds.pop()
+        return None
+
+    def _lists(self, tasks: Iterator[FileTask]) -> Iterator[Tasks]:
+        """What goes to workers: small files together, a large one span by span."""
+        for group in in_batches(tasks, self._batch_files):
+            if is_large(group[0]):
+                yield from self._spans(group[0])
+            else:
+                self._tasks.update((task.number, task) for task in group)
+                yield group
+
+    def _spans(self, task: FileTask) -> Iterator[Tasks]:
+        """Begin a large file: its target, its header, its final frame; then its spans."""
+        try:
+            large = self._begin_large(task)
+        except StreamcryptError as error:
+            self._fail(task.number, task.source, located(error, self._path(task.source)))
+            return
+        for span in cut(task, large.target.temporary if large.target is not None else None):
+            if large.error is not None or large.lost is not None:
+                break  # no use in sending the rest
+            large.spans_out += 1
+            yield [span]
+        large.all_sent = True
+        self._end_large_if_done(large)
+
+    def _begin_large(self, task: FileTask) -> _Large:
+        source = self.job.source.tree.open(task.source)
+        try:
+            if task.opening is not None and task.opening.geometry is not None:
+                header = source_header(source, max_encrypted_data_keys=None)
+                cipher = FrameCipher(task.opening.content_key, header.message_id)
+                FrameReader(source, cipher, task.opening.geometry).open_final()  # it proves the length
+            target = None
+            if task.target is not None:
+                assert self.job.destination is not None
+                target = self.job.destination.tree.create(
+                    task.target, size=task.target_length, overwrite=self.job.overwrite
+                )
+                if task.sealing is not None:
+                    target.write_at(0, task.sealing.header)
+        finally:
+            source.close()
+        large = self._large[task.number] = _Large(task, source.size, target)
+        return large
+
+    def _take(self, outcome: Outcome) -> None:
+        """An outcome of a file, or of one span of a large one."""
+        self._done_bytes += outcome.plaintext_bytes
+        large = self._large.get(outcome.number)
+        if large is not None:
+            large.error = large.error or outcome.error
+            large.spans_out -= 1
+            self._end_large_if_done(large)
+        elif outcome.error is not None:
+            self._fail(outcome.number, self._tasks.pop(outcome.number).source, outcome.error)
+        else:
+            self._finish_file(self._tasks.pop(outcome.number), outcome)
+
+    def _end_large_if_done(self, large: _Large) -> None:
+        if large.spans_out or not (large.all_sent or large.error or large.lost):
+            return
+        task, target = large.task, large.target
+        if self._large.pop(task.number, None) is None:
+            return
+        try:
+            if large.error is not None:
+                raise large.error
+            if large.lost is not None:
+                self._retry(task, large.lost)
+                return
+            if target is not None:
+                if self.job.durable:
+                    target.flush()
+                target.publish(overwrite=self.job.overwrite)
+        except StreamcryptError as error:
+            self._fail(task.number, task.source, error)
+        else:
+            self._finish_file(task, Outcome(task.number, large.source_length, task.target_length or 0))
+        finally:
+            if target is not None:
+                target.discard()
+
+    def _lost(self, lost: Lost) -> None:
+        """A worker died: its messages start again, each under a new message id."""
+        self._deaths = True
+        for task in lost.tasks:
+            large = self._large.get(task.number)
+            if large is not None:
+                large.lost = lost.reason
+                large.spans_out -= 1
+                self._end_large_if_done(large)
+            elif isinstance(task, FileTask):
+                del self._tasks[task.number]
+                self._retry(task, lost.reason)
+
+    def _retry(self, task: FileTask, reason: str) -> None:
+        if self._was_published(task):
+            self._finish_file(task, Outcome(task.number, 0, task.target_length or 0))
+        elif task.attempt >= _ATTEMPTS:
+            error = StreamcryptError(f"{self._path(task.source)}: {reason} each time it had this file")
+            self._fail(task.number, task.source, error)
+        else:
+            sealing = self._sealing(task.length) if task.sealing is not None else None
+            again = replace(task, sealing=sealing, attempt=task.attempt + 1)
+            self._feeds.append(self._lists(iter((again,))))
+
+    def _was_published(self, task: FileTask) -> bool:
+        """Whether the worker that died had already given this very file its name."""
+        destination = self.job.destination
+        if task.target is None or destination is None or not destination.tree.exists(task.target):
+            return False
+        if task.sealing is None:
+            compare = replace(task, target=None, against=task.target)
+            worker = Worker(Setup(self.job.source.tree, None, destination.tree))
+            try:
+                return worker.run([compare])[0].error is None
+            finally:
+                worker.close()
+        try:
+            source = destination.tree.open(task.target)
+        except SourceError:
+            return False
+        try:
+            return read_bytes(source, 0, len(task.sealing.header)) == task.sealing.header
+        finally:
+            source.close()
+
+    # -- what became of it
+
+    def _finish_file(self, task: FileTask, outcome: Outcome) -> None:
+        report = self.report
+        report.files += 1
+        report.bytes_in += outcome.bytes_in
+        report.bytes_out += outcome.bytes_out
+        listed = None
+        if task.sealing is not None:
+            sealing = task.sealing
+            listed = Listed(
+                task.source,
+                task.length,
+                sealing.geometry.message_length,
+                sealing.message_id.hex(),
+                sealing.header[-TAG_LENGTH:].hex(),
+            )
+        self._list(task.number, listed)
+        if self.job.audit is not None:
+            self.job.audit(self._audit_line(task.source, task, None))
+
+    def _fail(self, number: int, name: str, error: StreamcryptError) -> None:
+        self.report.failed.append(Failure(name, error))
+        self._list(number, Listed(name, failed=type(error).__name__))
+        if self.job.audit is not None:
+            self.job.audit(self._audit_line(name, None, error))
+
+    def _fail_integrity(self, name: str, reason: str) -> None:
+        self._fail(self._take_number(), name, IntegrityError(f"{self._path(name)}: {reason}"))
+
+    def _list(self, number: int, listed: Listed | None) -> None:
+        """Lines of the manifest leave in walk order, whatever the order in which files are done."""
+        self._listings[number] = listed
+        while self._next_listing in self._listings:
+            line = self._listings.pop(self._next_listing)
+            self._next_listing += 1
+            if self._manifest is not None and line is not None:
+                self._manifest.add(line)
+        if self.job.progress is not None:
+            self.job.progress(Progress(self.report.files, self._done_bytes))
+
+    def _create_manifest(self, length: int | None) -> EncryptingFile:
+        job = self.job
+        assert job.writing is not None
+        assert job.destination is not None
+        tree = job.destination.tree
+        materials = job.writing.for_encryption(
+            job.suite, {**job.context, **job.authenticated_context}, length
+        )
+        template, _ = self._template_for(materials)
+        message = OutgoingMessage.begin(materials, template, job.frame_length)
+        self.report.manifest_digest = f"{message.message_id.hex()}{message.header[-TAG_LENGTH:].hex()}"
+        tree.remove_leftovers(MANIFEST.rpartition("/")[0])
+        target = tree.create(MANIFEST, overwrite=job.overwrite)
+        return EncryptingFile(
+            target, message, overwrite=job.overwrite, durable=job.durable, name=tree.path(MANIFEST)
+        )
+
+    def _audit_line(self, name: str, task: FileTask | None, error: StreamcryptError | None) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(),
+            "caller": _caller(),
+            "operation": self.job.operation,
+            "path": name,
+            "outcome": "done" if error is None else type(error).__name__,
+        }
+        if error is not None:
+            line["error"] = str(error)
+        if task is not None:
+            header_bytes = task.sealing.header if task.sealing is not None else None
+            if header_bytes is None and task.opening is not None:
+                header_bytes = task.opening.header
+            if header_bytes is not None:
+                header, _ = parse_header(header_bytes, max_encrypted_data_keys=None)
+                line |= {
+                    "message_id": header.message_id.hex(),
+                    "context": dict(header.context),
+                    "keys": [describe_wrapped_key(key) for key in header.encrypted_data_keys],
+                    "bytes": task.length,
+                }
+        return line
+
+    # -- small things
+
+    def _take_number(self) -> int:
+        number = self._next_number
+        self._next_number += 1
+        return number
+
+    def _path(self, name: str) -> str:
+        return self.job.source.tree.path(name)
+
+
+def _merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[Entry | None, Listed | None]]:
+    """Two sequences in the order of their names, side by side; None where one lacks a name."""
+    entry, line = next(entries, None), next(lines, None)
+    while entry is not None or line is not None:
+        if line is None or (entry is not None and sort_key(entry.name) < sort_key(line.name)):
+            yield entry, None
+            entry = next(entries, None)
+        elif entry is None or sort_key(line.name) < sort_key(entry.name):
+            yield None, line
+            line = next(lines, None)
+        else:
+            yield entry, line
+            entry, line = next(entries, None), next(lines, None)
+
+
+@functools.cache
+def _caller() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())

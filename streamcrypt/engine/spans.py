@@ -1,0 +1,147 @@
+"""Files into tasks: plain data that a worker of any kind can take.
+
+    FileTask   a whole file: the worker opens, writes, flushes and publishes it
+    SpanTask   some whole frames of one large file, whose target the parent has made
+
+A task carries a message's own derived key, never a data key; where it goes to another process it
+goes through that process's own pipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from streamcrypt.message.frames import Geometry
+from streamcrypt.storage import RESERVED_FOLDER
+
+# A file of more than this is cut, so that the last one does not keep one worker busy while the
+# others have nothing left to do; a span is long enough for its hand-over (0.1 ms) not to count.
+SPLIT_LENGTH: Final = 128 * 2**20
+SPAN_LENGTH: Final = 32 * 2**20
+# Small files travel together: up to so many, or so many bytes.
+BATCH_FILES: Final = 64
+BATCH_BYTES: Final = 16 * 2**20
+
+MANIFEST: Final = f"{RESERVED_FOLDER}/manifest"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Sealing:
+    """How a worker makes a message: everything is drawn and derived already.
+
+    ``signing_key`` is the PKCS#8 DER of the message's own key pair, for a signed suite.
+    """
+
+    suite_id: int
+    header: bytes
+    message_id: bytes
+    content_key: bytes
+    geometry: Geometry
+    signing_key: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Opening:
+    """How a worker reads a message whose header the parent has authenticated.
+
+    ``geometry`` is None for unframed content.
+    """
+
+    header: bytes
+    content_key: bytes
+    geometry: Geometry | None
+    signed: bool = False
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the message must be read by one worker from its start to its end."""
+        return self.signed or self.geometry is None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class FileTask:
+    """One file.  ``target`` None: nothing is written.  ``against``: a plaintext that must be equal.
+
+    ``length`` is the plaintext's, in bytes.
+    """
+
+    number: int
+    source: str
+    target: str | None
+    length: int
+    opening: Opening | None = None
+    sealing: Sealing | None = None
+    against: str | None = None
+    attempt: int = 1
+
+    def __repr__(self) -> str:
+        return f"<FileTask {self.source!r}>"
+
+    @property
+    def target_length(self) -> int | None:
+        """The bytes that will be written, None where nothing is."""
+        if self.target is None:
+            return None
+        return self.length if self.sealing is None else self.sealing.geometry.message_length
+
+    @property
+    def in_order(self) -> bool:
+        return (self.opening is not None and self.opening.in_order) or (
+            self.sealing is not None and self.sealing.signing_key is not None
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SpanTask:
+    """The plaintext bytes ``start`` to ``stop`` of one file, into its target's temporary file."""
+
+    file: FileTask
+    temporary: str | None
+    start: int
+    stop: int
+
+    def __repr__(self) -> str:
+        return f"<SpanTask {self.file.source!r} {self.start}:{self.stop}>"
+
+    @property
+    def number(self) -> int:
+        return self.file.number
+
+
+def is_large(task: FileTask) -> bool:
+    """Whether a file is cut into spans."""
+    return task.length > SPLIT_LENGTH and not task.in_order
+
+
+def cut(task: FileTask, temporary: str | None) -> list[SpanTask]:
+    """The spans of a large file, each but the last a whole number of the frames it writes or reads."""
+    step = max(1, SPAN_LENGTH // unit_length(task)) * unit_length(task)
+    return [
+        SpanTask(task, temporary, start, min(start + step, task.length))
+        for start in range(0, task.length, step)
+    ]
+
+
+def unit_length(task: FileTask) -> int:
+    """The plaintext bytes that are sealed, opened or copied together, one by one."""
+    if task.sealing is not None:
+        return task.sealing.geometry.frame_length
+    if task.opening is not None and task.opening.geometry is not None:
+        return task.opening.geometry.frame_length
+    return 2**20
+
+
+def in_batches(tasks: Iterable[FileTask], files: int = BATCH_FILES) -> Iterator[list[FileTask]]:
+    """Tasks in lists of up to ``files`` that are worth a hand-over each; a large one is a list of its own."""
+    batch: list[FileTask] = []
+    size = 0
+    for task in tasks:
+        if batch and (len(batch) >= files or size + task.length > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(task)
+        size += task.length
+    if batch:
+        yield batch

@@ -1,0 +1,411 @@
+"""The hot loop, the same in a thread, in a worker process and in a test.
+
+    read_at(source) -> seal or open -> write_at(target)
+
+A worker opens source and target itself: payload never crosses a process boundary.  Its buffers are
+reused from batch to batch; a new buffer for each read would halve the speed (benchmarks/README.md).
+Files of one batch are written, then flushed together, then published: the first flush takes the
+others' metadata with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_der_private_key
+
+from streamcrypt.engine.spans import FileTask, Opening, Sealing, SpanTask, unit_length
+from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
+from streamcrypt.keys.materials import read_public_key
+from streamcrypt.message.footer import Signer
+from streamcrypt.message.frames import FINAL_OVERHEAD, REGULAR_OVERHEAD, FrameCipher
+from streamcrypt.message.header import Buffer, parse_header
+from streamcrypt.message.suites import suite_by_id
+from streamcrypt.storage import LocalTree, Source, Target
+from streamcrypt.streams import BATCH_LENGTH, FrameReader, SequentialReader, UnlockedMessage, seal_frames
+
+# Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
+LOOP_LENGTH: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all tasks of a job have in common; sent to a worker once."""
+
+    source: LocalTree
+    target: LocalTree | None
+    against: LocalTree | None = None
+    overwrite: bool = False
+    durable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one task: bytes read and written, or an error."""
+
+    number: int
+    bytes_in: int = 0
+    bytes_out: int = 0
+    plaintext_bytes: int = 0
+    error: StreamcryptError | None = None
+
+
+class Cancelled(Exception):  # noqa: N818  (not an error of the job: it was told to stop)
+    """The job was told to stop while this task ran."""
+
+
+class Worker:
+    """Takes the tasks of one job, one list at a time, in one thread."""
+
+    def __init__(self, setup: Setup, cancelled: threading.Event | None = None) -> None:
+        self._source_tree = setup.source.copy()
+        self._target_tree = setup.target.copy() if setup.target is not None else None
+        self._against_tree = setup.against.copy() if setup.against is not None else None
+        self._overwrite = setup.overwrite
+        self._durable = setup.durable
+        self._cancelled = cancelled or threading.Event()
+        self._plaintext = memoryview(b"")
+        self._sealed = memoryview(b"")  # frames that are read
+        self._frames = memoryview(b"")  # frames that are written
+
+    def close(self) -> None:
+        for tree in (self._source_tree, self._target_tree, self._against_tree):
+            if tree is not None:
+                tree.close()
+
+    def run(self, tasks: Sequence[FileTask | SpanTask]) -> list[Outcome]:
+        """Do the tasks; what goes wrong with one is its outcome and does not stop the others."""
+        if isinstance(tasks[0], SpanTask):
+            return [self._guard(task, self._span) for task in tasks if isinstance(task, SpanTask)]
+        written: list[tuple[Target, Outcome]] = []
+        outcomes = []
+        try:
+            for task in tasks:
+                assert isinstance(task, FileTask)
+                outcomes.append(self._guard(task, lambda task=task: self._file(task, written)))
+            self._publish(written, outcomes)
+        finally:
+            for target, _ in written:
+                target.discard()
+        return outcomes
+
+    def _guard(self, task: FileTask | SpanTask, work: Callable[..., Outcome]) -> Outcome:
+        file = task.file if isinstance(task, SpanTask) else task
+        try:
+            return work(task) if isinstance(task, SpanTask) else work()
+        except Cancelled:
+            raise
+        except StreamcryptError as error:
+            return Outcome(task.number, error=error)
+        except Exception as error:  # noqa: BLE001  (the outermost loop: the error goes home, not down)
+            return Outcome(
+                task.number, file.attempt, error=unexpected(self._source_tree.path(file.source), error)
+            )
+
+    def _publish(self, written: list[tuple[Target, Outcome]], outcomes: list[Outcome]) -> None:
+        failed: dict[int, StreamcryptError] = {}
+        for step in ("flush", "publish"):
+            for target, outcome in written:
+                if outcome.number in failed:
+                    continue
+                try:
+                    if step == "publish":
+                        target.publish(overwrite=self._overwrite)
+                    elif self._durable:
+                        target.flush()
+                except StreamcryptError as error:
+                    failed[outcome.number] = error
+        for position, outcome in enumerate(outcomes):
+            if outcome.number in failed:
+                outcomes[position] = Outcome(outcome.number, error=failed[outcome.number])
+
+    # -- one file
+
+    def _file(self, task: FileTask, written: list[tuple[Target, Outcome]]) -> Outcome:
+        path = self._source_tree.path(task.source)
+        source = self._source_tree.open(task.source)
+        target: Target | None = None
+        try:
+            if task.opening is None and source.size != task.length:
+                raise _changed(path)
+            if task.target is not None:
+                assert self._target_tree is not None
+                target = self._target_tree.create(
+                    task.target, size=task.target_length, overwrite=self._overwrite
+                )
+            try:
+                if task.sealing is not None and target is not None:
+                    target.write_at(0, task.sealing.header)
+                self._copy(task, source, target)
+                source.check_unchanged()
+            except StreamcryptError as error:
+                raise located(error, path) from error.__cause__
+            outcome = Outcome(task.number, source.size, task.target_length or 0, task.length)
+            if target is not None:
+                written.append((target, outcome))
+                target = None
+            return outcome
+        finally:
+            source.close()
+            if target is not None:
+                target.discard()
+
+    def _copy(self, task: FileTask, source: Source, target: Target | None) -> None:
+        """All of one file, from its source to where it goes."""
+        writing = self._writing(task, target)
+        if task.opening is not None and task.opening.in_order:
+            self._copy_in_order(task, task.opening, source, writing)
+        else:
+            reading = self._reading(task, source)
+            if isinstance(reading, FrameReader):
+                reading.open_final()  # first of all: it proves the length of the message
+            self._loop(task, reading, writing, 0, task.length)
+        writing.finish()
+
+    def _copy_in_order(self, task: FileTask, opening: Opening, source: Source, writing: Writing) -> None:
+        """A message that must be read in order: its signature, or its one tag, comes at the end."""
+        header, _ = parse_header(opening.header, max_encrypted_data_keys=None)
+        message = UnlockedMessage(header, opening.content_key, read_public_key(header.suite, header.context))
+        regrouped = _Regrouping(writing, step_length(task))
+        position = 0
+        for chunk in SequentialReader(source, message).chunks():
+            self._stop_if_cancelled()
+            position += len(chunk)
+            if position > task.length:
+                break
+            regrouped.take(chunk)
+        if position != task.length:
+            raise _changed(self._source_tree.path(task.source))
+        regrouped.end()
+
+    # -- one span of a file
+
+    def _span(self, task: SpanTask) -> Outcome:
+        file = task.file
+        path = self._source_tree.path(file.source)
+        source = self._source_tree.open(file.source)
+        part = None
+        try:
+            if file.opening is None and source.size != file.length:
+                raise _changed(path)
+            if task.temporary is not None:
+                assert self._target_tree is not None
+                assert file.target is not None
+                part = self._target_tree.open_part(file.target, task.temporary)
+            try:
+                self._loop(
+                    file, self._reading(file, source), self._writing(file, part), task.start, task.stop
+                )
+                source.check_unchanged()
+            except StreamcryptError as error:
+                raise located(error, path) from error.__cause__
+            return Outcome(task.number, plaintext_bytes=task.stop - task.start)
+        finally:
+            source.close()
+            if part is not None:
+                part.close()
+
+    # -- the loop
+
+    def _loop(self, task: FileTask, reading: Reading, writing: Writing, start: int, stop: int) -> None:
+        step = step_length(task)
+        plaintext = self._room("_plaintext", min(step, stop - start))
+        read_into, write = reading.read_into, writing.write
+        for position in range(start, stop, step):
+            self._stop_if_cancelled()
+            batch = plaintext[: min(step, stop - position)]
+            read_into(position, batch)
+            write(position, batch)
+
+    def _reading(self, task: FileTask, source: Source) -> Reading:
+        opening = task.opening
+        if opening is None or opening.geometry is None:
+            return _PlainReading(source, self._source_tree.path(task.source))
+        message_id = parse_header(opening.header, max_encrypted_data_keys=None)[0].message_id
+        geometry = opening.geometry
+        frames = min(max(1, BATCH_LENGTH // (geometry.frame_length + REGULAR_OVERHEAD)), geometry.frames)
+        scratch = self._room("_sealed", frames * (geometry.frame_length + REGULAR_OVERHEAD) + FINAL_OVERHEAD)
+        return FrameReader(source, FrameCipher(opening.content_key, message_id), geometry, scratch=scratch)
+
+    def _writing(self, task: FileTask, target: Writable | None) -> Writing:
+        if task.against is not None:
+            assert self._against_tree is not None
+            return _Comparing(self._against_tree, task.against, task.length)
+        if target is None:
+            return Writing()
+        if task.sealing is None:
+            return _PlainWriting(target)
+        return _SealingInto(task.sealing, target, self._room("_frames", _frames_length(task)))
+
+    def _room(self, name: str, length: int) -> memoryview:
+        buffer: memoryview = getattr(self, name)
+        if len(buffer) < length:
+            buffer = memoryview(bytearray(length))
+            setattr(self, name, buffer)
+        return buffer
+
+    def _stop_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+
+
+class Writable(Protocol):
+    def write_at(self, offset: int, data: Buffer) -> None: ...
+
+
+class Reading(Protocol):
+    def read_into(self, start: int, view: memoryview, /) -> None:
+        """Fill ``view`` with the plaintext from ``start`` on."""
+
+
+class _PlainReading:
+    def __init__(self, source: Source, path: str) -> None:
+        self._read_at = source.read_at
+        self._path = path
+
+    def read_into(self, start: int, view: memoryview, /) -> None:
+        if self._read_at(start, view) < len(view):
+            raise _changed(self._path)
+
+
+class Writing:
+    """Where plaintext goes, in order within one task; this one goes nowhere: it was authenticated."""
+
+    def write(self, position: int, data: memoryview) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class _PlainWriting(Writing):
+    def __init__(self, target: Writable) -> None:
+        self._write_at = target.write_at
+
+    def write(self, position: int, data: memoryview) -> None:
+        self._write_at(position, data)
+
+
+class _SealingInto(Writing):
+    """Seals whole frames, and the final one with the last bytes of the plaintext."""
+
+    def __init__(self, sealing: Sealing, target: Writable, frames: memoryview) -> None:
+        self._geometry = sealing.geometry
+        self._cipher = FrameCipher(sealing.content_key, sealing.message_id)
+        self._target = target
+        self._frames = frames
+        self._signer: Signer | None = None
+        if sealing.signing_key is not None:
+            key = load_der_private_key(sealing.signing_key, None)
+            assert isinstance(key, ec.EllipticCurvePrivateKey)
+            self._signer = Signer(suite_by_id(sealing.suite_id), key)
+            self._signer.update(sealing.header)
+
+    def write(self, position: int, data: memoryview) -> None:
+        geometry = self._geometry
+        start = position // geometry.frame_length
+        last = position + len(data) == geometry.plaintext_length
+        stop = geometry.frames if last else start + len(data) // geometry.frame_length
+        length = seal_frames(self._cipher, geometry, start, stop, data, self._frames)
+        sealed = self._frames[:length]
+        if self._signer is not None:
+            self._signer.update(sealed)
+        self._target.write_at(geometry.frame_offset(start), sealed)
+
+    def finish(self) -> None:
+        if self._geometry.plaintext_length == 0:
+            self.write(0, memoryview(b""))
+        if self._signer is not None:
+            self._target.write_at(self._geometry.body_end, self._signer.footer())
+
+
+class _Comparing(Writing):
+    """Compares with a plaintext file, byte for byte."""
+
+    def __init__(self, tree: LocalTree, name: str, length: int) -> None:
+        self._source = tree.open(name)
+        self._path = tree.path(name)
+        self._buffer = bytearray()
+        if self._source.size != length:
+            self._source.close()
+            raise IntegrityError(f"differs from {self._path}, which has another length")
+
+    def write(self, position: int, data: memoryview) -> None:
+        if len(self._buffer) != len(data):
+            self._buffer = bytearray(len(data))
+        with memoryview(self._buffer) as view:
+            self._source.read_at(position, view)
+        # A bytearray compares with memcmp; two memoryviews would compare item by item.
+        if self._buffer != data:
+            self._source.close()
+            raise IntegrityError(
+                f"differs from {self._path} within bytes {position} to {position + len(data)}"
+            )
+
+    def finish(self) -> None:
+        self._source.close()
+
+
+class _Regrouping:
+    """Chunks of any length, put together to the lengths that the writing side takes."""
+
+    def __init__(self, writing: Writing, step: int) -> None:
+        self._write = writing.write
+        self._step = step
+        self._held = bytearray()
+        self._position = 0
+
+    def take(self, chunk: memoryview) -> None:
+        while len(self._held) + len(chunk) >= self._step:
+            room = self._step - len(self._held)
+            if self._held:
+                self._held += chunk[:room]
+                self.end()
+            else:
+                self._pass_on(chunk[:room])
+            chunk = chunk[room:]
+        self._held += chunk
+
+    def end(self) -> None:
+        if self._held:
+            with memoryview(self._held) as held:
+                self._pass_on(held)
+            self._held.clear()
+
+    def _pass_on(self, data: memoryview) -> None:
+        self._write(self._position, data)
+        self._position += len(data)
+
+
+def step_length(task: FileTask) -> int:
+    """Plaintext bytes that go through the loop at once: whole frames."""
+    unit = unit_length(task)
+    return max(1, LOOP_LENGTH // unit) * unit
+
+
+def _frames_length(task: FileTask) -> int:
+    """Room for what one step of the loop seals, the final frame included."""
+    frame_length = unit_length(task)
+    frames = min(step_length(task), max(task.length, 1)) // frame_length + 1
+    return frames * REGULAR_OVERHEAD + min(step_length(task), task.length) + FINAL_OVERHEAD
+
+
+def located(error: StreamcryptError, path: str) -> StreamcryptError:
+    """The error with the name of the object that it is about before it."""
+    text = str(error)
+    if not text.startswith(path):
+        error.args = (f"{path}: {text}",)
+    return error
+
+
+def unexpected(path: str, error: BaseException) -> StreamcryptError:
+    """An error that only a bug of ours (or of what we build on) can raise, as one of ours."""
+    return StreamcryptError(f"{path}: internal error: {type(error).__name__}: {error}")
+
+
+def _changed(path: str) -> SourceError:
+    return SourceError(f"{path}: changed while it was read; run again when nobody writes to it")

@@ -1,0 +1,471 @@
+"""Where bytes lie: folders of named objects that are read at offsets and appear only when whole.
+
+A *tree* is a folder (here a local one; object stores have the same shape).  Its objects are named by
+relative path, '/' between the parts.  A tree is plain data: a worker process gets a copy and opens
+its own handles.
+
+    tree.walk(filters)            the objects in a fixed order, with their sizes
+    tree.open(name)     Source    read_at(offset, buffer), check_unchanged, close
+    tree.create(name)   Target    write_at(offset, bytes), publish, discard
+
+The one thing that must never happen: an object under its final name that is not whole.  A target is
+a temporary file beside its final place; ``publish`` flushes it and then gives it its name, and does
+not replace an existing object unless it was told to.
+
+Paths below the root are opened part by part without following symbolic links, so that nothing
+outside the root is ever read or written, whatever happens to the folders meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Final, Protocol, TypeAlias
+
+from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+# Leftovers of a killed job carry this name; whoever holds the lock on one is still writing it.
+TEMPORARY_PREFIX: Final = ".streamcrypt-"
+TEMPORARY_SUFFIX: Final = ".tmp"
+# Our own objects within an encrypted tree: the manifest, a job's journal.
+RESERVED_FOLDER: Final = "_streamcrypt"
+
+_READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not hang us
+_FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
+_FILE_MODE: Final = 0o600
+_FOLDER_MODE: Final = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a tree: its name, and its size in bytes.
+
+    ``problem`` says why the object cannot be read (a symbolic link, a device …); ``folder`` marks an
+    empty folder, which is listed so that a tree comes back as it was.
+    """
+
+    name: str
+    size: int
+    folder: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which names of a tree belong to a job: shell patterns on the whole relative name."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def admit(self, name: str) -> bool:
+        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return False
+        return not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+
+class Source(Protocol):
+    """An object that is read at offsets.  Errors are SourceError."""
+
+    size: int
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset`` on; returns the bytes read, fewer only at the object's end."""
+
+    def check_unchanged(self) -> None:
+        """SourceError when the object changed since it was opened."""
+
+    def close(self) -> None: ...
+
+
+class Target(Protocol):
+    """An object that is being written.  Errors are DestinationError."""
+
+    def write_at(self, offset: int, data: Buffer) -> None: ...
+
+    def flush(self) -> None:
+        """Make what was written durable."""
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Give the object its final name.  The caller has flushed it, if it is to survive a power loss."""
+
+    def discard(self) -> None:
+        """Drop the object; does nothing after ``publish``."""
+
+
+def check_name(name: str) -> str:
+    """``name`` if it is a relative path that stays below its root; StreamcryptError otherwise."""
+    if (
+        not name
+        or name.startswith("/")
+        or "\0" in name
+        or any(part in ("", ".", "..") for part in name.split("/"))
+    ):
+        raise StreamcryptError(f"{name!r} is not a name within a folder")
+    return name
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name in a tree is a temporary file or lies in the folder for our own objects."""
+    first, _, _ = name.partition("/")
+    last = name.rpartition("/")[2]
+    return first == RESERVED_FOLDER or (last.startswith(TEMPORARY_PREFIX) and last.endswith(TEMPORARY_SUFFIX))
+
+
+def sort_key(name: str) -> tuple[bytes, ...]:
+    """The order in which ``walk`` lists names."""
+    return tuple(os.fsencode(part) for part in name.split("/"))
+
+
+@dataclass(slots=True)
+class LocalTree:
+    """A local folder.  Not for use by several threads at once: each takes a copy."""
+
+    root: str
+    _folders: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+
+    # A folder's descriptor is kept for the files that follow; a few are enough, since names come sorted.
+    _KEPT_FOLDERS = 16
+
+    def copy(self) -> LocalTree:
+        return LocalTree(self.root)
+
+    def __reduce__(self) -> tuple[type[LocalTree], tuple[str]]:
+        return LocalTree, (self.root,)
+
+    def close(self) -> None:
+        for descriptor in self._folders.values():
+            os.close(descriptor)
+        self._folders.clear()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    # -- reading
+
+    def walk(self, filters: Filters | None = None) -> Iterator[Entry]:
+        """Every object, folder by folder, names ascending by their bytes; ours are left out."""
+        yield from self._walk("", filters or Filters())
+
+    def _walk(self, folder: str, filters: Filters) -> Iterator[Entry]:
+        try:
+            descriptor = self._folder(folder)
+            # Names only: a folder of a million files must not cost a million objects of a kilobyte.
+            names = os.listdir(descriptor)
+        except OSError as error:
+            yield Entry(folder, 0, problem=f"cannot be listed: {error.strerror}")
+            return
+        names.sort(key=os.fsencode)
+        prefix = folder + "/" if folder else ""
+        if folder and not names:
+            yield Entry(folder, 0, folder=True)
+        for name in names:
+            path = prefix + name
+            if is_ours(path):
+                continue
+            try:
+                status = os.stat(name, dir_fd=self._folder(folder), follow_symlinks=False)
+            except OSError as error:
+                if filters.admit(path):
+                    yield Entry(path, 0, problem=f"cannot be read: {error.strerror}")
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                yield from self._walk(path, filters)
+            elif filters.admit(path):
+                if stat.S_ISREG(status.st_mode):
+                    yield Entry(path, status.st_size)
+                else:
+                    yield Entry(path, 0, problem=_kind_problem(status.st_mode))
+
+    def entry(self, name: str) -> Entry:
+        """The object of that name; SourceError when there is none that can be read."""
+        folder, _, base = check_name(name).rpartition("/")
+        try:
+            status = os.stat(base, dir_fd=self._folder(folder), follow_symlinks=False)
+        except OSError as error:
+            raise SourceError(f"{self.path(name)}: cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            return Entry(name, 0, problem=_kind_problem(status.st_mode))
+        return Entry(name, status.st_size)
+
+    def exists(self, name: str) -> bool:
+        folder, _, base = check_name(name).rpartition("/")
+        try:
+            os.stat(base, dir_fd=self._folder(folder), follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            raise DestinationError(f"{self.path(name)}: {error.strerror}") from error
+        return True
+
+    def open(self, name: str) -> LocalSource:
+        """Open an object for reading."""
+        folder, _, base = check_name(name).rpartition("/")
+        try:
+            parent = self._folder(folder)
+            descriptor = os.open(base, _READ_FLAGS, dir_fd=parent)
+        except OSError as error:
+            reason = (
+                "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
+            )
+            raise SourceError(f"{self.path(name)}: {reason}") from error
+        return LocalSource(descriptor, self.path(name), parent, base)
+
+    # -- writing
+
+    def create(self, name: str, *, size: int | None = None, overwrite: bool = False) -> LocalTarget:
+        """A new object that will be called ``name``; with ``size`` its room is claimed at once."""
+        folder, _, base = check_name(name).rpartition("/")
+        path = self.path(name)
+        try:
+            parent = self._folder(folder, create=True)
+            if not overwrite and _exists(base, parent):
+                raise DestinationError(f"{path}: exists already; overwrite must be asked for")
+            return LocalTarget.create(path, parent, base, size)
+        except OSError as error:
+            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def open_part(self, name: str, temporary: str) -> LocalPart:
+        """Another handle on a target that is being written, by its temporary name: for one span of it."""
+        folder, _, _ = check_name(name).rpartition("/")
+        path = self.path(name)
+        try:
+            flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            return LocalPart(os.open(temporary, flags, dir_fd=self._folder(folder)), path)
+        except OSError as error:
+            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def make_folder(self, name: str) -> None:
+        """Make an empty folder."""
+        try:
+            self._folder(check_name(name), create=True)
+        except OSError as error:
+            raise DestinationError(f"{self.path(name)}: cannot be made: {error.strerror}") from error
+
+    def remove_leftovers(self, folder: str) -> None:
+        """Remove temporary files that a killed job left in ``folder``; those of running jobs stay."""
+        try:
+            parent = self._folder(folder)
+            for name in os.listdir(parent):
+                if name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX):
+                    _remove_leftover(name, parent)
+        except OSError:
+            return  # nothing there yet, or not ours to list: creating files will say so
+
+    def sync_folder(self, folder: str) -> None:
+        """Make the names in ``folder`` durable, and its own name in its parents."""
+        try:
+            while True:
+                os.fsync(self._folder(folder))
+                if not folder:
+                    break
+                folder = folder.rpartition("/")[0]
+        except OSError as error:
+            raise DestinationError(f"{self.path(folder)}: cannot be flushed: {error.strerror}") from error
+
+    # -- folders
+
+    def _folder(self, folder: str, *, create: bool = False) -> int:
+        """A descriptor of a folder below the root, reached without following a symbolic link."""
+        descriptor = self._folders.get(folder)
+        if descriptor is not None:
+            return descriptor
+        if not folder:
+            if create:
+                os.makedirs(self.root, _FOLDER_MODE, exist_ok=True)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        else:
+            above, _, base = folder.rpartition("/")
+            parent = self._folder(above, create=create)
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(base, _FOLDER_MODE, dir_fd=parent)
+            descriptor = os.open(base, _FOLDER_FLAGS, dir_fd=parent)
+        if len(self._folders) >= self._KEPT_FOLDERS:
+            for old in [name for name in self._folders if name and not folder.startswith(name)][:1]:
+                os.close(self._folders.pop(old))
+        self._folders[folder] = descriptor
+        return descriptor
+
+
+class LocalSource:
+    """A local file that is being read."""
+
+    def __init__(self, descriptor: int, path: str, parent: int, base: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._base = base
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise SourceError(f"{path}: {_kind_problem(status.st_mode)}")
+        self._parent = os.dup(parent)  # of its own, because the tree may close the one it keeps
+        self.size = status.st_size
+        self._state = _state(status)
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self._descriptor, (buffer[done:] if done else buffer,), offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise SourceError(f"{self._path}: cannot be read: {error.strerror}") from error
+        return done
+
+    def check_unchanged(self) -> None:
+        try:
+            named = os.stat(self._base, dir_fd=self._parent, follow_symlinks=False)
+            unchanged = _state(os.fstat(self._descriptor)) == _state(named) == self._state
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise SourceError(f"{self._path}: changed while it was read; run again when nobody writes to it")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+        os.close(self._parent)
+
+
+class LocalPart:
+    """A handle that writes into a temporary file; it neither publishes nor removes it."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        try:
+            done = os.pwrite(self._descriptor, data, offset)
+            while done < len(data):
+                done += os.pwrite(self._descriptor, memoryview(data)[done:], offset + done)
+        except OSError as error:
+            raise DestinationError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class LocalTarget(LocalPart):
+    """A local file that is being written under a temporary name."""
+
+    def __init__(self, descriptor: int, path: str, parent: int, base: str, temporary: str) -> None:
+        super().__init__(descriptor, path)
+        self.temporary = temporary
+        self._parent = os.dup(parent)
+        self._base = base
+        self._open = True
+
+    @classmethod
+    def create(cls, path: str, parent: int, base: str, size: int | None) -> LocalTarget:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        while True:
+            temporary = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+            descriptor = os.open(temporary, flags, _FILE_MODE, dir_fd=parent)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    break  # a file system without locks: leftovers there are for `doctor` to show
+                os.close(descriptor)
+                continue  # someone who removes leftovers took it between our two calls
+            if os.fstat(descriptor).st_nlink:
+                break
+            os.close(descriptor)
+        target = cls(descriptor, path, parent, base, temporary)
+        if size:
+            try:
+                os.ftruncate(descriptor, size)
+            except OSError:
+                target.discard()
+                raise
+        return target
+
+    def flush(self) -> None:
+        # A failed fsync is final: the kernel may have dropped the pages, and a second call would succeed.
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise DestinationError(f"{self._path}: cannot be flushed: {error.strerror}") from error
+
+    def publish(self, *, overwrite: bool) -> None:
+        try:
+            if overwrite:
+                os.rename(self.temporary, self._base, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+            else:
+                self._link()
+        except FileExistsError as error:
+            raise DestinationError(f"{self._path}: exists already; overwrite must be asked for") from error
+        except OSError as error:
+            raise DestinationError(f"{self._path}: cannot be written: {error.strerror}") from error
+        self._close()
+
+    def _link(self) -> None:
+        """Give the file its name, but never another file's: a link fails where a rename would replace."""
+        try:
+            os.link(self.temporary, self._base, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            if _exists(self._base, self._parent):  # a file system without links: the best that is left
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+            os.rename(self.temporary, self._base, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+        else:
+            os.unlink(self.temporary, dir_fd=self._parent)
+
+    def discard(self) -> None:
+        if self._open:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.temporary, dir_fd=self._parent)
+            self._close()
+
+    def _close(self) -> None:
+        self._open = False
+        os.close(self._descriptor)
+        os.close(self._parent)
+
+
+def _exists(base: str, parent: int) -> bool:
+    try:
+        os.stat(base, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _remove_leftover(name: str, parent: int) -> None:
+    try:
+        descriptor = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(name, dir_fd=parent)
+    except OSError:
+        pass  # locked: a running job is writing it
+    finally:
+        os.close(descriptor)
+
+
+def _kind_problem(mode: int) -> str:
+    kinds: Sequence[tuple[bool, str]] = (
+        (stat.S_ISDIR(mode), "is a folder, not a file"),
+        (stat.S_ISLNK(mode), "is a symbolic link; links are not followed"),
+        (stat.S_ISFIFO(mode), "is a named pipe, not a file"),
+        (stat.S_ISSOCK(mode), "is a socket, not a file"),
+    )
+    return next((text for matches, text in kinds if matches), "is a device, not a file")

@@ -1,0 +1,871 @@
+"""One message as a stream: sealed as it is written, opened as it is read, at any place.
+
+    seal_message, open_message     a message that is in memory
+    MessageWriter                  plaintext in, message out, in order, of any length
+    FrameReader                    any range of a message that can be read at offsets
+    open_stream                    a message that arrives in order (a pipe)
+    EncryptingFile, DecryptingFile the same two as Python file objects
+
+Before any plaintext is given out: the header is parsed within limits, the commitment policy is
+checked, a data key is unwrapped, the commitment compared, the header's tag verified.  A message that
+can be read at offsets then has its final frame opened, which proves its length.  After that each
+frame is given out only when it has been authenticated.
+"""
+
+from __future__ import annotations
+
+import io
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from streamcrypt.errors import (
+    ContextMismatchError,
+    FormatError,
+    IntegrityError,
+    LimitExceededError,
+)
+from streamcrypt.message.derive import derive_for_reading, derive_keys
+from streamcrypt.message.footer import FOOTER_LENGTH, MAX_FOOTER_LENGTH, Signer, Verifier
+from streamcrypt.message.frames import (
+    FINAL_MARK,
+    FINAL_OVERHEAD,
+    REGULAR_OVERHEAD,
+    UNFRAMED_OVERHEAD,
+    UNFRAMED_PREFIX,
+    FrameCipher,
+    Geometry,
+    unframed_length,
+)
+from streamcrypt.message.header import (
+    DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    Buffer,
+    Header,
+    HeaderCutShortError,
+    HeaderTemplate,
+    authenticate_header,
+    parse_header,
+)
+from streamcrypt.message.suites import CommitmentPolicy
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from streamcrypt.keys.materials import EncryptionMaterials, Materials
+    from streamcrypt.storage import Source, Target
+
+DEFAULT_FRAME_LENGTH: Final = 2**20
+# How many bytes of frames go through one system call: see benchmarks/README.md, "batch".
+BATCH_LENGTH: Final = 2**20
+# Unframed content has one tag at its end, so nothing of it may be given out before all of it is in
+# memory; `cryptography` opens at most this much in one call.
+MAX_UNFRAMED_IN_MEMORY: Final = 2**31 - 1 - UNFRAMED_OVERHEAD
+
+_FIRST_READ: Final = 4096
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OutgoingMessage:
+    """A message that has been begun: its id is drawn, its keys derived, its header sealed."""
+
+    header: bytes
+    message_id: bytes
+    content_key: bytes
+    frame_length: int
+    signing_key: ec.EllipticCurvePrivateKey | None
+    materials: EncryptionMaterials
+
+    @classmethod
+    def begin(
+        cls, materials: EncryptionMaterials, template: HeaderTemplate, frame_length: int
+    ) -> OutgoingMessage:
+        # 256 random bits: the salt of the derivation, so that no two messages share a content key.
+        message_id = secrets.token_bytes(materials.suite.message_id_length)
+        keys = derive_keys(materials.suite, materials.data_key, message_id)
+        cipher = FrameCipher(keys.content_key, message_id)
+        header = template.seal(message_id, keys.commitment, cipher.aead)
+        return cls(header, message_id, keys.content_key, frame_length, materials.signing_key, materials)
+
+    @property
+    def cipher(self) -> FrameCipher:
+        return FrameCipher(self.content_key, self.message_id)
+
+    def geometry(self, plaintext_length: int) -> Geometry:
+        return Geometry.for_plaintext(
+            len(self.header), self.frame_length, plaintext_length, signed=self.signing_key is not None
+        )
+
+
+def header_template(
+    materials: EncryptionMaterials, frame_length: int, authenticated_context: Mapping[str, str] | None = None
+) -> HeaderTemplate:
+    """The header for messages under these materials.
+
+    The pairs of ``authenticated_context`` are part of the materials' context, but not stored.
+    """
+    unstored = authenticated_context or {}
+    stored = {name: value for name, value in materials.context.items() if name not in unstored}
+    return HeaderTemplate(materials.suite, stored, materials.encrypted_data_keys, frame_length, unstored)
+
+
+def seal_message(message: OutgoingMessage, plaintext: Buffer) -> bytes:
+    """The whole message for a plaintext that is in memory."""
+    geometry = message.geometry(len(plaintext))
+    sealed = bytearray(geometry.body_end)
+    sealed[: geometry.header_length] = message.header
+    seal_frames(
+        message.cipher,
+        geometry,
+        0,
+        geometry.frames,
+        memoryview(plaintext),
+        memoryview(sealed)[geometry.header_length :],
+    )
+    if message.signing_key is not None:
+        signer = Signer(message.materials.suite, message.signing_key)
+        signer.update(sealed)
+        sealed += signer.footer()
+    return bytes(sealed)
+
+
+def seal_frames(
+    cipher: FrameCipher, geometry: Geometry, start: int, stop: int, plaintext: memoryview, frames: memoryview
+) -> int:
+    """Seal frames ``start`` to ``stop`` (excluded), whose plaintext this is; returns the bytes written."""
+    regular = min(stop, geometry.regular_frames) - start
+    split = regular * geometry.frame_length
+    length = cipher.seal_regular(plaintext[:split], start, geometry.frame_length, frames) if regular else 0
+    if stop > geometry.regular_frames:
+        length += cipher.seal_final(plaintext[split:], geometry.regular_frames, frames[length:])
+    return length
+
+
+class MessageWriter:
+    """Seals a plaintext of unknown length as it comes; ``emit`` gets the message's bytes in order.
+
+    What ``emit`` is given is a reused buffer: it must be done with it when it returns.
+    """
+
+    def __init__(self, message: OutgoingMessage, emit: Callable[[memoryview], None]) -> None:
+        frame_length = message.frame_length
+        self._frame_length = frame_length
+        self._batch = max(1, BATCH_LENGTH // frame_length) * frame_length
+        self._cipher = message.cipher
+        self._signer = (
+            Signer(message.materials.suite, message.signing_key) if message.signing_key is not None else None
+        )
+        self._emit_to = emit
+        self._frames_sealed = 0
+        self._held = bytearray()  # less than a batch, until a frame is known to be full or the last
+        self._sealed = memoryview(bytearray(0))
+        self.plaintext_length = 0
+        self.message_length = 0
+        self._emit(memoryview(message.header))
+
+    def write(self, data: Buffer) -> None:
+        """Take some plaintext; whole frames leave at once when there are enough of them."""
+        view = memoryview(data).cast("B")
+        self.plaintext_length += len(view)
+        if self._held:
+            room = self._batch - len(self._held)
+            self._held += view[:room]
+            view = view[room:]
+            if len(self._held) < self._batch:
+                return
+            with memoryview(self._held) as held:
+                self._seal(held)
+            self._held.clear()
+        whole = len(view) - len(view) % self._batch
+        for start in range(0, whole, self._batch):
+            self._seal(view[start : start + self._batch])
+        self._held += view[whole:]
+
+    def finish(self) -> None:
+        """Seal what is left and the final frame, and sign."""
+        whole = len(self._held) - len(self._held) % self._frame_length
+        with memoryview(self._held) as held:
+            if whole:
+                self._seal(held[:whole])
+            rest = held[whole:]
+            frame = self._room(FINAL_OVERHEAD + len(rest))
+            length = self._cipher.seal_final(rest, self._frames_sealed, frame)
+            self._emit(frame[:length])
+        if self._signer is not None:
+            self._emit_to(memoryview(footer := self._signer.footer()))
+            self.message_length += len(footer)
+
+    def _seal(self, plaintext: memoryview) -> None:
+        frames = len(plaintext) // self._frame_length
+        if self._frames_sealed + frames >= 2**32 - 1:
+            raise LimitExceededError("the message would exceed 2^32 - 1 frames; take longer frames")
+        sealed = self._room(frames * (self._frame_length + REGULAR_OVERHEAD))
+        length = self._cipher.seal_regular(plaintext, self._frames_sealed, self._frame_length, sealed)
+        self._frames_sealed += frames
+        self._emit(sealed[:length])
+
+    def _room(self, length: int) -> memoryview:
+        if len(self._sealed) < length:
+            self._sealed = memoryview(bytearray(length))
+        return self._sealed
+
+    def _emit(self, data: memoryview) -> None:
+        if self._signer is not None:
+            self._signer.update(data)
+        self._emit_to(data)
+        self.message_length += len(data)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingRules:
+    """What a caller demands of a message before it is read.
+
+    ``context``: pairs that must stand in the message's encryption context.
+    ``authenticated_context``: pairs that the writer bound to the message without storing them.
+    """
+
+    commitment_policy: CommitmentPolicy = CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS
+    context: Mapping[str, str] = field(default_factory=dict)
+    authenticated_context: Mapping[str, str] = field(default_factory=dict)
+    require_signed: bool = False
+
+    def check(self, header: Header) -> None:
+        """Refuse a message by what its header says, before any key is asked for."""
+        self.commitment_policy.check_reading(header.suite)
+        if self.require_signed and not header.suite.signed:
+            raise IntegrityError("the message is not signed and a signature is required")
+        for name, value in self.context.items():
+            if header.context.get(name) != value:
+                raise ContextMismatchError(
+                    f"the message's encryption context does not hold the pair {name}={value}; "
+                    "`streamcrypt inspect` shows what it holds"
+                )
+        for name, value in self.authenticated_context.items():
+            if header.context.get(name, value) != value:
+                raise ContextMismatchError(
+                    f"the message's encryption context holds another value of {name} than the one supplied"
+                )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class UnlockedMessage:
+    """A message whose header has been authenticated, and the key that opens its frames."""
+
+    header: Header
+    content_key: bytes
+    verification_key: ec.EllipticCurvePublicKey | None
+
+    @property
+    def cipher(self) -> FrameCipher:
+        return FrameCipher(self.content_key, self.header.message_id)
+
+
+def unlock(header: Header, materials: Materials, rules: ReadingRules) -> UnlockedMessage:
+    """Check the rules, unwrap the data key, compare the commitment, authenticate the header."""
+    rules.check(header)
+    unstored = {
+        name: value for name, value in rules.authenticated_context.items() if name not in header.context
+    }
+    unwrapped = materials.for_decryption(
+        header.suite, {**header.context, **unstored}, header.encrypted_data_keys
+    )
+    content_key = derive_for_reading(header, unwrapped.data_key)
+    message = UnlockedMessage(header, content_key, unwrapped.verification_key)
+    authenticate_header(header, message.cipher.aead, unstored)
+    return message
+
+
+def read_header(
+    read: Callable[[int], Buffer], *, max_encrypted_data_keys: int | None
+) -> tuple[Header, Buffer]:
+    """The header at the start of what ``read(n)`` gives, and all the bytes that were read for it."""
+    buffer: Buffer = read(_FIRST_READ)
+    while True:
+        try:
+            header, _ = parse_header(buffer, max_encrypted_data_keys=max_encrypted_data_keys)
+        except HeaderCutShortError as error:
+            more = read(max(error.needed - len(buffer), _FIRST_READ))
+            if not more:
+                if not buffer:
+                    raise FormatError("the input is empty, not a message", recognised=False) from None
+                raise
+            buffer = bytes(buffer) + bytes(more)
+        else:
+            return header, buffer
+
+
+def source_header(source: Source, *, max_encrypted_data_keys: int | None) -> Header:
+    """The header of a message that can be read at offsets; nothing of it is authenticated."""
+    position = 0
+
+    def read(length: int) -> Buffer:
+        nonlocal position
+        data = read_bytes(source, position, min(length, source.size - position))
+        position += len(data)
+        return data
+
+    return read_header(read, max_encrypted_data_keys=max_encrypted_data_keys)[0]
+
+
+def source_geometry(source: Source, header: Header) -> Geometry:
+    """Where the frames of a framed message lie; unauthenticated until its final frame is opened."""
+    return Geometry.of_message(header, source.size, lambda offset, length: read_bytes(source, offset, length))
+
+
+def read_bytes(source: Source, offset: int, length: int) -> bytearray:
+    """Up to ``length`` bytes from ``offset`` on, fewer at the end."""
+    data = bytearray(max(0, min(length, source.size - offset)))
+    with memoryview(data) as view:
+        count = source.read_at(offset, view)
+    del data[count:]
+    return data
+
+
+class FrameReader:
+    """Any range of the plaintext of one framed message that can be read at offsets.
+
+    ``open_final`` must come first: it proves the length.  One thread at a time; ``copy`` gives
+    another reader of the same message to another thread.
+    """
+
+    def __init__(
+        self, source: Source, cipher: FrameCipher, geometry: Geometry, *, scratch: memoryview | None = None
+    ) -> None:
+        """``scratch``: memory for sealed frames, to be reused by the caller for one reader after another."""
+        self.geometry = geometry
+        self._source = source
+        self._cipher = cipher
+        self._stride = geometry.frame_length + REGULAR_OVERHEAD
+        self._batch = max(1, BATCH_LENGTH // self._stride)
+        self._frames = memoryview(bytearray()) if scratch is None else scratch
+        # The last frame that was opened for only a part of it: the next read often wants the rest.
+        self._kept = memoryview(bytearray())
+        self._kept_index = -1
+        self._kept_length = 0
+
+    def copy(self) -> FrameReader:
+        return FrameReader(self._source, self._cipher, self.geometry)
+
+    def open_final(self) -> None:
+        """Open the final frame: its tag binds its number and length, so the message is whole."""
+        self._open_into_kept(self.geometry.regular_frames)
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the plaintext from ``start`` on, which must lie within the message.
+
+        Whole frames are opened straight into ``view``: give it memory that nobody else sees until
+        this returns.  When a frame does not authenticate, nothing of it stays in ``view``.
+        """
+        geometry, frame_length = self.geometry, self.geometry.frame_length
+        position, end = start, start + len(view)
+        assert 0 <= start <= end <= geometry.plaintext_length
+        while position < end:
+            index = min(position // frame_length, geometry.regular_frames)
+            within = position - index * frame_length
+            whole = min((end - position) // frame_length, geometry.regular_frames - index)
+            if within == 0 and whole > 0 and index != self._kept_index:
+                count = min(whole, self._batch)
+                self._open_regular(
+                    index, count, view[position - start : position - start + count * frame_length]
+                )
+                position += count * frame_length
+            else:
+                if index != self._kept_index:
+                    self._open_into_kept(index)
+                length = min(end - position, self._kept_length - within)
+                view[position - start : position - start + length] = self._kept[within : within + length]
+                position += length
+
+    def _open_regular(self, index: int, count: int, plaintext: memoryview) -> None:
+        length = count * self._stride
+        frames = self._read(self.geometry.frame_offset(index), length)
+        self._cipher.open_regular(frames, index, self.geometry.frame_length, plaintext)
+
+    def _open_into_kept(self, index: int) -> None:
+        geometry = self.geometry
+        final = index == geometry.regular_frames
+        length = geometry.final_length if final else geometry.frame_length
+        if len(self._kept) < length:
+            self._kept = memoryview(bytearray(length))
+        self._kept_index = -1  # until the frame has been authenticated
+        frame = self._read(
+            geometry.frame_offset(index), length + (FINAL_OVERHEAD if final else REGULAR_OVERHEAD)
+        )
+        if final:
+            self._cipher.open_final(frame, index, geometry.frame_length, self._kept)
+        else:
+            self._cipher.open_regular(frame, index, geometry.frame_length, self._kept[:length])
+        self._kept_index, self._kept_length = index, length
+
+    def _read(self, offset: int, length: int) -> memoryview:
+        if len(self._frames) < length:
+            self._frames = memoryview(bytearray(length))
+        frames = self._frames[:length]
+        if self._source.read_at(offset, frames) < length:
+            raise IntegrityError("the message ends before its last frame: it was truncated")
+        return frames
+
+
+class SequentialReader:
+    """The plaintext of a signed or unframed message, in order, with its signature checked at the end.
+
+    ``chunks`` gives memory that is reused for the next chunk.  What it gave of a signed message is
+    authenticated by the data key as it comes, but signed only once the iteration has ended: the
+    final frame is given out after the signature was verified.
+    """
+
+    def __init__(self, source: Source, message: UnlockedMessage) -> None:
+        self._source = source
+        self._message = message
+
+    def chunks(self) -> Iterator[memoryview]:
+        position = 0
+
+        def read_into(view: memoryview) -> int:
+            nonlocal position
+            count = self._source.read_at(position, view)
+            position += count
+            return count
+
+        header_bytes = self._message.header.serialize()
+        start = read_bytes(self._source, 0, len(header_bytes))
+        if start != header_bytes:
+            raise IntegrityError("the header changed while the message was read")
+        position = len(header_bytes)
+        return _open_body(self._message, header_bytes, b"", read_into)
+
+
+def open_stream(
+    readinto: Callable[[memoryview], int], materials: Materials, rules: ReadingRules
+) -> Iterator[memoryview]:
+    """The plaintext of a message that arrives in order; ``readinto`` gives 0 at its end.
+
+    Each chunk is authenticated; the last is given out only when the message has proved to be whole
+    and, if it is signed, its signature holds.  A chunk's memory is reused for the next one.
+    """
+
+    def read(length: int) -> bytes:
+        buffer = bytearray(length)
+        with memoryview(buffer) as view:
+            return bytes(view[: readinto(view)])
+
+    header, buffered = read_header(read, max_encrypted_data_keys=rules.max_encrypted_data_keys)
+    message = unlock(header, materials, rules)
+    length = header.length
+    return _open_body(message, bytes(buffered[:length]), bytes(buffered[length:]), readinto)
+
+
+def _open_body(
+    message: UnlockedMessage, header_bytes: bytes, buffered: bytes, readinto: Callable[[memoryview], int]
+) -> Iterator[memoryview]:
+    """Open frames as they come: ``buffered`` holds what was already read of the body."""
+    header, cipher = message.header, message.cipher
+    verifier = None
+    if message.verification_key is not None:
+        verifier = Verifier(header.suite, message.verification_key)
+        verifier.update(header_bytes)
+    inbox = _Inbox(buffered, readinto)
+    if not header.framed:
+        yield _open_unframed_body(cipher, inbox, verifier)
+        return
+    frame_length = header.frame_length
+    stride = frame_length + REGULAR_OVERHEAD
+    batch = max(1, BATCH_LENGTH // stride) * stride
+    plaintext = memoryview(b"")
+    index = 0
+    while True:
+        frames = inbox.peek(batch)
+        regular = 0
+        while regular + stride <= len(frames) and bytes(frames[regular : regular + 4]) != FINAL_MARK:
+            regular += stride
+        if regular:
+            room = regular // stride * frame_length
+            if len(plaintext) < room:
+                plaintext = memoryview(bytearray(room))
+            length = cipher.open_regular(frames[:regular], index, frame_length, plaintext)
+            if verifier is not None:
+                verifier.update(frames[:regular])
+            inbox.drop(regular)
+            index += regular // stride
+            yield plaintext[:length]
+        else:
+            yield _open_final_frame(cipher, inbox, verifier, index, frame_length)
+            return
+
+
+def _open_final_frame(
+    cipher: FrameCipher, inbox: _Inbox, verifier: Verifier | None, index: int, frame_length: int
+) -> memoryview:
+    head = inbox.peek(24)
+    if bytes(head[:4]) != FINAL_MARK or len(head) < 24:
+        raise IntegrityError("the message ends without its final frame: it was truncated")
+    length = int.from_bytes(head[20:24], "big")
+    if length > frame_length:
+        raise IntegrityError("the final frame is longer than the message's frames")
+    rest = inbox.peek(FINAL_OVERHEAD + length + MAX_FOOTER_LENGTH + 1)
+    frame = rest[: FINAL_OVERHEAD + length]
+    plaintext = memoryview(bytearray(min(length, len(frame))))
+    cipher.open_final(frame, index, frame_length, plaintext)
+    _check_end(rest, len(frame), frame, verifier)
+    return plaintext
+
+
+def _open_unframed_body(cipher: FrameCipher, inbox: _Inbox, verifier: Verifier | None) -> memoryview:
+    head = inbox.peek(UNFRAMED_PREFIX)
+    if len(head) < UNFRAMED_PREFIX:
+        raise IntegrityError("the body is cut short: the message is truncated")
+    length = unframed_length(head)
+    if length > MAX_UNFRAMED_IN_MEMORY:
+        raise LimitExceededError(
+            f"unframed content of {length} bytes has to be held in memory to be verified; "
+            f"the limit is {MAX_UNFRAMED_IN_MEMORY}"
+        )
+    rest = inbox.peek(UNFRAMED_OVERHEAD + length + MAX_FOOTER_LENGTH + 1)
+    body = rest[: UNFRAMED_OVERHEAD + length]
+    plaintext = cipher.open_unframed(body)
+    _check_end(rest, len(body), body, verifier)
+    return memoryview(plaintext)
+
+
+def _check_end(rest: memoryview, body_end: int, body: memoryview, verifier: Verifier | None) -> None:
+    """After the last frame comes the footer of a signed message, and then nothing."""
+    if verifier is not None:
+        verifier.update(body)
+        verifier.verify(rest[body_end:])
+    elif len(rest) > body_end:
+        raise IntegrityError("bytes follow the message")
+
+
+class _Inbox:
+    """Bytes that arrive in order, of which some are looked at before they are taken.
+
+    It never makes room for bytes that have not come: a length that a message claims costs nothing.
+    """
+
+    _STEP: Final = 2**20
+
+    def __init__(self, buffered: bytes, readinto: Callable[[memoryview], int]) -> None:
+        self._buffer = bytearray(buffered)
+        self._length = len(buffered)
+        self._start = 0
+        self._readinto = readinto
+        self._ended = False
+
+    def peek(self, length: int) -> memoryview:
+        """The next ``length`` bytes, fewer only where the input ends; valid until the next call."""
+        if self._start and self._length - self._start < length:
+            rest = self._length - self._start
+            self._buffer[:rest] = self._buffer[self._start : self._length]
+            self._start, self._length = 0, rest
+        while self._length - self._start < length and not self._ended:
+            missing = self._start + length - self._length
+            room = min(missing, max(self._STEP, self._length))
+            if len(self._buffer) < self._length + room:
+                # A new buffer, because views of the old one may be alive.
+                self._buffer = self._buffer[: self._length] + bytes(room)
+            with memoryview(self._buffer) as view:
+                count = self._readinto(view[self._length : self._length + room])
+            self._ended = count == 0
+            self._length += count
+        return memoryview(self._buffer)[self._start : min(self._start + length, self._length)]
+
+    def drop(self, length: int) -> None:
+        self._start += length
+
+
+def open_message(blob: Buffer, materials: Materials, rules: ReadingRules) -> bytes:
+    """The plaintext of a whole message in memory; IntegrityError unless all of it authenticates."""
+    header, header_length = parse_header(blob, max_encrypted_data_keys=rules.max_encrypted_data_keys)
+    message = unlock(header, materials, rules)
+    view = memoryview(blob)
+    if not header.framed or header.suite.signed:
+        position = header_length
+
+        def read_into(target: memoryview) -> int:
+            nonlocal position
+            data = view[position : position + len(target)]
+            target[: len(data)] = data
+            position += len(data)
+            return len(data)
+
+        return b"".join(
+            bytes(chunk) for chunk in _open_body(message, bytes(view[:header_length]), b"", read_into)
+        )
+    geometry = Geometry.of_message(header, len(blob))
+    plaintext = bytearray(geometry.plaintext_length)
+    cipher = message.cipher
+    final_offset = geometry.frame_offset(geometry.regular_frames)
+    with memoryview(plaintext) as target:
+        split = geometry.regular_frames * geometry.frame_length
+        cipher.open_final(view[final_offset:], geometry.regular_frames, geometry.frame_length, target[split:])
+        if geometry.regular_frames:
+            cipher.open_regular(view[header_length:final_offset], 0, geometry.frame_length, target[:split])
+    return bytes(plaintext)
+
+
+# ---------------------------------------------------------------------------------------------
+# File objects
+
+
+class DecryptingFile(io.BufferedIOBase):
+    """The plaintext of one message as a read-only file that seeks; what ``sc.open`` returns.
+
+    A read opens only the frames that it covers and gives out only what has been authenticated.
+    With a signed message that has been read at random, the signature has not been checked:
+    ``verify_signature`` does it in one pass over all bytes.
+
+    Attributes: ``header`` (suite, message id, encryption context …) and ``size`` in bytes of plaintext.
+    """
+
+    def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self._source = source
+        self._lock = threading.Lock()
+        self._position = 0
+        try:
+            self.header = source_header(source, max_encrypted_data_keys=rules.max_encrypted_data_keys)
+            self._message = unlock(self.header, materials, rules)
+            self._reader: FrameReader | None = None
+            self._unframed = b""
+            if self.header.framed:
+                self._reader = FrameReader(source, self._message.cipher, source_geometry(source, self.header))
+                self._reader.open_final()
+                self.size = self._reader.geometry.plaintext_length
+            else:
+                chunks = SequentialReader(source, self._message).chunks()
+                self._unframed = b"".join(bytes(chunk) for chunk in chunks)
+                self.size = len(self._unframed)
+        except BaseException:
+            source.close()
+            self._source_closed = True
+            raise
+
+    _source_closed = False
+
+    # -- what a file object needs
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        self._check_open()
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._check_open()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}.get(whence)
+        if base is None:
+            raise ValueError(f"invalid whence {whence}")
+        if base + offset < 0:
+            raise ValueError("negative seek position")
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with self._lock:
+            self._check_open()
+            length = self._available(size)
+            # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
+            room = io.BytesIO(bytes(length))
+            with room.getbuffer() as view:
+                self._fill(self._position, view)
+            self._position += length
+            return room.getvalue()
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self.read(size)
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Some of the plaintext that comes next, without taking it; ``readline`` uses this."""
+        return self.read_at(self._position, max(size, io.DEFAULT_BUFFER_SIZE))
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill a caller's buffer.  It never holds a byte that has not been authenticated, not even for a moment."""
+        view = memoryview(buffer).cast("B")
+        with self._lock:
+            self._check_open()
+            length = self._available(len(view))
+            step = BATCH_LENGTH
+            for start in range(0, length, step):
+                part = view[start : min(start + step, length)]
+                # Frames are opened in memory of ours and copied: `decrypt_into` writes before it checks.
+                part[:] = self._private(self._position + start, len(part))
+            self._position += length
+            return length
+
+    def readinto1(self, buffer: Any, /) -> int:
+        return self.readinto(buffer)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
+        with self._lock:
+            self._check_open()
+            length = max(0, min(length, self.size - offset))
+            room = io.BytesIO(bytes(length))
+            with room.getbuffer() as view:
+                self._fill(offset, view)
+            return room.getvalue()
+
+    def fill(self, offset: int, view: memoryview) -> None:
+        """Open the plaintext from ``offset`` on straight into memory that only the caller sees until this returns."""
+        with self._lock:
+            self._check_open()
+            self._fill(offset, view)
+
+    def frame_reader(self) -> FrameReader | None:
+        """A reader of its own for one more thread; None when the content is unframed."""
+        return self._reader.copy() if self._reader is not None else None
+
+    def verify_signature(self) -> None:
+        """Read every byte and check the signature; IntegrityError when it fails or there is none."""
+        if self._message.verification_key is None:
+            raise IntegrityError("the message is not signed")
+        for _ in SequentialReader(self._source, self._message).chunks():
+            pass
+
+    def close(self) -> None:
+        if not self.closed and not self._source_closed:
+            self._source_closed = True
+            self._source.close()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<DecryptingFile {self.name!r}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an open DecryptingFile holds keys and is not pickled; open the message where it is used"
+        )
+
+    # -- within
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+
+    def _available(self, size: int | None) -> int:
+        left = max(0, self.size - self._position)
+        return left if size is None or size < 0 else min(size, left)
+
+    def _fill(self, offset: int, view: memoryview) -> None:
+        if self._reader is not None:
+            self._reader.read_into(offset, view)
+        else:
+            view[:] = self._unframed[offset : offset + len(view)]
+
+    _scratch = memoryview(b"")
+
+    def _private(self, offset: int, length: int) -> memoryview:
+        if len(self._scratch) < length:
+            self._scratch = memoryview(bytearray(length))
+        part = self._scratch[:length]
+        self._fill(offset, part)
+        return part
+
+
+class EncryptingFile(io.BufferedIOBase):
+    """A write-only file that becomes one message; what ``sc.open(…, "wb")`` returns.
+
+    The message appears under its name only when the file is closed cleanly: a ``with`` block that
+    raises, ``discard``, or an object that is forgotten leaves nothing behind.
+    """
+
+    _target: Target | None = None
+
+    def __init__(
+        self, target: Target, message: OutgoingMessage, *, overwrite: bool, durable: bool, name: str = ""
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self._target = target
+        self._overwrite = overwrite
+        self._durable = durable
+        self._offset = 0
+        self._writer = MessageWriter(message, self._append)
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._writer.plaintext_length
+
+    def write(self, data: Any, /) -> int:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        view = memoryview(data).cast("B")
+        self._writer.write(view)
+        return len(view)
+
+    def close(self) -> None:
+        if self._target is None:
+            super().close()
+            return
+        try:
+            self._writer.finish()
+            if self._durable:
+                self._target.flush()
+            self._target.publish(overwrite=self._overwrite)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Close without making the message appear."""
+        target, self._target = self._target, None
+        if target is not None:
+            target.discard()
+        super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self.close()
+        else:
+            self.discard()
+
+    def __del__(self) -> None:
+        self.discard()  # not close(): a file that was forgotten is not whole
+
+    def __repr__(self) -> str:
+        return f"<EncryptingFile {self.name!r}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an open EncryptingFile is not pickled")
+
+    def _append(self, data: memoryview) -> None:
+        assert self._target is not None
+        self._target.write_at(self._offset, data)
+        self._offset += len(data)
+
+
+__all__ = [
+    "FOOTER_LENGTH",
+    "DecryptingFile",
+    "EncryptingFile",
+    "FrameReader",
+    "MessageWriter",
+    "OutgoingMessage",
+    "ReadingRules",
+    "SequentialReader",
+    "UnlockedMessage",
+    "header_template",
+    "open_message",
+    "open_stream",
+    "seal_frames",
+    "seal_message",
+    "source_geometry",
+    "source_header",
+    "unlock",
+]
