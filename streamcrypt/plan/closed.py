@@ -14,6 +14,7 @@ it waits the workers go on with what they hold.  **private**, every worker has a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,7 @@ class Load:
     data_keys: int = 0
     order: Order = "sequential"
     capacity: int = 1000  # entries of the cache
+    prepared: int = 0  # files that get their keys before the first one is handed out (shared caches)
     pieces: int = 1  # equal spans into which a file is cut, each for any worker
 
     @property
@@ -167,7 +169,9 @@ def closed_form(load: Load) -> Outcome:
         return Outcome(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     if load.data_keys and load.order == "random":
         return _scattered(load)
-    return _private(load) if load.sharing == "private" else _shared(load)
+    if load.sharing == "private":
+        return _private(load)
+    return _prepared(load) if load.prepared else _shared(load)
 
 
 def _finish(load: Load, calls: float, per_key: float, stall: float, last_key: float) -> Outcome:
@@ -191,6 +195,46 @@ def _finish(load: Load, calls: float, per_key: float, stall: float, last_key: fl
         fastest = workers / load.latency if load.latency > 0 else calls
     peak = min(calls, fastest, load.tokens + load.quota) if math.isfinite(load.quota) else min(calls, fastest)
     return Outcome(seconds, calls, per_key, worker_seconds, stall, quota_seconds, peak)
+
+
+def _prepared(load: Load) -> Outcome:
+    """The first files' keys one after the other with no work beside them, then the others as ever."""
+    first = min(load.prepared, load.files)
+    instant = dataclasses.replace(load, service=1e-9, variation=0.0, prepared=0, prefetch=load.files)
+    keys = _shared(dataclasses.replace(instant, files=first)).calls
+    wait = max(keys * load.latency, max(0.0, keys - load.tokens) / load.quota + load.latency)
+    if first == load.files:
+        rest = _finish(load, keys, first / keys, 0.0, 0.0)
+        rest = dataclasses.replace(rest, quota_seconds=0.0)
+    else:
+        share = max(1, round(load.data_keys * (1 - first / load.files))) if load.data_keys else 0
+        later = dataclasses.replace(load, files=load.files - first, data_keys=share, prepared=0)
+        queue = _shared(later)
+        # While the first files are worked on, the keys of the next ones are asked for: their wait is
+        # hidden as long as there is work, and shows when the calls alone take longer.
+        work = load.files * load.service / load.workers
+        waits = max(0.0, queue.stall_seconds - first * load.service / load.workers)
+        tail = queue.worker_seconds - queue.stall_seconds - later.files * load.service / load.workers
+        ends = work + max(0.0, tail) + waits
+        calls = keys + max(0.0, queue.calls - (0 if load.data_keys else 1))
+        forced = max(0.0, calls - load.tokens) / load.quota if math.isfinite(load.quota) else 0.0
+        rest = dataclasses.replace(
+            queue,
+            seconds=max(ends, forced - wait),
+            calls=calls,
+            messages_per_key=load.files / calls,
+            worker_seconds=ends,
+            stall_seconds=waits,
+            quota_seconds=forced,
+        )
+    return dataclasses.replace(
+        rest,
+        seconds=rest.seconds + wait,
+        worker_seconds=rest.worker_seconds + wait,
+        stall_seconds=rest.stall_seconds + wait,
+        quota_seconds=wait if wait > keys * load.latency * 1.01 else rest.quota_seconds,
+        peak_per_second=min(keys, 1 / load.latency if load.latency > 0 else keys, load.tokens + load.quota),
+    )
 
 
 def _shared(load: Load) -> Outcome:

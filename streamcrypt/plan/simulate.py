@@ -8,6 +8,7 @@ variation, sizes likewise.  About a million files take a few seconds.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -122,10 +123,18 @@ def _play_shared(load: Load, kms: _Kms, files: Iterator[tuple[float, float, int]
     in_flight: list[float] = []
     ahead = load.workers + load.prefetch
     now = end = work = 0.0
-    for service, size, key in files:
+    waiting = list(itertools.islice(files, load.prepared))
+    for _, size, key in waiting:
+        if not cache.usable(key, size, now):
+            now = kms.call(now)
+            cache.put(key, size, now)
+    ready = len(waiting)
+    for service, size, key in itertools.chain(waiting, files):
         if len(in_flight) == ahead:
             now = max(now, heapq.heappop(in_flight))
-        if not cache.usable(key, size, now):
+        if ready > 0:
+            ready -= 1
+        elif not cache.usable(key, size, now):
             now = kms.call(now)
             cache.put(key, size, now)
         for _ in range(load.pieces):

@@ -8,7 +8,7 @@ import pytest
 from streamcrypt.plan.closed import Load, closed_form, messages_by_bytes
 from streamcrypt.plan.simulate import simulate
 
-KINDS = ["messages", "age", "bytes", "groups", "prefetch", "sequential", "random", "unlimited"]
+KINDS = ["messages", "age", "bytes", "groups", "prefetch", "sequential", "random", "prepared"]
 CASES = 25  # of each kind: 200
 SEED = 20261124
 
@@ -38,6 +38,9 @@ def draw(kind: str, rng: random.Random) -> Load:
         options |= {"max_bytes": log(1, 1e4), "size_variation": rng.choice([0, 0.5, 1])}
     if kind == "groups":
         options["groups"] = rng.choice([2, 5, 20])
+    if kind == "prepared":
+        options |= {"prepared": round(log(files / 20, files * 2)), "sharing": "shared"}
+        options["max_messages"] = round(log(1, 1e5))
     if kind == "prefetch":
         options["prefetch"] = rng.choice([1, workers, 4 * workers])
     elif options["sharing"] == "shared" and rng.random() < 0.5:
