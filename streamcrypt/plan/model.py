@@ -55,7 +55,12 @@ class Work:
         size = self.bytes / max(self.files, 1)
         if size > SPLIT_LENGTH and self.splits:
             return max(self.files, self.bytes / SPAN_LENGTH)
-        return min(self.files, max(self.files / BATCH_FILES, self.bytes / BATCH_BYTES))
+        return min(self.files, max(self.files / self.batch, self.bytes / BATCH_BYTES))
+
+    @property
+    def batch(self) -> int:
+        """Small files that travel to a worker together; engine.run makes them fewer where there are few."""
+        return int(max(1, min(BATCH_FILES, self.files // (4 * self.workers))))
 
     @property
     def parallel(self) -> float:

@@ -276,9 +276,9 @@ class Prediction:
         }
 
 
-def _load(job: Job, files: int, work_seconds: float, parallel: float, quota: float, variation: float) -> Load:
+def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: float) -> Load:
     """One host's queue."""
-    workers = max(1, round(parallel))
+    workers, files, batch = max(1, round(work.parallel)), round(work.files), work.batch
     sizes = job.size_points
     pieces = 1 if job.signed else max(1, round(sizes.spans()))
     encrypting = job.operation in ("encrypt", "rekey")
@@ -301,7 +301,8 @@ def _load(job: Job, files: int, work_seconds: float, parallel: float, quota: flo
         size_variation=sizes.variation,
         sharing=job.sharing,
         groups=min(job.contexts, files),
-        prefetch=PREFETCH_PER_WORKER * workers,
+        prefetch=(LISTS_HELD * batch - 1) * workers,
+        prepared=PREPARED if job.sharing == "shared" else 0,
         data_keys=data_keys if job.cache else (files if data_keys else 0),
         order=job.order,
         capacity=job.capacity,
@@ -309,8 +310,10 @@ def _load(job: Job, files: int, work_seconds: float, parallel: float, quota: flo
     )
 
 
-# The engine lets this many files wait for each worker.
-PREFETCH_PER_WORKER: Final = 2
+# engine.pool: the lists of files that a worker holds, the one it works on included.
+LISTS_HELD: Final = 2
+# engine.run: the first files get their keys before the pool is chosen and the first one starts.
+PREPARED: Final = 4096
 
 
 def _made_keys(job: Job, files: int) -> int:
@@ -364,7 +367,7 @@ def _estimate(
     overhead = start + started
     busy = max(float(products.sum()) - overhead, 1e-9)
     by_size = (byte_serial + byte + frame + sync_byte) / busy
-    load = _load(job, files, busy, work.parallel, quota, job.size_points.variation * by_size)
+    load = _load(job, work, busy, quota, job.size_points.variation * by_size)
     outcome = _outcome(load, exact=exact)
 
     share = files / job.files
