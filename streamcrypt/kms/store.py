@@ -39,6 +39,9 @@ from streamcrypt.kms import audit, policy, rootkey
 from streamcrypt.kms.material import load_private
 
 SCHEMA_VERSION: Final = 1
+FOLDER_NAME: Final = "kms"
+DATABASE_NAME: Final = "kms.sqlite"
+ROOT_NAME: Final = "kms.root"
 _NONCE_LENGTH: Final = 12
 _BUSY_TIMEOUT: Final = 30.0  # seconds that a writer waits for another process
 
@@ -198,11 +201,11 @@ class Store:
     ) -> None:
         if root_key not in rootkey.KINDS:
             raise ValueError(f"{root_key!r} is no kind of root key; it is one of {', '.join(rootkey.KINDS)}")
-        self.folder = home / "kms"
-        self.path = self.folder / "kms.sqlite"
+        self.folder = home / FOLDER_NAME
+        self.path = self.folder / DATABASE_NAME
         self.clock = clock
-        self._root_path = self.folder / "kms.root"
-        self._new_root_path = self.folder / "kms.root.new"
+        self._root_path = self.folder / ROOT_NAME
+        self._new_root_path = self.folder / f"{ROOT_NAME}.new"
         self._kind = root_key
         self._passphrase = passphrase or rootkey.passphrase_from_environment
         self._lock = threading.RLock()
@@ -702,6 +705,25 @@ class Store:
 
     def _access_key_aad(self, access_key_id: str) -> bytes:
         return f"streamcrypt kms access key 1|{self.id}|{access_key_id}".encode()
+
+    # -- backup --------------------------------------------------------------------------------
+
+    def root_document(self, kind: str, passphrase: rootkey.Passphrase) -> dict[str, Any]:
+        """The root key as a document of another kind, for a backup."""
+        return rootkey.document(self._root, self.id, kind, passphrase)
+
+    def copy_to(self, target: sqlite3.Connection) -> None:
+        """A consistent copy of the database, also while others write."""
+        with self._lock:
+            self._db().backup(target)
+
+    @property
+    def backed_up(self) -> bool:
+        return self._meta("backed_up") is not None
+
+    def mark_backed_up(self) -> None:
+        with self.transaction():
+            self._set_meta("backed_up", self.clock())
 
     # -- sealing -----------------------------------------------------------------------------
 
