@@ -294,12 +294,17 @@ def read_header(
         try:
             header, _ = parse_header(buffer, max_encrypted_data_keys=max_encrypted_data_keys)
         except HeaderCutShortError as error:
-            more = read(max(error.needed - len(buffer), _FIRST_READ))
-            if not more:
+            # At least as much again as there is: a header that comes by drops is parsed a few times,
+            # not once a drop.
+            enough = max(error.needed, 2 * len(buffer), _FIRST_READ)
+            grown = bytearray(buffer)
+            while len(grown) < enough and (more := read(enough - len(grown))):
+                grown += more
+            if len(grown) == len(buffer):
                 if not buffer:
                     raise FormatError("the input is empty, not a message", recognised=False) from None
                 raise
-            buffer = bytes(buffer) + bytes(more)
+            buffer = grown
         else:
             return header, buffer
 
@@ -762,6 +767,8 @@ class DecryptingFile(io.BufferedIOBase):
         return left if size is None or size < 0 else min(size, left)
 
     def _fill(self, offset: int, view: memoryview) -> None:
+        if not len(view):
+            return  # also beyond the end, where a file has nothing to give
         if self._reader is not None:
             self._reader.read_into(offset, view)
         else:
@@ -807,7 +814,11 @@ class EncryptingFile(io.BufferedIOBase):
         if self.closed:
             raise ValueError("I/O operation on closed file")
         view = memoryview(data).cast("B")
-        self._writer.write(view)
+        try:
+            self._writer.write(view)
+        except BaseException:
+            self.discard()  # what is missing now can never be made good: no later close() may publish it
+            raise
         return len(view)
 
     def close(self) -> None:

@@ -126,13 +126,13 @@ def _raw_aes(keyring: dict[str, Any], wrapped: EncryptedDataKey, context: dict[s
 
 
 @cache
-def _private_key(name: str, which: str) -> Any:  # loading checks the key, which takes longer than using it
+def private_key(name: str, which: str) -> Any:  # loading checks the key, which takes longer than using it
     return serialization.load_pem_private_key(keys()[name][which].encode(), None)
 
 
 def _raw_rsa(keyring: dict[str, Any], wrapped: EncryptedDataKey, context: dict[str, str]) -> bytes:
     assert (wrapped.provider_id, wrapped.info) == (keyring["namespace"], keyring["name"].encode())
-    key = _private_key(keyring["key"], "private-pem")
+    key = private_key(keyring["key"], "private-pem")
     if keyring["padding"] == "pkcs1":
         return bytes(key.decrypt(wrapped.ciphertext, padding.PKCS1v15()))
     algorithm = _HASHES[keyring["padding"]]
@@ -151,7 +151,7 @@ def _raw_ecdh(keyring: dict[str, Any], wrapped: EncryptedDataKey, context: dict[
     assert (wrapped.provider_id, info[0]) == ("raw-ecdh", 1)
     length = int.from_bytes(info[1:5], "big")
     recipient, sender = info[5 : 5 + length], info[9 + length :]
-    private = _private_key(keyring["key"], "recipient-private-pem")
+    private = private_key(keyring["key"], "recipient-private-pem")
     peer = ec.EllipticCurvePublicKey.from_encoded_point(private.curve, sender)
     salt, commitment, sealed = wrapped.ciphertext[:32], wrapped.ciphertext[32:64], wrapped.ciphertext[64:]
     fixed = b"\0".join(
