@@ -27,6 +27,7 @@ from streamcrypt.plan import limits
 from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form
 from streamcrypt.plan.model import Fit, Vector, Work, describe, fit
 from streamcrypt.plan.simulate import simulate
+from streamcrypt.units import format_size
 
 TRIALS: Final = 2000
 CONFIDENCE: Final = 0.9  # share of trials that must meet the deadline
@@ -649,3 +650,61 @@ def check(report: dict[str, Any], job: Job, records: Records) -> dict[str, Any]:
         "actual_calls": sum(calls),
         "drifted": abs(actual / predicted.estimate.seconds - 1) > 0.15,
     }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    minutes = seconds / 60
+    if minutes < 120:
+        return f"{minutes:.3g} min"
+    hours = minutes / 60
+    return f"{hours:.3g} h" if hours < 72 else f"{hours / 24:.3g} days"
+
+
+def describe_plan(found: Prediction) -> str:
+    """The prediction for people: what it takes, what decides, what would change it."""
+    job, estimate = found.job, found.estimate
+    sizes = job.size_points
+    spread = (
+        "equal"
+        if sizes.variation == 0
+        else f"variation {sizes.variation:.2g}, largest {format_size(sizes.largest)}"
+    )
+    low, high = found.interval
+    lowest, highest = found.interval_95
+    shares = sorted(
+        ((part / estimate.seconds, name) for name, part in estimate.parts.items() if part), reverse=True
+    )
+    limit = ", ".join(f"{name} {share:.0%}" for share, name in shares[:4])
+    moves = [f"{one['change']} → × {one['ratio']:.3g}, {one['calls']:,} calls" for one in found.what_if]
+    elasticities = [
+        f"{name} {value:+.2f}" for name, value in list(found.sensitivity.items())[:5] if abs(value) > 0.005
+    ]
+    cost = found.cost
+    lines = [
+        f"plan: {job.operation} {format_size(job.bytes)} in {job.files:,} files (mean {format_size(sizes.mean)}, {spread})",
+        f"  hosts        {found.hosts}, {found.workers} workers each",
+        f"  time         {_duration(estimate.seconds)}   80 %: {_duration(low)} – {_duration(high)}"
+        f"   95 %: {_duration(lowest)} – {_duration(highest)}",
+        f"  rate         {format_size(job.bytes / estimate.seconds)}/s",
+        f"  limit        {estimate.limit}   (seconds alone, of the time: {limit})",
+        f"  KMS          {round(estimate.calls):,} {job.kms_operation}, peak {estimate.peak_per_second:.3g}/s, "
+        f"quota {found.quota.per_second:,.6g}/s ({found.quota.source})",
+        f"  cost         {cost['total']:.2f} USD: compute {cost['compute']:.2f}, KMS requests {cost['kms_requests']:.2f}, "
+        f"KMS keys {cost['kms_keys']:.2f}, store requests {cost['store_requests']:.2f}",
+        f"  written      {format_size(found.bytes_out)}",
+    ]
+    if job.deadline is not None:
+        met = "met" if found.feasible else "not met"
+        lines.append(
+            f"  deadline     {_duration(job.deadline)}: {met} ({found.meets_deadline:.0%} of trials)"
+        )
+    lines += [f"  what if      {moves[0]}"] + [f"               {move}" for move in moves[1:]]
+    lines.append(f"  elasticity   {', '.join(elasticities)}   (-1: twice as much halves the time)")
+    records = found.records
+    lines.append(
+        f"  basis        {records['machine']}, {records['date']}, {records['runs']} runs, noise {records['noise']:.0%}"
+    )
+    lines += [f"  note         {note}" for note in found.notes]
+    return "\n".join(lines)

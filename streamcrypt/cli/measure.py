@@ -1,0 +1,587 @@
+"""bench, plan, report: words to sweeps, jobs and pages.
+
+``add_measure_commands`` gives the parser these commands; each sets ``run``, which takes the parsed
+arguments and returns the exit code.  Progress goes to standard error, results to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streamcrypt.units import format_size, parse_duration, parse_size
+
+USAGE_ERROR = 2
+
+
+def add_measure_commands(subparsers: Any) -> None:
+    """Add bench, plan and report to an argparse sub-parser collection."""
+    _add_bench(subparsers)
+    _add_plan(subparsers)
+    _add_report(subparsers)
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type whose ValueError's own words reach the user."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+SIZE = _typed(parse_size)
+DURATION = _typed(parse_duration)
+
+
+def _count(text: str) -> int:
+    if not text.strip().lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of calls a second") from error
+    if not value > 0:
+        raise argparse.ArgumentTypeError(
+            "a quota of 0 calls a second lets no job finish; give your account's (AWS: Service Quotas)"
+            if value == 0
+            else f"{text} calls a second: a quota is above 0"
+        )
+    return value
+
+
+def _fail(what: str, code: int) -> int:
+    print(f"streamcrypt: error: {what}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _say(text: str, *, quiet: bool = False) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _out(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+# -- bench
+
+
+def _add_bench(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure a sweep of configurations",
+        description="Measure encryption on this machine.  Example: streamcrypt bench run --preset quick --out results",
+    )
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a sweep, or go on with one",
+        description="Run a sweep into a folder.  Example: streamcrypt bench run --axis frame_size=64KiB,1MiB --axis workers=1,2 --out results",
+    )
+    run.add_argument("spec", nargs="?", type=Path, help="a TOML file with [axes] (see docs/performance.md)")
+    run.add_argument(
+        "--preset", choices=["quick", "standard", "full"], help="a sweep that is known (default quick)"
+    )
+    run.add_argument(
+        "--axis", action="append", default=[], metavar="NAME=VALUE,…", help="an axis and its values"
+    )
+    run.add_argument(
+        "--design", default="grid", choices=["grid", "one-at-a-time", "lhs"], help="how axes combine"
+    )
+    run.add_argument("--count", type=_count, default=40, help="cells of an lhs design")
+    run.add_argument("--rounds", type=_count, help="runs of every cell")
+    run.add_argument("--seed", type=int, default=1, help="of data and of the order of cells")
+    run.add_argument("--out", type=Path, required=True, help="folder for the records")
+    run.add_argument(
+        "--work", type=Path, help="folder for test data of storage=disk (default: the temporary folder)"
+    )
+    run.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
+    run.add_argument("--budget", type=DURATION, help="stop after this time; the same command goes on")
+    run.add_argument("--no-yardsticks", action="store_true", help="leave out copy, cipher and read alone")
+    _common(run)
+    run.set_defaults(run=_bench_run)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure just what a plan needs",
+        description="Measure the rates of this machine for `plan`.  Example: streamcrypt bench calibrate --out machine.json",
+    )
+    calibrate.add_argument("--out", type=Path, required=True, help="JSON file for the records")
+    calibrate.add_argument("--rounds", type=_count, default=1, help="runs of every cell")
+    calibrate.add_argument("--storage", default="disk", help="disk, memory, or disk,memory")
+    calibrate.add_argument("--work", type=Path, help="folder for test data of storage=disk")
+    calibrate.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
+    _common(calibrate)
+    calibrate.set_defaults(run=_bench_calibrate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="two sweeps, cell by cell",
+        description="Compare two sweeps.  Exit code 0: no regression, 1: something is slower, 5: nothing to tell.",
+    )
+    compare.add_argument("old", type=Path, help="folder or file of records")
+    compare.add_argument("new", type=Path, help="folder or file of records")
+    compare.add_argument("--cross-machine", action="store_true", help="compare records of two machines")
+    _common(compare)
+    compare.set_defaults(run=_bench_compare)
+
+    kms = commands.add_parser(
+        "kms",
+        help="latency of a KMS",
+        description="Measure GenerateDataKey.  Example: streamcrypt bench kms --kms local --latency 10ms --quota 100 --rate 50",
+    )
+    kms.add_argument(
+        "--kms", default="local", help="local, local-boto3, http://HOST:PORT (kms serve), moto, or aws"
+    )
+    kms.add_argument("--key", help="key to use on aws, or on a server that has one")
+    kms.add_argument(
+        "--latency", type=DURATION, default=0.0, help="mean latency that --kms local answers with"
+    )
+    kms.add_argument("--quota", type=_rate, help="calls a second that --kms local lets through")
+    kms.add_argument("--threads", type=_count, default=4, help="callers of the closed loop")
+    kms.add_argument("--rate", type=_rate, help="open loop: calls a second, whatever the answers")
+    kms.add_argument("--seconds", type=DURATION, default=5.0, help="length of the measurement")
+    kms.add_argument("--max-calls", type=_count, help="hard stop; must be given for aws")
+    _common(kms)
+    kms.set_defaults(run=_bench_kms)
+
+
+def _sweep_of(args: argparse.Namespace) -> Any:
+    from streamcrypt.bench import sweep
+
+    if args.spec is not None:
+        if args.axis or args.preset:
+            raise sweep.SweepError("a TOML file has its own axes; leave out --axis and --preset")
+        found = sweep.from_toml(args.spec)
+    elif args.axis:
+        axes: dict[str, list[Any]] = {}
+        for text in args.axis:
+            name, equals, values = text.partition("=")
+            if not equals:
+                raise sweep.SweepError(f"--axis {text}: write NAME=VALUE,VALUE")
+            axes[name] = [sweep.parse_value(name, value) for value in values.split(",")]
+        found = sweep.design(
+            args.design, axes, sweep.Cell(), rounds=args.rounds or 5, seed=args.seed, count=args.count
+        )
+    else:
+        found = sweep.preset(args.preset or "quick")
+    return dataclasses.replace(found, rounds=args.rounds or found.rounds, seed=args.seed)
+
+
+def _bench_run(args: argparse.Namespace) -> int:
+    from streamcrypt.bench import measure, sweep
+    from streamcrypt.bench.records import RecordsError
+
+    try:
+        planned = _sweep_of(args)
+        _say(f"{len(planned.cells)} configurations × {planned.rounds} rounds", quiet=args.quiet)
+        records = sweep.run(
+            planned,
+            args.out,
+            work=args.work,
+            timeout=args.timeout,
+            yardsticks=not args.no_yardsticks,
+            budget=args.budget,
+            progress=None if args.quiet else _progress,
+        )
+    except sweep.SweepError as error:
+        return _fail(str(error), USAGE_ERROR)
+    except (RecordsError, measure.MeasureError, OSError) as error:
+        return _fail(str(error), 1)
+    return _tell(records, args)
+
+
+def _progress(done: int, total: int, record: Any) -> None:
+    what = record.error or f"{record.wall_s:.3f} s, {format_size(record.rate)}/s"
+    noise = f"  noisy: {', '.join(record.noise)}" if record.noise else ""
+    _say(f"[{done}/{total}] {record.cell.label()}: {what}{noise}")
+
+
+def _tell(records: Any, args: argparse.Namespace) -> int:
+    from streamcrypt.bench import sweep
+
+    rows = sweep.summary(records)
+    failed = [run for run in records.runs if run.error]
+    if args.json:
+        failures = [{"cell": run.cell.hash, "error": run.error} for run in failed]
+        machine = {"id": records.machine.id, "name": records.machine.name}
+        _out(json.dumps({"machine": machine, "cells": rows, "failed": failures}))
+    else:
+        for row in rows:
+            _out(
+                f"{row['seconds']:9.3f} s  {format_size(row['bytes_per_second']):>10}/s  ±{row['spread']:4.0%}  "
+                f"{row['of_copy']:4.2f} of copy  {row['label']}"
+            )
+    if failed:
+        return _fail(f"{len(failed)} of {len(records.runs)} runs failed, first: {failed[0].error}", 1)
+    return 0 if rows else _fail("nothing was measured", 5)
+
+
+def _bench_calibrate(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from streamcrypt.bench import measure, sweep
+    from streamcrypt.bench.records import RecordsError, usable_cores, write_json
+
+    storages = args.storage.split(",")
+    planned = dataclasses.replace(sweep.calibration(storages, cores=usable_cores()), rounds=args.rounds)
+    try:
+        with tempfile.TemporaryDirectory(prefix="streamcrypt-calibrate-") as folder:
+            records = sweep.run(
+                planned,
+                Path(folder) / "sweep",
+                work=args.work,
+                timeout=args.timeout,
+                yardsticks=False,
+                progress=None if args.quiet else _progress,
+            )
+            write_json(args.out, records)
+    except (sweep.SweepError, RecordsError, measure.MeasureError, OSError) as error:
+        return _fail(str(error), 1)
+    _say(f"wrote {args.out}: {records.machine.name}, {len(records.runs)} runs", quiet=args.quiet)
+    return _tell(records, args)
+
+
+def _bench_compare(args: argparse.Namespace) -> int:
+    from streamcrypt.bench import records, sweep
+
+    try:
+        found = sweep.compare(
+            records.read(args.old), records.read(args.new), cross_machine=args.cross_machine
+        )
+    except records.RecordsError as error:
+        return _fail(str(error), USAGE_ERROR)
+    code = sweep.compare_exit_code(found)
+    if args.json:
+        _out(json.dumps({"cells": [one.to_json() for one in found], "exit_code": code}))
+    else:
+        for one in sorted(found, key=lambda one: -abs(one.ratio - 1)):
+            low, high = one.interval
+            _out(
+                f"{one.ratio:6.3f}  [{low:.3f}, {high:.3f}] {one.interval_kind:7}  {one.verdict:12} {one.cell.label()}"
+            )
+    if not found:
+        return _fail("the two have no configuration and round in common; nothing was compared", code)
+    if code == 5:
+        _say("too noisy to tell: repeat on a quiet machine, with more rounds")
+    return code
+
+
+def _bench_kms(args: argparse.Namespace) -> int:
+    from streamcrypt.bench import latency
+
+    if args.kms == "aws" and args.max_calls is None:
+        return _fail("measuring AWS KMS costs money: give --max-calls", USAGE_ERROR)
+    try:
+        result = latency.measure(
+            args.kms,
+            key=args.key,
+            latency=args.latency,
+            quota=args.quota,
+            threads=args.threads,
+            rate=args.rate,
+            seconds=args.seconds,
+            max_calls=args.max_calls,
+        )
+    except latency.LatencyError as error:
+        return _fail(str(error), 1)
+    if args.json:
+        _out(json.dumps(result))
+    else:
+        for series in ("service_ms", "response_ms"):
+            figures = result[series]
+            _out(f"{series:12} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+        _out(
+            f"{result['calls']} calls, {result['per_second']:.1f}/s, {result['throttled']} throttled, {result['failed']} failed"
+        )
+    return 0 if result["calls"] else _fail("no call was answered", 5)
+
+
+# -- plan
+
+
+def _add_plan(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="predict a job: hosts, time, KMS calls, money",
+        description="Predict a job from measured rates.  Example: streamcrypt plan --bytes 100TB --files 1000000 --deadline 6h",
+    )
+    job = parser.add_argument_group("job")
+    job.add_argument("--bytes", type=SIZE, help="plaintext in all")
+    job.add_argument("--files", type=_count, help="how many files")
+    job.add_argument("--listing", help="take bytes, files and sizes from this folder or object-store URL")
+    job.add_argument(
+        "--sigma", type=float, help="file sizes are lognormal with this sigma (default: all equal)"
+    )
+    job.add_argument("--operation", default="encrypt", choices=["encrypt", "decrypt", "verify", "rekey"])
+    job.add_argument(
+        "--deadline", type=DURATION, help="how long it may take; finds the hosts unless they are given"
+    )
+    job.add_argument("--hosts", type=_count, help="how many machines")
+    job.add_argument(
+        "--workers", type=_count, help="workers on each (default: as the records' machine has cores)"
+    )
+    job.add_argument("--cores", type=_count, help="cores of each machine")
+    job.add_argument("--frame-size", type=SIZE, default=1 << 20)
+    job.add_argument("--sign", action="store_true", help="suite 0x0578")
+    job.add_argument("--no-fsync", action="store_true")
+    job.add_argument(
+        "--storage", default="disk", choices=["disk", "memory"], help="whose measured rates to use"
+    )
+    job.add_argument("--contexts", type=_count, default=1, help="distinct encryption contexts")
+    cache = parser.add_argument_group("data-key cache")
+    cache.add_argument("--cache-max-age", type=DURATION)
+    cache.add_argument("--cache-max-messages", type=_count)
+    cache.add_argument("--cache-max-bytes", type=SIZE)
+    cache.add_argument("--no-cache", action="store_true")
+    cache.add_argument(
+        "--cache-sharing",
+        default="shared",
+        choices=["shared", "private"],
+        help="one for a host, or one for a worker",
+    )
+    kms = parser.add_argument_group("KMS")
+    kms.add_argument("--kms-latency", type=DURATION, help="mean of one call (default 10ms)")
+    kms.add_argument("--kms-quota", type=_rate, help="calls a second that the job may use")
+    kms.add_argument(
+        "--kms-quota-share", type=float, default=0.5, help="share of the Region's default quota (default 0.5)"
+    )
+    kms.add_argument("--region", help="AWS Region, for its default quota")
+    kms.add_argument("--data-keys", type=_count, help="decrypting: data keys of the dataset")
+    rates = parser.add_argument_group("rates and prices")
+    rates.add_argument(
+        "--records", type=Path, help="records of `bench calibrate` or of a sweep (default: those shipped)"
+    )
+    for name in ("read", "write", "network"):
+        rates.add_argument(f"--{name}-bandwidth", type=SIZE, help="bytes a second of one host")
+    rates.add_argument("--price-host-hour", type=float, help="USD")
+    what = parser.add_argument_group("what to do")
+    what.add_argument(
+        "--solve", choices=["hosts", "workers", "deadline", "cache"], help="find the least that will do"
+    )
+    what.add_argument("--check", type=Path, help="compare the plan with the JSON report of the finished job")
+    what.add_argument(
+        "--validate", type=Path, metavar="HELD_OUT", help="measure these configurations and compare"
+    )
+    what.add_argument(
+        "--out", type=Path, help="folder for what --validate measures; goes on where it stopped"
+    )
+    what.add_argument("--work", type=Path, help="folder for test data of --validate")
+    what.add_argument("--budget", type=DURATION, default=600.0, help="time for --validate (default 10m)")
+    _common(parser)
+    parser.set_defaults(run=_plan)
+
+
+def _records_of(path: Path | None) -> tuple[Any, bool]:
+    """The records to plan from, and whether they are those that are shipped."""
+    from streamcrypt.bench import records
+    from streamcrypt.plan import REFERENCE
+
+    return (records.read(REFERENCE), True) if path is None else (records.read(path), False)
+
+
+def _listing(source: str) -> tuple[int, int, Any]:
+    """Bytes, files and sizes of a folder or an object-store URL."""
+    from streamcrypt.plan.predict import PlanError, Sizes
+
+    sizes: list[int] = []
+    if "://" in source:
+        try:
+            import fsspec
+        except ImportError as error:
+            raise PlanError("--listing of a URL needs fsspec: pip install 'streamcrypt[fsspec]'") from error
+        try:
+            filesystem, root = fsspec.core.url_to_fs(source)
+            sizes = [int(entry["size"] or 0) for entry in filesystem.find(root, detail=True).values()]
+        except (OSError, ValueError, ImportError) as error:
+            raise PlanError(f"{source}: {error}") from error
+    else:
+        root = Path(source)
+        if not root.exists():
+            raise PlanError(f"{source}: no such folder")
+        paths = [root] if root.is_file() else root.rglob("*")
+        sizes = [path.stat().st_size for path in paths if path.is_file()]
+    return sum(sizes), len(sizes), Sizes.listing(sizes)
+
+
+def _job_of(args: argparse.Namespace) -> Any:
+    from streamcrypt.plan import predict as planner
+
+    sizes = None
+    total, files = args.bytes, args.files
+    if args.listing is not None:
+        listed_bytes, listed_files, sizes = _listing(args.listing)
+        total, files = total if total is not None else listed_bytes, files or listed_files
+    if total is None or files is None:
+        raise planner.PlanError("say how much there is: --bytes and --files, or --listing")
+    if args.sigma is not None:
+        if not 0 <= args.sigma <= 5:
+            raise planner.PlanError(f"--sigma {args.sigma:g}: a lognormal spread between 0 and 5")
+        sizes = planner.Sizes.lognormal(total / files, args.sigma)
+    given = {
+        "cache_max_age": args.cache_max_age,
+        "cache_max_messages": args.cache_max_messages,
+        "cache_max_bytes": args.cache_max_bytes,
+        "kms_latency": args.kms_latency,
+        "hosts": args.hosts,
+    }
+    return planner.Job(
+        bytes=total,
+        files=files,
+        sizes=sizes,
+        operation=args.operation,
+        signed=args.sign,
+        frame_size=args.frame_size,
+        workers=args.workers,
+        cores=args.cores,
+        fsync=not args.no_fsync,
+        storage=args.storage,
+        cache=not args.no_cache,
+        sharing=args.cache_sharing,
+        contexts=args.contexts,
+        data_keys=args.data_keys,
+        kms_quota=args.kms_quota,
+        kms_quota_share=args.kms_quota_share,
+        region=args.region,
+        read_bandwidth=args.read_bandwidth,
+        write_bandwidth=args.write_bandwidth,
+        network_bandwidth=args.network_bandwidth,
+        deadline=args.deadline,
+        price_host_hour=args.price_host_hour,
+        object_store=bool(args.listing and "://" in args.listing),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from streamcrypt.bench.records import RecordsError
+    from streamcrypt.plan import predict as planner
+    from streamcrypt.plan.model import ModelError
+
+    try:
+        records, shipped = _records_of(args.records)
+        if args.validate is not None:
+            return _validate(args, records)
+        job = _job_of(args)
+        if args.check is not None:
+            return _check(args, job, records)
+        solved = args.solve
+        if solved is None and args.deadline is not None and args.hosts is None:
+            solved = "hosts"
+        try:
+            found = planner.solve(solved, job, records) if solved else planner.predict(job, records)
+        except planner.PlanError as error:
+            # Inputs were checked when the Job was made: what is left is a deadline that nothing meets.
+            return _fail(str(error), 1 if job.deadline is not None else USAGE_ERROR)
+    except (planner.PlanError, RecordsError, ModelError, ValueError) as error:
+        return _fail(str(error), USAGE_ERROR)
+    if shipped:
+        found.notes.insert(
+            0,
+            f"rates are those of the reference machine ({records.machine.name}, {records.date}), not of yours; "
+            "`streamcrypt bench calibrate` measures yours in a few minutes",
+        )
+    if args.json:
+        _out(json.dumps(found.to_json() | {"reference_records": shipped}))
+    else:
+        _out(planner.describe_plan(found))
+    if not found.feasible:
+        share = found.meets_deadline or 0.0
+        return _fail(
+            f"the deadline of {args.deadline:g} s is met in {share:.0%} of trials; "
+            "add hosts (--solve hosts), allow more time, or see the limit above",
+            1,
+        )
+    return 0
+
+
+def _check(args: argparse.Namespace, job: Any, records: Any) -> int:
+    from streamcrypt.plan import predict as planner
+
+    try:
+        report = json.loads(args.check.read_text(encoding="utf-8"))
+        result = planner.check(report, job, records)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _fail(f"{args.check}: not the JSON report of a job: {error}", USAGE_ERROR)
+    if args.json:
+        _out(json.dumps(result))
+    else:
+        _out(
+            f"predicted {result['predicted_seconds']:.3f} s, took {result['actual_seconds']:.3f} s "
+            f"(× {result['ratio']:.2f}); KMS calls {result['predicted_calls']} predicted, {result['actual_calls']} made"
+        )
+    if result["drifted"]:
+        _say("more than 15 % away: measure the machine again with `streamcrypt bench calibrate`")
+    return 0
+
+
+def _validate(args: argparse.Namespace, records: Any) -> int:
+    from streamcrypt.bench import measure, sweep
+    from streamcrypt.plan import validate
+
+    try:
+        cells = validate.read_held_out(args.validate)
+        result = validate.validate(
+            cells,
+            records,
+            args.out,
+            work=args.work,
+            budget=args.budget,
+            progress=None if args.quiet else _progress,
+        )
+    except (sweep.SweepError, measure.MeasureError, OSError) as error:
+        return _fail(str(error), 1)
+    _out(json.dumps(result) if args.json else validate.table(result))
+    return 0 if result["measured"] else _fail("nothing was measured", 5)
+
+
+# -- report
+
+
+def _add_report(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="records or a plan as one HTML page",
+        description="Write one self-contained page.  Example: streamcrypt report results --out report.html",
+    )
+    parser.add_argument("source", type=Path, help="a sweep's folder, records, or the JSON of `plan --json`")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file")
+    _common(parser)
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from streamcrypt import report
+    from streamcrypt.bench.records import RecordsError
+
+    try:
+        page = report.page_of(args.source)
+        args.out.write_text(page, encoding="utf-8")
+    except (RecordsError, OSError, report.ReportError) as error:
+        return _fail(str(error), USAGE_ERROR)
+    if args.json:
+        _out(json.dumps({"out": str(args.out), "bytes": len(page.encode())}))
+    else:
+        _say(f"wrote {args.out} ({format_size(len(page.encode()))})", quiet=args.quiet)
+    return 0
