@@ -22,13 +22,16 @@ def default_workers() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file (``name`` in its folder) or a whole folder (``name`` None)."""
+    """A file (``name`` in its folder), a whole folder (``name`` None), or standard input or output."""
 
     tree: LocalTree
     name: str | None = None
+    is_stream: bool = False
 
     @property
     def path(self) -> str:
+        if self.is_stream:
+            return "-"
         return self.tree.root if self.name is None else self.tree.path(self.name)
 
 
@@ -99,6 +102,10 @@ class Report:
     advice: list[str] = field(default_factory=list)
     manifest_digest: str | None = None
     dry_run: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        """A member of the JSON object."""
+        return self.to_json()[name]
 
     @property
     def bytes_per_second(self) -> float:

@@ -200,7 +200,7 @@ class _Run:
         if not self._whole_tree:
             yield from ((entry, None) for entry in self.readable(entries))
             return
-        manifest = self._open_manifest()
+        manifest = None if self.job.dry_run else self._open_manifest()
         if manifest is None:
             yield from ((entry, None) for entry in self.readable(entries))
             return
@@ -275,7 +275,7 @@ class _Run:
             header = source_header(source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys)
             if listed is not None:
                 listed.check(header, source.size)
-            message = unlock(header, job.reading, job.rules)
+            content_key = b"" if job.dry_run else unlock(header, job.reading, job.rules).content_key
             geometry = source_geometry(source, header) if header.framed else None
             if geometry is not None:
                 length = geometry.plaintext_length
@@ -288,9 +288,9 @@ class _Run:
         finally:
             if source is not None:
                 source.close()
-        opening = Opening(header.serialize(), message.content_key, geometry, header.suite.signed)
         if job.dry_run:
             return FileTask(number, entry.name, None, length)
+        opening = Opening(header.serialize(), content_key, geometry, header.suite.signed)
         return FileTask(
             number,
             entry.name,

@@ -1,0 +1,629 @@
+"""The public functions: each reads as the story of its command.
+
+    encrypt decrypt verify rekey     files, folders, streams; they return a Report or raise
+    inspect                          what a message says of itself, without a key
+    open                             one message as a file object
+    encrypt_bytes decrypt_bytes      one message in memory
+
+Words that recur:
+
+    keys        a key reference or Keyring, or several (INTERFACE: "Key references"); to decrypt, None
+                finds AWS and local keys by the ARN in the message
+    context     encryption context: to encrypt, the pairs to bind; to read, pairs that must be there
+    cache       a DataKeyCache to share between calls; None: one for this call; False: none
+    frame_size  plaintext bytes of a frame, a number or "1MiB"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import IO, Any, Literal, overload
+
+from streamcrypt.engine import pipes, run
+from streamcrypt.engine.job import Job, Place, Progress, Report, default_workers
+from streamcrypt.errors import DestinationError, IntegrityError, SourceError
+from streamcrypt.keys.cache import DataKeyCache
+from streamcrypt.keys.calls import KmsStats
+from streamcrypt.keys.keyring import describe_wrapped_key
+from streamcrypt.keys.materials import Materials
+from streamcrypt.keys.reference import References, decrypting_keyring, encrypting_keyring
+from streamcrypt.message.context import check_caller_context
+from streamcrypt.message.frames import UNFRAMED_PREFIX, unframed_length
+from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
+from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
+from streamcrypt.storage import FileObjectSource, Filters, LocalTree, Source
+from streamcrypt.streams import (
+    DEFAULT_FRAME_LENGTH,
+    DecryptingFile,
+    EncryptingFile,
+    OutgoingMessage,
+    ReadingRules,
+    header_template,
+    open_message,
+    read_bytes,
+    seal_message,
+    source_geometry,
+    source_header,
+)
+from streamcrypt.units import parse_size
+
+Path = str | os.PathLike[str]
+Cache = DataKeyCache | Literal[False] | None
+Policy = CommitmentPolicy | str
+
+_STRICT = CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT
+
+
+def encrypt(
+    source: Path,
+    destination: Path,
+    *,
+    keys: References,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    sign: bool = False,
+    frame_size: int | str = DEFAULT_FRAME_LENGTH,
+    workers: int | None = None,
+    cache: Cache = None,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    overwrite: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    files: Iterable[str] | None = None,
+    dry_run: bool = False,
+    fsync: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    audit: Callable[[dict[str, Any]], None] | None = None,
+) -> Report:
+    """Encrypt a file to a message, or a folder to a tree of messages with a manifest.
+
+    Every message appears under its name only when it is whole.  In a folder one file that fails does
+    not stop the others; at the end the gravest failure is raised, and its ``report`` names them all.
+
+        report = sc.encrypt("train/", "train.enc/", keys="local:alias/ml", context={"Project": "Churn"})
+
+    ``authenticated_context``: pairs that are bound to the messages but not stored in them; a reader
+    must supply them.  ``files``: names within the folder to take, instead of all.  ``fsync=False``
+    gives up durability across a power loss.  Raises StreamcryptError and its family; ValueError or
+    TypeError for bad arguments, before anything is touched.
+    """
+    calls = _Calls(cache)
+    job = Job(
+        "encrypt",
+        _source(source),
+        _destination(destination),
+        writing=calls.writing(keys, max_encrypted_data_keys),
+        context=_own_context(context, authenticated_context),
+        authenticated_context=dict(authenticated_context or {}),
+        suite=SIGNED if sign else UNSIGNED,
+        frame_length=_frame_length(frame_size),
+        workers=_workers(workers),
+        overwrite=overwrite,
+        durable=fsync,
+        filters=Filters(tuple(include), tuple(exclude)),
+        names=tuple(files) if files is not None else None,
+        dry_run=dry_run,
+        progress=progress,
+        audit=audit,
+    )
+    return calls.report(job, run.encrypt)
+
+
+def decrypt(
+    source: Path,
+    destination: Path,
+    *,
+    keys: References | None = None,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    commitment_policy: Policy = _STRICT,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    require_signed: bool = False,
+    require_manifest: bool = False,
+    workers: int | None = None,
+    cache: Cache = None,
+    overwrite: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    files: Iterable[str] | None = None,
+    dry_run: bool = False,
+    fsync: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    audit: Callable[[dict[str, Any]], None] | None = None,
+) -> Report:
+    """Decrypt a message to a file, or a tree of messages to a folder.
+
+    A file appears only when all of its message has been authenticated, the signature of a signed one
+    included.  A tree with a manifest must be what its manifest lists: what is missing, swapped or
+    added fails; ``require_manifest`` refuses a tree without one.  ``context`` names pairs that must
+    stand in every message.  Raises as ``encrypt`` does.
+    """
+    calls = _Calls(cache)
+    job = Job(
+        "decrypt",
+        _source(source),
+        _destination(destination),
+        reading=calls.reading(keys, max_encrypted_data_keys),
+        rules=_rules(
+            context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed
+        ),
+        workers=_workers(workers),
+        overwrite=overwrite,
+        durable=fsync,
+        require_manifest=require_manifest,
+        filters=Filters(tuple(include), tuple(exclude)),
+        names=tuple(files) if files is not None else None,
+        dry_run=dry_run,
+        progress=progress,
+        audit=audit,
+    )
+    return calls.report(job, run.decrypt)
+
+
+def verify(
+    source: Path,
+    *,
+    against: Path | None = None,
+    keys: References | None = None,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    commitment_policy: Policy = _STRICT,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    require_signed: bool = False,
+    require_manifest: bool = True,
+    workers: int | None = None,
+    cache: Cache = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    files: Iterable[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    audit: Callable[[dict[str, Any]], None] | None = None,
+) -> Report:
+    """Read and authenticate everything, write nothing.
+
+    A folder is also held against its manifest: nothing missing, swapped, truncated or added.  With
+    ``against``, a plaintext file or folder, every message must equal it byte for byte.  Returns only
+    when all holds; raises IntegrityError (or what kept it from looking) otherwise.
+    """
+    calls = _Calls(cache)
+    job = Job(
+        "verify",
+        _source(source),
+        against=_source(against) if against is not None else None,
+        reading=calls.reading(keys, max_encrypted_data_keys),
+        rules=_rules(
+            context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed
+        ),
+        workers=_workers(workers),
+        require_manifest=require_manifest,
+        filters=Filters(tuple(include), tuple(exclude)),
+        names=tuple(files) if files is not None else None,
+        progress=progress,
+        audit=audit,
+    )
+    return calls.report(job, run.verify)
+
+
+def rekey(
+    source: Path,
+    destination: Path,
+    *,
+    keys: References,
+    from_keys: References | None = None,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    new_context: Mapping[str, str] | None = None,
+    commitment_policy: Policy = _STRICT,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    require_signed: bool = False,
+    require_manifest: bool = False,
+    sign: bool = False,
+    frame_size: int | str = DEFAULT_FRAME_LENGTH,
+    workers: int | None = None,
+    cache: Cache = None,
+    overwrite: bool = False,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    files: Iterable[str] | None = None,
+    dry_run: bool = False,
+    fsync: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    audit: Callable[[dict[str, Any]], None] | None = None,
+) -> Report:
+    """Decrypt and encrypt again under new data keys in one pass; no plaintext is written.
+
+    ``from_keys`` opens the old messages (None: found by the ARN in them), ``keys`` wraps the new data
+    keys.  ``context`` names pairs that the old messages must hold; the new ones get ``new_context``,
+    or those same pairs when it is None.  Raises as ``encrypt`` and ``decrypt`` do.
+    """
+    calls = _Calls(cache)
+    job = Job(
+        "rekey",
+        _source(source),
+        _destination(destination),
+        reading=calls.reading(from_keys, max_encrypted_data_keys),
+        writing=calls.writing(keys, max_encrypted_data_keys),
+        rules=_rules(
+            context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed
+        ),
+        context=_own_context(new_context if new_context is not None else context, None),
+        suite=SIGNED if sign else UNSIGNED,
+        frame_length=_frame_length(frame_size),
+        workers=_workers(workers),
+        overwrite=overwrite,
+        durable=fsync,
+        require_manifest=require_manifest,
+        filters=Filters(tuple(include), tuple(exclude)),
+        names=tuple(files) if files is not None else None,
+        dry_run=dry_run,
+        progress=progress,
+        audit=audit,
+    )
+    return calls.report(job, run.rekey)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a message says of itself.  Nothing of it is authenticated: no key was used.
+
+    Lengths and sizes are in bytes; ``frames`` and ``plaintext_size`` come from the message's length.
+    """
+
+    path: str
+    suite: str
+    version: int
+    committing: bool
+    signed: bool
+    message_id: str
+    encryption_context: dict[str, str]
+    encrypted_data_keys: list[dict[str, str]]
+    content: str
+    frame_length: int
+    frames: int
+    plaintext_size: int
+    header_length: int
+    message_size: int
+    authenticated: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_json()[name]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect(path: Path | IO[bytes]) -> Inspection:
+    """What a message says of itself: suite, context, wrapped keys, geometry.  No key is needed.
+
+    FormatError when it is not a message; IntegrityError when its length fits no message.
+    """
+    with contextlib.closing(_open_source(path)) as source:
+        header = source_header(source, max_encrypted_data_keys=None)
+        if header.framed:
+            geometry = source_geometry(source, header)
+            frames, size = geometry.frames, geometry.plaintext_length
+        else:
+            frames, size = 0, _unframed_size(source, header.length)
+        return Inspection(
+            path=_name(path),
+            suite=header.suite.name,
+            version=header.suite.version,
+            committing=header.suite.committing,
+            signed=header.suite.signed,
+            message_id=header.message_id.hex(),
+            encryption_context=dict(header.context),
+            encrypted_data_keys=[
+                {"provider_id": key.provider_id, "key": describe_wrapped_key(key), "info": key.info.hex()}
+                for key in header.encrypted_data_keys
+            ],
+            content="framed" if header.framed else "unframed",
+            frame_length=header.frame_length,
+            frames=frames,
+            plaintext_size=size,
+            header_length=header.length,
+            message_size=source.size,
+        )
+
+
+@overload
+def open(path: Path | IO[bytes], mode: Literal["rb"] = "rb", **options: Any) -> DecryptingFile: ...
+@overload
+def open(path: Path, mode: Literal["wb", "xb"], **options: Any) -> EncryptingFile: ...
+def open(path: Path | IO[bytes], mode: str = "rb", **options: Any) -> DecryptingFile | EncryptingFile:
+    """One message as a file object: ``"rb"`` reads plaintext and seeks, ``"wb"`` and ``"xb"`` write a message.
+
+        with sc.open("train.enc/part-0.parquet") as f: table = pq.read_table(f)
+        with sc.open("out.bin", "wb", keys="local:alias/ml") as f: f.write(data)
+
+    Reading takes ``keys``, ``context``, ``authenticated_context``, ``commitment_policy``,
+    ``max_encrypted_data_keys``, ``require_signed``, ``verify_signature`` (read all of it first and
+    check the signature) and ``cache``; it also takes a seekable binary file that holds a message.
+    Writing takes ``keys``, ``context``, ``authenticated_context``, ``sign``, ``frame_size``,
+    ``cache``, ``max_encrypted_data_keys`` and ``fsync``; the message appears when the file is closed
+    cleanly, ``"wb"`` replaces what is there and ``"xb"`` refuses to.
+    """
+    if mode == "rb":
+        return _open_reader(path, **options)
+    if mode not in ("wb", "xb"):
+        raise ValueError(f"mode {mode!r}: a message is opened with 'rb', 'wb' or 'xb'")
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError("a message is written to a path")
+    return _open_writer(path, overwrite=mode == "wb", **options)
+
+
+def _open_reader(
+    path: Path | IO[bytes],
+    *,
+    keys: References | None = None,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    commitment_policy: Policy = _STRICT,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    require_signed: bool = False,
+    verify_signature: bool = False,
+    cache: Cache = None,
+) -> DecryptingFile:
+    rules = _rules(
+        context,
+        authenticated_context,
+        commitment_policy,
+        max_encrypted_data_keys,
+        require_signed or verify_signature,
+    )
+    materials = Materials(
+        decrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
+    )
+    file = DecryptingFile(_open_source(path), materials, rules, name=_name(path))
+    if verify_signature:
+        try:
+            file.verify_signature()
+        except BaseException:
+            file.close()
+            raise
+    return file
+
+
+def _open_writer(
+    path: Path,
+    *,
+    overwrite: bool,
+    keys: References,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    sign: bool = False,
+    frame_size: int | str = DEFAULT_FRAME_LENGTH,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    fsync: bool = True,
+    cache: Cache = None,
+) -> EncryptingFile:
+    materials = Materials(
+        encrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
+    )
+    message = _begin(materials, context, authenticated_context, sign, _frame_length(frame_size), None)
+    place = _destination(path)
+    assert place.name is not None
+    target = place.tree.create(place.name, overwrite=overwrite)
+    place.tree.close()
+    return EncryptingFile(target, message, overwrite=overwrite, durable=fsync, name=_name(path))
+
+
+def encrypt_bytes(
+    plaintext: bytes | bytearray | memoryview,
+    *,
+    keys: References,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    sign: bool = False,
+    frame_size: int | str = DEFAULT_FRAME_LENGTH,
+    cache: Cache = None,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+) -> bytes:
+    """The message for a plaintext in memory.  Without ``cache`` every message has its own data key."""
+    view = memoryview(plaintext).cast("B")
+    materials = Materials(
+        encrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
+    )
+    return seal_message(
+        _begin(materials, context, authenticated_context, sign, _frame_length(frame_size), len(view)), view
+    )
+
+
+def decrypt_bytes(
+    message: bytes | bytearray | memoryview,
+    *,
+    keys: References | None = None,
+    context: Mapping[str, str] | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    commitment_policy: Policy = _STRICT,
+    max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+    require_signed: bool = False,
+    cache: Cache = None,
+) -> bytes:
+    """The plaintext of a message in memory: all of it, or IntegrityError (FormatError, KeyAccessError …)."""
+    materials = Materials(
+        decrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
+    )
+    rules = _rules(context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed)
+    return open_message(memoryview(message).cast("B"), materials, rules)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+class _Calls:
+    """What one call asks of key services: its cache and its counts."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = DataKeyCache() if cache is None else cache or None
+        self.stats = KmsStats()
+        self._before = self.cache.stats() if self.cache is not None else None
+
+    def reading(self, keys: References | None, limit: int | None) -> Materials:
+        return Materials(
+            decrypting_keyring(keys, stats=self.stats), cache=self.cache, max_encrypted_data_keys=limit
+        )
+
+    def writing(self, keys: References, limit: int | None) -> Materials:
+        return Materials(
+            encrypting_keyring(keys, stats=self.stats), cache=self.cache, max_encrypted_data_keys=limit
+        )
+
+    def report(self, job: Job, work: Callable[[Job], Report]) -> Report:
+        """Run the job and complete its report; raises the gravest failure."""
+        job = _placed(job)
+        if job.source.is_stream or (job.destination is not None and job.destination.is_stream):
+            work = pipes.run
+        report = work(job)
+        report.kms = self.stats.to_json()
+        if self.cache is not None and self._before is not None:
+            report.cache = _difference(self.cache.stats(), self._before)
+            report.advice = list(self.cache.advice())
+        if job.writing is None:  # data keys that were unwrapped
+            report.data_keys = report.cache["misses"] if report.cache else report.files
+        report.raise_for_failures()
+        return report
+
+
+def _difference(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _difference(value, before[name]) if isinstance(value, dict) else value - before[name]
+        for name, value in now.items()
+    }
+
+
+def _begin(
+    materials: Materials,
+    context: Mapping[str, str] | None,
+    authenticated_context: Mapping[str, str] | None,
+    sign: bool,
+    frame_length: int,
+    plaintext_length: int | None,
+) -> OutgoingMessage:
+    full = {**(context or {}), **(authenticated_context or {})}
+    found = materials.for_encryption(SIGNED if sign else UNSIGNED, full, plaintext_length)
+    template = header_template(found, frame_length, authenticated_context)
+    return OutgoingMessage.begin(found, template, frame_length)
+
+
+def _rules(
+    context: Mapping[str, str] | None,
+    authenticated_context: Mapping[str, str] | None,
+    commitment_policy: Policy,
+    max_encrypted_data_keys: int | None,
+    require_signed: bool,
+) -> ReadingRules:
+    return ReadingRules(
+        CommitmentPolicy(commitment_policy),
+        max_encrypted_data_keys,
+        dict(context or {}),
+        dict(authenticated_context or {}),
+        require_signed,
+    )
+
+
+def _own_context(
+    context: Mapping[str, str] | None, authenticated_context: Mapping[str, str] | None
+) -> dict[str, str]:
+    """The caller's context, refused before any file or key is touched when it cannot be written."""
+    check_caller_context({**(context or {}), **(authenticated_context or {})})
+    return dict(context or {})
+
+
+def _frame_length(frame_size: int | str) -> int:
+    length = parse_size(frame_size)
+    if not 1 <= length <= MAX_WRITTEN_FRAME_LENGTH:
+        raise ValueError(f"frame size {frame_size}: it must be 1 to {MAX_WRITTEN_FRAME_LENGTH} bytes")
+    return length
+
+
+def _workers(workers: int | None) -> int:
+    if workers is None:
+        return default_workers()
+    if workers < 1:
+        raise ValueError(f"{workers} workers: it must be at least 1")
+    return workers
+
+
+def _name(path: Path | IO[bytes]) -> str:
+    return os.fspath(path) if isinstance(path, str | os.PathLike) else str(getattr(path, "name", ""))
+
+
+# -- places
+
+
+def _source(path: Path) -> Place:
+    """Where a path points to; SourceError when there is nothing."""
+    text = os.fspath(path)
+    if text == "-":
+        return Place(LocalTree(""), "-", is_stream=True)
+    full = os.path.realpath(text)  # a link that the user names is followed; links within a folder are not
+    if os.path.isdir(full):
+        return Place(LocalTree(full))
+    if not os.path.lexists(full):
+        raise SourceError(f"{text}: does not exist")
+    return Place(LocalTree(os.path.dirname(full)), os.path.basename(full))
+
+
+def _destination(path: Path) -> Place:
+    """The name of something that is to be made, in its folder."""
+    text = os.fspath(path)
+    if text == "-":
+        return Place(LocalTree(""), "-", is_stream=True)
+    full = os.path.abspath(text)
+    if os.path.isdir(full):
+        return Place(LocalTree(os.path.realpath(full)))
+    return Place(LocalTree(os.path.realpath(os.path.dirname(full))), os.path.basename(full))
+
+
+def _placed(job: Job) -> Job:
+    """The job with its places made to fit each other; DestinationError or SourceError when they cannot."""
+    source, destination, against = job.source, job.destination, job.against
+    whole_tree = source.name is None
+    if against is not None and (against.name is None) != whole_tree:
+        raise SourceError(f"{against.path}: a file is compared with a file, a folder with a folder")
+    if destination is None or destination.is_stream:
+        if destination is not None and whole_tree:
+            raise DestinationError("a folder does not fit standard output; name a folder")
+        return job
+    if not whole_tree:
+        if destination.name is None:
+            raise DestinationError(f"{destination.path}: is a folder; name the file to be made")
+        if not source.is_stream and os.path.realpath(destination.path) == source.path:
+            raise DestinationError(f"{destination.path}: is the source itself")
+        return job
+    if destination.name is not None:
+        if os.path.lexists(destination.path):
+            raise DestinationError(f"{destination.path}: is not a folder, and the source is one")
+        destination = Place(LocalTree(destination.path))
+    elif not job.overwrite and os.listdir(destination.path):
+        raise DestinationError(
+            f"{destination.path}: exists already and is not empty; overwrite must be asked for"
+        )
+    inner, outer = destination.path + "/", source.path + "/"
+    if inner.startswith(outer) or outer.startswith(inner):
+        raise DestinationError(f"{destination.path}: lies within the source, or the source in it")
+    return replace(job, destination=destination)
+
+
+def _open_source(path: Path | IO[bytes]) -> Source:
+    if not isinstance(path, str | os.PathLike):
+        return FileObjectSource(path)
+    place = _source(path)
+    if place.name is None:
+        raise SourceError(f"{_name(path)}: is a folder, not a file")
+    if place.is_stream:
+        raise SourceError("standard input does not seek; decrypt it with `streamcrypt decrypt - -`")
+    try:
+        return place.tree.open(place.name)
+    finally:
+        place.tree.close()
+
+
+def _unframed_size(source: Source, header_length: int) -> int:
+    start = read_bytes(source, header_length, UNFRAMED_PREFIX)
+    if len(start) < UNFRAMED_PREFIX:
+        raise IntegrityError("the body is cut short: the message is truncated")
+    return unframed_length(start)
