@@ -388,7 +388,7 @@ def _make_client(service: str, region: str | None, endpoint: str | None) -> Any:
         raise ImportError("AWS keys need boto3: pip install boto3") from error
     withhold_secrets_from_logs()
     # Attempts at KMS are ours to count and to pace (calls.Pace): one throttle must reach all threads.
-    retries = {"total_max_attempts": 1, "mode": "standard"} if service == "kms" else None
+    retries: Any = {"total_max_attempts": 1, "mode": "standard"} if service == "kms" else None
     config = Config(retries=retries, connect_timeout=5, read_timeout=10, max_pool_connections=64)
     session: Any = boto3.session.Session()  # boto3's stubs want a literal service name
     return session.client(service, region_name=region, endpoint_url=endpoint, config=config)
