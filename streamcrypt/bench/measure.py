@@ -251,7 +251,7 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
 
     encrypted, target = folder / "encrypted", folder / "target"
     common: dict[str, Any] = {"workers": cell.workers, "fsync": cell.fsync}
-    sealing = {"context": CONTEXT, "sign": cell.signed, "frame_size": cell.frame_size}
+    sealing: dict[str, Any] = {"context": CONTEXT, "sign": cell.signed, "frame_size": cell.frame_size}
     if cell.operation != "encrypt":
         # The keys of what is read follow the cell's own cache limits.
         report = sc.encrypt(source, encrypted, keys=fast, cache=_cache(cell), **common, **sealing)
@@ -264,6 +264,7 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
         return result, wall, _cpu_seconds() - before
 
     cache = _cache(cell)
+    call: Callable[[], Any]
     if cell.operation == "encrypt":
         call = lambda: sc.encrypt(source, target, keys=keyring, cache=cache, **common, **sealing)  # noqa: E731
     elif cell.operation == "decrypt":
@@ -271,6 +272,7 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
     elif cell.operation == "verify":
         call = lambda: sc.verify(encrypted, keys=keyring, cache=cache, workers=cell.workers)  # noqa: E731
     elif cell.operation == "rekey":
+        del sealing["context"]
         call = lambda: sc.rekey(  # noqa: E731
             encrypted, target, keys=keyring, from_keys=keyring, cache=cache, **common, **sealing
         )
@@ -317,7 +319,7 @@ def _cache(cell: Cell) -> Any:
 
     if not cell.cache:
         return False
-    limits = {
+    limits: dict[str, Any] = {
         "max_age": cell.cache_max_age,
         "max_messages": cell.cache_max_messages,
         "max_bytes": cell.cache_max_bytes,

@@ -169,6 +169,7 @@ def _add_bench(subparsers: Any) -> None:
 
 def _sweep_of(args: argparse.Namespace) -> Any:
     from streamcrypt.bench import sweep
+    from streamcrypt.bench.records import Cell
 
     if args.spec is not None:
         if args.axis or args.preset:
@@ -182,7 +183,7 @@ def _sweep_of(args: argparse.Namespace) -> Any:
                 raise sweep.SweepError(f"--axis {text}: write NAME=VALUE,VALUE")
             axes[name] = [sweep.parse_value(name, value) for value in values.split(",")]
         found = sweep.design(
-            args.design, axes, sweep.Cell(), rounds=args.rounds or 5, seed=args.seed, count=args.count
+            args.design, axes, Cell(), rounds=args.rounds or 5, seed=args.seed, count=args.count
         )
     else:
         found = sweep.preset(args.preset or "quick")

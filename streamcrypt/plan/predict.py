@@ -287,11 +287,12 @@ def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: fl
     questions = 2 if job.operation == "rekey" else 1
     data_keys = 0
     if not encrypting:
-        data_keys = max(1, round(job.data_keys / job.hosts)) if job.data_keys else _made_keys(job, files)
+        data_keys = max(1, round(job.data_keys / job.hosts)) if job.data_keys else _made_keys(job, files + 1)
+    messages = files + 1  # the manifest is a message too
     return Load(
-        files=files,
+        files=messages,
         workers=workers,
-        service=work_seconds * workers / files,
+        service=work_seconds * workers / messages,
         variation=0.0 if pieces > 1 else variation,
         latency=job.kms_latency * questions,
         quota=quota / job.hosts / questions,
@@ -304,7 +305,7 @@ def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: fl
         groups=min(job.contexts, files),
         prefetch=(LISTS_HELD * batch - 1) * workers,
         prepared=PREPARED if job.sharing == "shared" else 0,
-        data_keys=data_keys if job.cache else (files if data_keys else 0),
+        data_keys=data_keys if job.cache else (messages if data_keys else 0),
         order=job.order,
         capacity=job.capacity,
         pieces=pieces,
