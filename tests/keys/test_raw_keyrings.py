@@ -74,9 +74,9 @@ def test_aes_keys_of_other_lengths(length):
 
 @pytest.mark.parametrize("namespace", [*sorted(RESERVED_PROVIDERS), ""])
 def test_reserved_namespaces(namespace):
-    with pytest.raises(ValueError, match="reserved|needs a namespace"):
+    with pytest.raises(ValueError, match=r"reserved|needs a namespace"):
         RawAesKeyring(namespace, "name", bytes(32))
-    with pytest.raises(ValueError, match="reserved|needs a namespace"):
+    with pytest.raises(ValueError, match=r"reserved|needs a namespace"):
         RawRsaKeyring(namespace, "name", private_key=RSA_KEY)
 
 
