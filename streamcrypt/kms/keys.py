@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Final
 
-from streamcrypt.kms import managed, material, policy
+from streamcrypt.kms import audit, managed, material, policy
 from streamcrypt.kms.call import Call, timestamp
 from streamcrypt.kms.errors import refuse
 from streamcrypt.kms.store import Key, Material, key_arn
@@ -174,6 +174,40 @@ def describe_key(call: Call) -> Response:
     key = call.resolve(call.request["KeyId"])
     call.authorize(key, reference=call.request["KeyId"])
     return {"KeyMetadata": metadata(call, key)}
+
+
+_TRACKED: Final = (
+    "Decrypt", "DeriveSharedSecret", "Encrypt", "GenerateDataKey", "GenerateDataKeyPair",
+    "GenerateDataKeyPairWithoutPlaintext", "GenerateDataKeyWithoutPlaintext", "GenerateMac", "ReEncrypt",
+    "Sign", "Verify", "VerifyMac",
+)  # fmt: skip
+
+
+def get_key_last_usage(call: Call) -> Response:
+    key = call.resolve(call.request["KeyId"], aliases=False)
+    call.authorize(key)
+    marks = ", ".join("?" for _ in _TRACKED)
+    rows = call.store.query(
+        f"SELECT {', '.join(audit.COLUMNS)} FROM audit WHERE error IS NULL AND operation IN ({marks}) "  # noqa: S608
+        "AND instr(key, ?) ORDER BY id DESC LIMIT 1",
+        (*_TRACKED, key.arn),
+    )
+    usage: Response = {}
+    if rows:
+        event = audit.event(rows[0])
+        usage = {
+            "Operation": event["eventName"],
+            "Timestamp": timestamp(rows[0][1]),
+            "CloudTrailEventId": event["eventID"],
+            "KmsRequestId": event["requestID"],
+        }
+    return {
+        "KeyId": key.arn,
+        "KeyLastUsage": usage,
+        # The audit begins with the store, and so before any key.
+        "TrackingStartDate": timestamp(key.created),
+        "KeyCreationDate": timestamp(key.created),
+    }
 
 
 def list_keys(call: Call) -> Response:

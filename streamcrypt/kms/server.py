@@ -18,6 +18,7 @@ import re
 import signal
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -255,7 +256,14 @@ class _Connection(asyncio.Protocol):
         delay = service.delay()
 
         def run() -> wire.Answer:
-            return wire.answer(service, target, body, caller=caller, region=region, tls=self._tls, wait=False)
+            try:
+                return wire.answer(
+                    service, target, body, caller=caller, region=region, tls=self._tls, wait=False
+                )
+            except Exception as error:  # noqa: BLE001 - one request must not end the others
+                # The class alone: an exception's text may quote the request.
+                print(f"kms serve: {target}: {type(error).__name__}", file=sys.stderr)  # noqa: T201
+                return wire.refusal(KmsError("KMSInternalException"))
 
         if target in _QUICK and not delay:
             answer = run()

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from streamcrypt.kms import audit, cryptographic, grants, imports, keys, lifecycle, regions, shapes
 from streamcrypt.kms.call import Call
-from streamcrypt.kms.errors import KmsError
+from streamcrypt.kms.errors import KmsError, new_request_id
 from streamcrypt.kms.policy import ROOT, Caller
 from streamcrypt.kms.simulation import Simulation
 from streamcrypt.kms.store import Store
@@ -41,6 +40,7 @@ _READING: Final[dict[str, Handler]] = {
     "Decapsulate": cryptographic.decapsulate,
     "GetPublicKey": cryptographic.get_public_key,
     "DescribeKey": keys.describe_key,
+    "GetKeyLastUsage": keys.get_key_last_usage,
     "GetKeyPolicy": keys.get_key_policy,
     "ListKeys": keys.list_keys,
     "ListAliases": keys.list_aliases,
@@ -137,7 +137,7 @@ class Service:
         if shape is None or (reading is None and writing is None):
             raise KmsError("UnknownOperationException", operation_name=operation)
         now = self._clock()
-        request_id = request_id or str(uuid.uuid4())
+        request_id = request_id or new_request_id()
         call = Call(
             self.store,
             operation,
@@ -153,6 +153,7 @@ class Service:
                 if wait:
                     self.simulation.wait()
             shape.validate(call.request)
+            self.store.refresh()
             if self.store.next_due() <= now:
                 lifecycle.settle(self.store, now)
             if reading is not None:
@@ -172,6 +173,9 @@ class Service:
             raise
         except sqlite3.Error as error:
             raise _internal_error(operation, request_id, error) from error
+        except UnicodeEncodeError as error:
+            # A lone surrogate: JSON can carry it, no name or context of KMS can.
+            raise KmsError("SerializationException", operation_name=operation) from error
         return response
 
     @staticmethod
@@ -216,8 +220,6 @@ def _row(
     error: KmsError | None = None,
     tls: bool = False,
 ) -> audit.Row:
-    if not audit.INSERT:  # until audit.py has its table
-        return ()
     return audit.row(
         call.now,
         call.operation,

@@ -276,7 +276,8 @@ class Store:
             )
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute("PRAGMA foreign_keys=ON")
+            # 16 MiB of log between checkpoints: each one waits for the disk.
+            connection.execute("PRAGMA wal_autocheckpoint=4000")
         except sqlite3.Error as error:
             raise StreamcryptError(f"{self.path}: cannot be opened ({error})") from error
         self._connection = connection
@@ -392,12 +393,16 @@ class Store:
     def record_event(self, row: Sequence[Any]) -> None:
         """Append an audit row; within transaction() it is part of it."""
         with self._lock:
-            if row:
-                self._db().execute(audit.INSERT, row)
+            self._db().execute(audit.INSERT, row)
 
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db().execute(sql, parameters).fetchall()
+
+    def refresh(self) -> None:
+        """See what other processes have changed.  Once a call is enough: a call is one moment."""
+        with self._lock:
+            self._refresh()
 
     def _refresh(self) -> None:
         """Drop what was read before another process changed it.
@@ -430,9 +435,8 @@ class Store:
     # -- keys --------------------------------------------------------------------------------
 
     def key(self, account: str, region: str, key_id: str) -> Key | None:
-        """The key as every process sees it now."""
+        """The key as it was at the last refresh()."""
         with self._lock:
-            self._refresh()
             key = self._keys.get((account, region, key_id))
             if key is None:
                 key = self._load_key(account, region, key_id)
@@ -461,7 +465,6 @@ class Store:
     def next_due(self) -> float:
         """When time alone changes a key for the next time; infinity when never."""
         with self._lock:
-            self._refresh()
             if self._next_due is None:
                 found = self.query("SELECT MIN(next_event) FROM keys")[0][0]
                 self._next_due = math.inf if found is None else float(found)
@@ -584,9 +587,8 @@ class Store:
     # -- aliases ---------------------------------------------------------------------------------
 
     def alias_target(self, account: str, region: str, name: str) -> str | None:
-        """The id of the key that ``alias/…`` names."""
+        """The id of the key that ``alias/…`` names, as it was at the last refresh()."""
         with self._lock:
-            self._refresh()
             place = (account, region, name)
             if place in self._alias_targets:
                 return self._alias_targets[place]

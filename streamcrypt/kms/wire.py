@@ -8,12 +8,11 @@ error     400 or 500                              {"__type": "NotFoundException"
 from __future__ import annotations
 
 import json
-import uuid
 from dataclasses import dataclass, field
 from typing import Final
 
 from streamcrypt.kms import shapes
-from streamcrypt.kms.errors import KmsError
+from streamcrypt.kms.errors import KmsError, new_request_id
 from streamcrypt.kms.policy import Caller
 from streamcrypt.kms.service import Service
 
@@ -41,7 +40,7 @@ def answer(
     wait: bool = True,
 ) -> Answer:
     """Run the operation that ``target`` names on a JSON body."""
-    request_id = str(uuid.uuid4())
+    request_id = new_request_id()
     operation = target.removeprefix(TARGET_PREFIX)
     try:
         shape = shapes.operations().get(operation)
@@ -62,7 +61,7 @@ def refusal(error: KmsError, request_id: str | None = None) -> Answer:
     document = {"__type": error.code}
     if error.message is not None:
         document["message"] = error.message
-    return Answer(error.status, request_id or str(uuid.uuid4()), json.dumps(document).encode())
+    return Answer(error.status, request_id or new_request_id(), json.dumps(document).encode())
 
 
 def _parse(body: bytes) -> object:
