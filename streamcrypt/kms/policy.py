@@ -270,6 +270,52 @@ def may_retire(caller: Caller, grant: Grant, key_arn: str) -> bool:
     return evaluate(Request(caller, "kms:RetireGrant", resource=key_arn), None).allowed
 
 
+# --- why not ---------------------------------------------------------------------------------------
+
+
+def unmet_conditions(request: Request, text: str, kind: Literal["key", "identity"] = "key") -> list[str]:
+    """The conditions that keep a policy's Allow statements from the request, in words.
+
+    Only statements that name the caller and the action: without their conditions they would allow
+    it.  Empty: no condition is to blame, the Allow itself is missing (or nothing is).
+    """
+    identity = _identity(request.caller.arn, request.caller.role)
+    context = _RequestContext(request)
+    document = _parse_document(text)
+    statements = document["Statement"] if isinstance(document["Statement"], list) else [document["Statement"]]
+    variables = document.get("Version") == "2012-10-17"
+    unmet = []
+    for number, statement in enumerate(statements, 1):
+        compiled = _compile_statement(statement, f"statement {number}", kind, variables=variables)
+        about = compiled.allow and compiled.names(identity) and compiled.covers(request.action.lower())
+        if not about or compiled.applies(context):
+            continue
+        for operator, tests in statement.get("Condition", {}).items():
+            for key, wanted in tests.items():
+                test = compile_conditions({operator: {key: wanted}}, variables=variables, every_value=True)
+                if not test(context):
+                    has = context[key.lower()]
+                    unmet.append(
+                        f"{compiled.label}: {operator} {key} {json.dumps(wanted)}, and the request has {has!r}"
+                    )
+    return unmet
+
+
+def unmet_constraints(request: Request, grants: Iterable[Grant]) -> list[str]:
+    """The grants that name the caller and the operation but whose constraints do not fit, in words."""
+    identity = _identity(request.caller.arn, request.caller.role)
+    context = _RequestContext(request)
+    operation = request.action.partition(":")[2]
+    unmet = []
+    for grant in grants:
+        named = operation in grant.operations and _names_principal(grant.grantee, identity)
+        if named and not _grant_covers(grant, request, context):
+            wanted = dict(grant.equals) if grant.equals is not None else dict(grant.subset or {})
+            kind = "exactly" if grant.equals is not None else "at least"
+            unmet.append(f"grant {grant.grant_id[:12]}…: {kind} {json.dumps(wanted)} as encryption context")
+    return unmet
+
+
 # --- what may become a policy or a grant ----------------------------------------------------------
 
 

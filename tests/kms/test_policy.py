@@ -31,6 +31,8 @@ from streamcrypt.kms.policy import (
     grant_applies,
     may_retire,
     unknown_key_message,
+    unmet_conditions,
+    unmet_constraints,
 )
 
 OWNER, OTHER = "111122223333", "444455556666"
@@ -938,3 +940,33 @@ def test_any_document_is_a_policy_or_refused(value: Any) -> None:
 def test_any_text_is_a_policy_or_refused(text: str) -> None:
     with pytest.raises(KmsError):
         check_key_policy(text, request(OWNER_ROOT))
+
+
+# --- why not ----------------------------------------------------------------------------------------
+
+
+def test_unmet_conditions_name_the_statement_the_condition_and_what_is_there() -> None:
+    policy = document(
+        P(ALICE, Sid="Team", Condition={"StringEquals": {"kms:EncryptionContext:Project": "Alpha", "kms:KeySpec": "SYMMETRIC_DEFAULT"}}),
+        P(BOB, Condition={"Bool": {"kms:MultiRegion": True}}),
+        P(ALICE, "kms:Encrypt", Condition={"Bool": {"kms:MultiRegion": True}}),
+    )  # fmt: skip
+    asked = request(ALICE, encryption_context={"Project": "Beta"})
+    assert unmet_conditions(asked, policy) == [
+        "Team: StringEquals kms:EncryptionContext:Project \"Alpha\", and the request has 'Beta'"
+    ]
+    assert unmet_conditions(replace(asked, encryption_context={"Project": "Alpha"}), policy) == []
+    assert unmet_conditions(request(EVE), policy) == []
+    own = document(statement(Condition={"StringEquals": {"kms:ViaService": "s3.us-west-2.amazonaws.com"}}))
+    [why] = unmet_conditions(asked, own, "identity")
+    assert "kms:ViaService" in why
+    assert why.endswith("the request has None")
+
+
+def test_unmet_constraints_name_the_grant() -> None:
+    asked = request(ALICE, encryption_context={"Department": "HR"})
+    [why] = unmet_constraints(
+        asked, [grant(subset={"Department": "IT"}), grant(grantee=BOB, subset={"a": "b"})]
+    )
+    assert '"Department": "IT"' in why
+    assert unmet_constraints(asked, [grant(), grant(operations={"Encrypt"}, equals={})]) == []
