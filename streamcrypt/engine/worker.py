@@ -228,7 +228,9 @@ class Worker:
         message_id = parse_header(opening.header, max_encrypted_data_keys=None)[0].message_id
         geometry = opening.geometry
         frames = min(max(1, BATCH_LENGTH // (geometry.frame_length + REGULAR_OVERHEAD)), geometry.frames)
-        scratch = self._room("_sealed", frames * (geometry.frame_length + REGULAR_OVERHEAD) + FINAL_OVERHEAD)
+        # A frame length is what the header says; no more room is made than the message has bytes.
+        room = frames * (geometry.frame_length + REGULAR_OVERHEAD) + FINAL_OVERHEAD
+        scratch = self._room("_sealed", min(room, geometry.body_end - geometry.header_length))
         return FrameReader(source, FrameCipher(opening.content_key, message_id), geometry, scratch=scratch)
 
     def _writing(self, task: FileTask, target: Writable | None) -> Writing:
@@ -338,9 +340,9 @@ class _Comparing(Writing):
         if len(self._buffer) != len(data):
             self._buffer = bytearray(len(data))
         with memoryview(self._buffer) as view:
-            self._source.read_at(position, view)
+            count = self._source.read_at(position, view)
         # A bytearray compares with memcmp; two memoryviews would compare item by item.
-        if self._buffer != data:
+        if count < len(data) or self._buffer != data:
             self._source.close()
             raise IntegrityError(
                 f"differs from {self._path} within bytes {position} to {position + len(data)}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import uuid
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from families import craft, vectors
 
+from streamcrypt.keys.ecdh import RawEcdhKeyring
+from streamcrypt.keys.hierarchy import BranchKey, HierarchyKeyring
 from streamcrypt.keys.keyring import Keyring, MultiKeyring
 from streamcrypt.keys.raw import RawAesKeyring, RawRsaKeyring
 from streamcrypt.message.header import EncryptedDataKey
@@ -38,6 +41,23 @@ class GivenDataKey(Keyring):
         return self._data_key
 
 
+class GivenBranchKey:
+    """A branch key store that holds one version of one branch key, in clear."""
+
+    def __init__(self, material: dict[str, Any]) -> None:
+        self.identity = material["branch-key-id"]
+        self._key = BranchKey(
+            material["branch-key-id"], uuid.UUID(material["version"]), base64.b64decode(material["base64"])
+        )
+
+    def active(self, branch_key_id: str) -> BranchKey:
+        return self._key
+
+    def version(self, branch_key_id: str, version: uuid.UUID) -> BranchKey:
+        assert (branch_key_id, version) == (self._key.branch_key_id, self._key.version)
+        return self._key
+
+
 def keyring_of(keyring: dict[str, Any]) -> Keyring:
     kind = keyring["type"]
     if kind == "multi":
@@ -49,8 +69,10 @@ def keyring_of(keyring: dict[str, Any]) -> Keyring:
     if kind == "raw-aes":
         return RawAesKeyring(keyring["namespace"], keyring["name"], vectors.symmetric_key(keyring["key"]))
     if kind == "hierarchy":
-        return _hierarchy(keyring["key"])
-    return _ecdh(keyring["key"], keyring["schema"])
+        material = vectors.keys()[keyring["key"]]
+        return HierarchyKeyring(GivenBranchKey(material), material["branch-key-id"])
+    # Static or not, a recipient opens with its private key alone (vectors, README).
+    return RawEcdhKeyring(vectors.private_key(keyring["key"], "recipient-private-pem"))
 
 
 @cache
