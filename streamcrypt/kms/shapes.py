@@ -36,11 +36,24 @@ _Convert = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """A member of a request, as much as a command line needs to know of it."""
+
+    kind: str
+    """string, blob, integer, boolean, timestamp, map, list or structure"""
+    required: bool
+    of: str = ""
+    """The kind of a list's members."""
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """One operation of the model: what it accepts and what it gives back."""
 
     name: str
     members: frozenset[str]
+    options: dict[str, Option]
     check: _Check
     read: _Convert
     write: _Convert | None
@@ -71,11 +84,27 @@ def operations() -> dict[str, Operation]:
         compiled[name] = Operation(
             name=name,
             members=frozenset(input_shape["members"]),
+            options=_options(shapes, input_shape),
             check=_checker(shapes, description["input"]["shape"]),
             read=_reader(shapes, description["input"]["shape"]),
             write=_writer(shapes, output_name) if output_name else None,
         )
     return compiled
+
+
+def _options(shapes: dict[str, Any], structure: dict[str, Any]) -> dict[str, Option]:
+    required = structure.get("required", ())
+    options = {}
+    for name, ref in structure["members"].items():
+        shape = shapes[ref["shape"]]
+        inner = shapes[shape["member"]["shape"]] if shape["type"] == "list" else shape
+        options[name] = Option(
+            shape["type"],
+            name in required,
+            of=inner["type"] if inner is not shape else "",
+            choices=tuple(inner.get("enum", ())),
+        )
+    return options
 
 
 def _load_model() -> dict[str, Any]:

@@ -462,6 +462,12 @@ class Store:
         )
         return [row[0] for row in rows]
 
+    def all_keys(self) -> list[Key]:
+        """Every key of every account and Region."""
+        with self._lock:
+            places = self.query("SELECT account, region, id FROM keys ORDER BY account, region, id")
+            return [key for place in places if (key := self.key(*place)) is not None]
+
     def next_due(self) -> float:
         """When time alone changes a key for the next time; infinity when never."""
         with self._lock:
