@@ -97,7 +97,8 @@ def _add_bench(subparsers: Any) -> None:
     run = commands.add_parser(
         "run",
         help="run a sweep, or go on with one",
-        description="Run a sweep into a folder.  Example: streamcrypt bench run --axis frame_size=64KiB,1MiB --axis workers=1,2 --out results",
+        description="Run a sweep into a folder.  Example: streamcrypt bench run "
+        "--axis frame_size=64KiB,1MiB --axis workers=1,2 --out results",
     )
     run.add_argument("spec", nargs="?", type=Path, help="a TOML file with [axes] (see docs/performance.md)")
     run.add_argument(
@@ -125,7 +126,8 @@ def _add_bench(subparsers: Any) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="measure just what a plan needs",
-        description="Measure the rates of this machine for `plan`.  Example: streamcrypt bench calibrate --out machine.json",
+        description="Measure the rates of this machine for `plan`.  "
+        "Example: streamcrypt bench calibrate --out machine.json",
     )
     calibrate.add_argument("--out", type=Path, required=True, help="JSON file for the records")
     calibrate.add_argument("--rounds", type=_count, default=1, help="runs of every cell")
@@ -149,7 +151,8 @@ def _add_bench(subparsers: Any) -> None:
     kms = commands.add_parser(
         "kms",
         help="latency of a KMS",
-        description="Measure GenerateDataKey.  Example: streamcrypt bench kms --kms local --latency 10ms --quota 100 --rate 50",
+        description="Measure GenerateDataKey.  "
+        "Example: streamcrypt bench kms --kms local --latency 10ms --quota 100 --rate 50",
     )
     kms.add_argument(
         "--kms", default="local", help="local, local-boto3, http://HOST:PORT (kms serve), moto, or aws"
@@ -314,7 +317,8 @@ def _bench_kms(args: argparse.Namespace) -> int:
             figures = result[series]
             _out(f"{series:12} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
         _out(
-            f"{result['calls']} calls, {result['per_second']:.1f}/s, {result['throttled']} throttled, {result['failed']} failed"
+            f"{result['calls']} calls, {result['per_second']:.1f}/s, "
+            f"{result['throttled']} throttled, {result['failed']} failed"
         )
     return 0 if result["calls"] else _fail("no call was answered", 5)
 
@@ -326,7 +330,8 @@ def _add_plan(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="predict a job: hosts, time, KMS calls, money",
-        description="Predict a job from measured rates.  Example: streamcrypt plan --bytes 100TB --files 1000000 --deadline 6h",
+        description="Predict a job from measured rates.  "
+        "Example: streamcrypt plan --bytes 100TB --files 1000000 --deadline 6h",
     )
     job = parser.add_argument_group("job")
     job.add_argument("--bytes", type=SIZE, help="plaintext in all")

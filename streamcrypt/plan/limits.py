@@ -83,3 +83,14 @@ def kms_cost(operation: str, calls: float, keys: int, seconds: float) -> dict[st
         "kms_keys": bill["kms_keys"],
         "kms_prices": bill["prices"],
     }
+
+
+def kms_prices() -> dict[str, float]:
+    """The figures behind ``kms_cost``, for the report's page."""
+    prices = cost.PRICES
+    return {
+        "request_price": prices.symmetric / prices.per,
+        "free_requests": prices.free_requests,
+        "key_month": prices.key_month,
+        "hours_per_month": HOURS_PER_MONTH,
+    }

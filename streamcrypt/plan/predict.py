@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from streamcrypt.bench.records import Records
-from streamcrypt.engine.spans import SPAN_LENGTH, SPLIT_LENGTH
+from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
 from streamcrypt.plan import limits
 from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form
 from streamcrypt.plan.model import Fit, Vector, Work, describe, fit
@@ -40,6 +40,11 @@ MAX_AGE: Final = 300.0
 MAX_MESSAGES: Final = 100_000
 MAX_BYTES: Final = 1 << 40
 CAPACITY: Final = 1000
+
+# What the page's sliders change.
+_MOVABLE: Final = (
+    "bytes", "files", "hosts", "frame_size", "kms_latency", "cache_max_messages", "cache_max_age",
+)  # fmt: skip
 
 _KMS_OPERATION: Final = {
     "encrypt": "GenerateDataKey",
@@ -222,6 +227,7 @@ class Prediction:
     job: Job
     hosts: int
     workers: int
+    cores: int
     estimate: Estimate
     interval: tuple[float, float]
     interval_95: tuple[float, float]
@@ -274,6 +280,48 @@ class Prediction:
             "records": self.records,
             "model": describe(self.fit),
             "inputs": inputs,
+            "page": self._page(),
+        }
+
+    def _page(self) -> dict[str, Any]:
+        """What the report's page needs to compute the closed form again."""
+        job = self.job
+        sizes = job.size_points
+        start = {name: getattr(job, name) for name in _MOVABLE} | {
+            "workers": self.workers,
+            "kms_quota": self.quota.per_second,
+        }
+        return {
+            "live": job.sharing == "shared" and job.order == "sequential",
+            "start": start,
+            "coefficients": self.fit.coefficients.tolist(),
+            "sizes": sizes.points,
+            "mean": sizes.mean,
+            "cores": self.cores,
+            "workers": self.workers,
+            "signed": job.signed,
+            "sync": job.fsync and job.operation != "verify",
+            "reading": job.operation in ("decrypt", "verify"),
+            "writing": {"verify": "nothing", "decrypt": "plain"}.get(job.operation, "message"),
+            "questions": _questions(job),
+            "data_keys": job.data_keys,
+            "contexts": job.contexts,
+            "capacity": job.capacity,
+            "keys": job.keys,
+            "read_bandwidth": job.read_bandwidth,
+            "write_bandwidth": job.write_bandwidth,
+            "network_bandwidth": job.network_bandwidth,
+            "prepared": PREPARED,
+            "lists_held": LISTS_HELD,
+            "batch_files": BATCH_FILES,
+            "batch_bytes": BATCH_BYTES,
+            "split": SPLIT_LENGTH,
+            "span": SPAN_LENGTH,
+            "header": HEADER,
+            "knee": KNEE,
+            "host_hour": host_hour(job, self.cores),
+            "store_requests": self.cost["store_requests"],
+            **limits.kms_prices(),
         }
 
 
@@ -283,8 +331,7 @@ def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: fl
     sizes = job.size_points
     pieces = 1 if job.signed else max(1, round(sizes.spans()))
     encrypting = job.operation in ("encrypt", "rekey")
-    # A rekey asks twice a key, one question after the other: to open the old one and for a new one.
-    questions = 2 if job.operation == "rekey" else 1
+    questions = _questions(job)
     data_keys = 0
     if not encrypting:
         data_keys = max(1, round(job.data_keys / job.hosts)) if job.data_keys else _made_keys(job, files + 1)
@@ -310,6 +357,11 @@ def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: fl
         capacity=job.capacity,
         pieces=pieces,
     )
+
+
+def _questions(job: Job) -> int:
+    """KMS calls for one data key: a rekey asks to open the old one, then for a new one."""
+    return 2 if job.operation == "rekey" else 1
 
 
 # engine.pool: the lists of files that a worker holds, the one it works on included.
@@ -521,6 +573,7 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
         job=job,
         hosts=job.hosts,
         workers=workers,
+        cores=cores,
         estimate=estimate,
         interval=(_quantile(drawn, 0.1), _quantile(drawn, 0.9)),
         interval_95=(_quantile(drawn, 0.025), _quantile(drawn, 0.975)),
@@ -547,7 +600,7 @@ def host_hour(job: Job, cores: int) -> float:
 
 
 def _cost(job: Job, estimate: Estimate, cores: int) -> dict[str, Any]:
-    questions = 2 if job.operation == "rekey" else 1
+    questions = _questions(job)
     kms = limits.kms_cost(job.kms_operation, estimate.calls * questions, job.keys, estimate.seconds)
     compute = host_hour(job, cores) * job.hosts * estimate.seconds / 3600
     requests = 0.0
@@ -684,7 +737,8 @@ def describe_plan(found: Prediction) -> str:
     ]
     cost = found.cost
     lines = [
-        f"plan: {job.operation} {format_size(job.bytes)} in {job.files:,} files (mean {format_size(sizes.mean)}, {spread})",
+        f"plan: {job.operation} {format_size(job.bytes)} in {job.files:,} files "
+        f"(mean {format_size(sizes.mean)}, {spread})",
         f"  hosts        {found.hosts}, {found.workers} workers each",
         f"  time         {_duration(estimate.seconds)}   80 %: {_duration(low)} – {_duration(high)}"
         f"   95 %: {_duration(lowest)} – {_duration(highest)}",
@@ -692,7 +746,8 @@ def describe_plan(found: Prediction) -> str:
         f"  limit        {estimate.limit}   (seconds alone, of the time: {limit})",
         f"  KMS          {round(estimate.calls):,} {job.kms_operation}, peak {estimate.peak_per_second:.3g}/s, "
         f"quota {found.quota.per_second:,.6g}/s ({found.quota.source})",
-        f"  cost         {cost['total']:.2f} USD: compute {cost['compute']:.2f}, KMS requests {cost['kms_requests']:.2f}, "
+        f"  cost         {cost['total']:.2f} USD: compute {cost['compute']:.2f}, "
+        f"KMS requests {cost['kms_requests']:.2f}, "
         f"KMS keys {cost['kms_keys']:.2f}, store requests {cost['store_requests']:.2f}",
         f"  written      {format_size(found.bytes_out)}",
     ]

@@ -187,8 +187,10 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown: summary first, then every row, misses included."""
     summary, floor = result["summary"], result["floor"]
     lines = [
-        f"Machine: {result['machine']}; rates measured {result['records_date']}, held-out runs {result['measured_date']}.",
-        f"{result['measured']} of {result['planned']} configurations measured; failed: {', '.join(result['failed']) or 'none'}.",
+        f"Machine: {result['machine']}; rates measured {result['records_date']}, "
+        f"held-out runs {result['measured_date']}.",
+        f"{result['measured']} of {result['planned']} configurations measured; "
+        f"failed: {', '.join(result['failed']) or 'none'}.",
         "",
     ]
     if not summary:
@@ -208,7 +210,8 @@ def table(result: dict[str, Any]) -> str:
         f"measurement: {summary['coverage_80']:.0%}. Limiting resource right: {summary['limit_right']:.0%}. "
         f"KMS calls exact: {summary['calls_exact']:.0%}. Configurations with a noisy run: {summary['noisy']}.",
         "",
-        "| configuration | measured s | predicted s | error | 80 % interval | limit: predicted, measured | KMS calls: predicted, measured |",
+        "| configuration | measured s | predicted s | error | 80 % interval "
+        "| limit: predicted, measured | KMS calls: predicted, measured |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(result["rows"], key=lambda row: -abs(row["error"])):

@@ -1,0 +1,278 @@
+"use strict";
+// plan.closed and plan.predict in JavaScript, for one shared cache a host; names as in Python.
+const page = PLAN.page, coefficients = page.coefficients;
+
+function messagesByBytes(maxBytes, size, variation) {
+  if (maxBytes === Infinity || size <= 0) return Infinity;
+  if (variation === 0) return Math.max(1, Math.floor(maxBytes / size));
+  const bend = 0.88 / Math.pow(variation, 1.6);
+  const beyond = (maxBytes / size - (1 + variation * variation) / 2 - 1) * bend;
+  return 1 + (beyond > 30 ? beyond : Math.log1p(Math.exp(beyond))) / bend;
+}
+
+function stallOf(wait, service, variation) {
+  if (wait <= 0) return 0;
+  if (service <= 0) return wait;
+  const uniform = wait < service ? wait * wait / (2 * service) : wait - service / 2;
+  const exponential = wait - service * -Math.expm1(-wait / service);
+  const weight = Math.min(1, variation * variation);
+  return (1 - weight) * uniform + weight * exponential;
+}
+
+function longest(count, variation) {
+  const uniform = count / (count + 1);
+  const harmonic = Math.log(count) + 0.5772 + 1 / (2 * count);
+  const weight = variation * variation;
+  return weight <= 1 ? (1 - weight) * uniform + weight * harmonic : harmonic * (1 + weight) / 2;
+}
+
+function keysFor(files, perKey, exact, scattered) {
+  if (scattered > 1) {
+    const met = 1 - Math.pow(1 - 1 / scattered, files * scattered);
+    const rest = Math.max(0, files - met) / perKey;
+    return perKey < files ? Math.min(met + rest, Math.max(met, files / perKey + 0.5)) : met;
+  }
+  if (perKey >= files) return 1;
+  const whole = Math.ceil(files / perKey - 1e-9);
+  return exact ? whole : Math.min(whole, files / perKey + 0.5);
+}
+
+const tokensOf = (load) => load.quota;
+
+function finish(load, calls, perKey, stall, lastKey) {
+  const workers = load.workers, n = load.files * load.pieces, s = load.service / load.pieces;
+  const square = load.variation * load.variation;
+  let work, tail;
+  if (load.variation === 0 && stall === 0) {
+    work = Math.ceil(n / workers) * s; tail = 0;
+  } else if (n <= workers) {
+    const least = n / (n + 1) * (1 - Math.min(1, square)) + Math.min(1, square);
+    work = s; tail = s * (longest(n, load.variation) - least);
+  } else {
+    work = n * s / workers; tail = s * (longest(workers, load.variation) - (1 + square) / 2);
+  }
+  const workerSeconds = work + stall + tail;
+  const forced = Math.max(0, calls - tokensOf(load)) / load.quota;
+  const quotaSeconds = forced > 0 ? forced + load.latency + lastKey : 0;
+  return { seconds: Math.max(workerSeconds, quotaSeconds), calls, messagesPerKey: perKey,
+    workerSeconds, stallSeconds: stall, quotaSeconds };
+}
+
+function cycleOf(load, perFetch) {
+  const busy = perFetch * load.service / load.workers;
+  const wait = load.latency - Math.min(load.prefetch, perFetch) * load.service / load.workers;
+  let stall = stallOf(wait, load.service, load.variation);
+  if (load.prefetch === 0) stall += (wait - stall) / load.workers;
+  return Math.max(load.latency, busy + stall);
+}
+
+function byAge(load, lifeRate, rate, most, groups, ahead) {
+  if (load.maxAge === Infinity) return most;
+  const waited = Math.min(ahead - 1, rate * load.latency);
+  return Math.max(1, Math.min(most, 1 + (waited + lifeRate * load.maxAge) / groups));
+}
+
+function sharedOf(load) {
+  const n = load.files, workers = load.workers, s = load.service, latency = load.latency;
+  const rate = s > 0 ? workers / s : Infinity;
+  const groups = Math.min(load.groups, n), ahead = workers + load.prefetch;
+  let runs, run, most, exact;
+  if (load.dataKeys) {
+    runs = Math.min(load.dataKeys, n); run = n / runs; most = run; exact = true;
+  } else {
+    runs = groups; run = n / groups;
+    most = Math.min(load.maxMessages, messagesByBytes(load.maxBytes, load.size, load.sizeVariation));
+    exact = load.maxBytes === Infinity || load.sizeVariation === 0;
+    if (groups > load.capacity) { most = Math.min(most, 1 / (1 - load.capacity / groups)); exact = false; }
+  }
+  const interleaved = load.dataKeys ? 1 : groups;
+  let perKey = byAge(load, rate, rate, most, interleaved, ahead);
+  if (interleaved > 1 && load.maxAge !== Infinity) {
+    for (let i = 0; i < 100; i++) {
+      const slowest = runs * run / perKey > tokensOf(load) ? 1 / load.quota : 0;
+      const lifeRate = Math.min(rate, perKey / Math.max(cycleOf(load, perKey), slowest));
+      const before = perKey;
+      perKey = byAge(load, lifeRate, rate, most, interleaved, ahead);
+      if (Math.abs(perKey - before) < 1e-3 * before) break;
+    }
+  }
+  if (perKey < most && !load.dataKeys) exact = false;
+  const calls = Math.min(n, runs * keysFor(run, perKey, exact, interleaved));
+  const perFetch = n / calls;
+  const wait = Math.max(0, cycleOf(load, perFetch) - perFetch * s / workers);
+  const first = latency * (interleaved > 1 ? interleaved : 1);
+  const stall = first + Math.max(0, calls - interleaved) * wait;
+  return finish(load, calls, perKey, stall, Math.min(perFetch, n) * s / workers);
+}
+
+// Python's round(): halves go to the even number.
+function roundEven(value) {
+  const floor = Math.floor(value), rest = value - floor;
+  if (rest !== 0.5) return Math.round(value);
+  return floor % 2 === 0 ? floor : floor + 1;
+}
+
+function closedForm(load) {
+  if (!load.prepared) return sharedOf(load);
+  const first = Math.min(load.prepared, load.files);
+  const keys = sharedOf({ ...load, service: 1e-9, variation: 0, prepared: 0, prefetch: load.files, files: first }).calls;
+  const wait = Math.max(keys * load.latency, Math.max(0, keys - tokensOf(load)) / load.quota + load.latency);
+  let rest;
+  if (first === load.files) {
+    rest = { ...finish(load, keys, first / keys, 0, 0), quotaSeconds: 0 };
+  } else {
+    const share = load.dataKeys ? Math.max(1, roundEven(load.dataKeys * (1 - first / load.files))) : 0;
+    const later = { ...load, files: load.files - first, dataKeys: share, prepared: 0 };
+    const queue = sharedOf(later);
+    const work = load.files * load.service / load.workers;
+    const waits = Math.max(0, queue.stallSeconds - first * load.service / load.workers);
+    const tail = queue.workerSeconds - queue.stallSeconds - later.files * load.service / load.workers;
+    const ends = work + Math.max(0, tail) + waits;
+    const calls = keys + Math.max(0, queue.calls - (load.dataKeys ? 0 : 1));
+    const forced = Math.max(0, calls - tokensOf(load)) / load.quota;
+    rest = { seconds: Math.max(ends, forced - wait), calls, messagesPerKey: load.files / calls,
+      workerSeconds: ends, stallSeconds: waits, quotaSeconds: forced };
+  }
+  return { ...rest, seconds: rest.seconds + wait, workerSeconds: rest.workerSeconds + wait,
+    stallSeconds: rest.stallSeconds + wait,
+    quotaSeconds: wait > keys * load.latency * 1.01 ? wait : rest.quotaSeconds };
+}
+
+function estimate(job) {
+  const files = Math.ceil(job.files / job.hosts), share = files / job.files;
+  const mean = job.bytes / job.files;
+  const points = page.sizes.map((point) => page.mean ? point * mean / page.mean : mean);
+  const count = points.length;
+  const framesOf = points.reduce((sum, point) => sum + Math.floor(point / job.frame_size) + 1, 0) / count;
+  const middle = points.reduce((sum, point) => sum + point, 0) / count;
+  const variance = points.reduce((sum, point) => sum + (point - middle) ** 2, 0) / count;
+  const variation = middle ? Math.sqrt(variance) / middle : 0;
+  const spans = points.reduce((sum, p) => sum + (p > page.split ? Math.ceil(p / page.span) : 1), 0) / count;
+
+  const bytes = job.bytes * share, frames = framesOf * files, workers = job.workers;
+  const cores = Math.max(page.cores, workers !== page.workers ? workers : page.cores);
+  const size = bytes / Math.max(files, 1);
+  const batch = Math.trunc(Math.max(1, Math.min(page.batch_files, Math.floor(files / (4 * workers)))));
+  let tasks = Math.min(files, Math.max(files / batch, bytes / page.batch_bytes));
+  if (size > page.split && !page.signed) tasks = Math.max(files, bytes / page.span);
+  const usable = Math.max(1, Math.min(workers, cores));
+  const whole = Math.max(1, roundEven(tasks));
+  const p = whole < 4 * usable ? whole / Math.ceil(whole / usable) : usable;
+  const sync = page.sync ? 1 : 0;
+  const features = [1, files, files / p, bytes, bytes / p, frames / p, sync * files, sync * files / p, sync * bytes, workers];
+  const products = coefficients.map((value, i) => value * features[i]);
+  const total = products.reduce((sum, value) => sum + value, 0);
+  const [start, fileSerial, file, byteSerial, byte, frame, syncSerial, syncFile, syncByte, started] = products;
+  const overhead = start + started, busy = Math.max(total - overhead, 1e-9);
+  const bySize = (byteSerial + byte + frame + syncByte) / busy;
+  const lanes = Math.max(1, roundEven(p)), messages = files + 1;
+  const pieces = page.signed ? 1 : Math.max(1, roundEven(spans));
+  const cacheMessages = job.cache ? job.cache_max_messages : 1;
+  const cacheBytes = job.cache ? job.cache_max_bytes : Infinity;
+  let dataKeys = 0;
+  if (page.reading) {
+    const perKey = Math.min(job.cache_max_messages, messagesByBytes(job.cache_max_bytes, middle, variation));
+    dataKeys = page.data_keys ? Math.max(1, roundEven(page.data_keys / job.hosts))
+      : Math.max(page.contexts, Math.ceil(messages / perKey));
+    if (!job.cache) dataKeys = messages;
+  }
+  const load = { files: messages, workers: lanes, service: busy * lanes / messages,
+    variation: pieces > 1 ? 0 : variation * bySize, latency: job.kms_latency * page.questions,
+    quota: job.kms_quota / job.hosts / page.questions, maxMessages: cacheMessages,
+    maxAge: job.cache ? job.cache_max_age : Infinity, maxBytes: cacheBytes, size: middle,
+    sizeVariation: variation, groups: Math.min(page.contexts, files),
+    prefetch: (page.lists_held * batch - 1) * lanes, prepared: page.prepared, dataKeys,
+    capacity: page.capacity, pieces };
+  const outcome = closedForm(load);
+  const overheadBytes = job.files * (page.header + 8 + (page.signed ? 105 : 0)) + 32 * framesOf * job.files;
+  const out = page.writing === "message" ? job.bytes + overheadBytes : page.writing === "plain" ? job.bytes : 0;
+  const bounds = [page.read_bandwidth ? job.bytes * share / page.read_bandwidth : 0,
+    page.write_bandwidth ? out * share / page.write_bandwidth : 0,
+    page.network_bandwidth ? (job.bytes + out) * share / page.network_bandwidth : 0];
+  const all = [outcome.seconds, ...bounds.filter((bound) => bound > 0)], top = Math.max(...all);
+  const joined = all.length > 1
+    ? top * Math.pow(all.reduce((sum, value) => sum + Math.pow(value / top, page.knee), 0), 1 / page.knee) : top;
+  const stored = byteSerial + syncSerial + syncFile + syncByte, readsOnly = page.writing === "nothing";
+  const quotaBound = outcome.quotaSeconds && outcome.quotaSeconds >= 0.97 * outcome.seconds;
+  const parts = { "cpu": file + byte + frame, "file-overhead": fileSerial,
+    "storage-write": Math.max(bounds[1], readsOnly ? 0 : stored), "storage-read": Math.max(bounds[0], readsOnly ? stored : 0),
+    "network": bounds[2],
+    "kms-latency": !quotaBound && outcome.quotaSeconds <= outcome.workerSeconds ? outcome.stallSeconds : 0,
+    "kms-quota": outcome.quotaSeconds, "start-up": overhead };
+  const limit = Object.keys(parts).reduce((best, name) => parts[name] > parts[best] ? name : best);
+  const seconds = overhead + joined, calls = outcome.calls * job.hosts;
+  const requests = Math.max(0, roundEven(calls * page.questions) - page.free_requests) * page.request_price;
+  const keys = page.keys * page.key_month * Math.max(seconds / 3600, 1) / page.hours_per_month;
+  const compute = page.host_hour * job.hosts * seconds / 3600;
+  return { seconds, calls, limit, parts, cost: requests + keys + compute + page.store_requests };
+}
+
+const size = (value) => {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+  let unit = 0;
+  while (value >= 1024 && unit < 5) { value /= 1024; unit++; }
+  return `${Number(value.toPrecision(4))} ${units[unit]}`;
+};
+const duration = (seconds) => seconds < 120 ? `${Number(seconds.toPrecision(3))} s`
+  : seconds < 7200 ? `${Number((seconds / 60).toPrecision(3))} min`
+  : seconds < 259200 ? `${Number((seconds / 3600).toPrecision(3))} h` : `${Number((seconds / 86400).toPrecision(3))} days`;
+const whole = (value) => Math.round(value).toLocaleString("en");
+
+// name, label, format, lowest and highest factor of the plan's value, whole numbers only
+const SLIDERS = [
+  ["bytes", "plaintext", size, 1 / 64, 64, true], ["files", "files", whole, 1 / 64, 64, true],
+  ["hosts", "hosts", whole, 1, 64, true], ["workers", "workers per host", whole, 1 / 8, 8, true],
+  ["frame_size", "frame length", size, 1 / 256, 8, true],
+  ["kms_latency", "KMS latency", (v) => `${Number((v * 1000).toPrecision(3))} ms`, 1 / 32, 32, false],
+  ["kms_quota", "KMS quota, calls a second", whole, 1 / 1024, 8, false],
+  ["cache_max_messages", "cache: messages per data key", whole, 1e-6, 16, true],
+  ["cache_max_age", "cache: age of a data key", duration, 1 / 1024, 64, false],
+];
+const job = { cache: PLAN.inputs.cache, cache_max_bytes: PLAN.inputs.cache_max_bytes };
+for (const [name] of SLIDERS) job[name] = page.start[name];
+
+function show() {
+  const now = estimate(job);
+  document.getElementById("seconds").textContent = duration(now.seconds);
+  document.getElementById("limit").textContent = now.limit;
+  document.getElementById("calls").textContent = whole(now.calls);
+  document.getElementById("cost").textContent = `${now.cost.toFixed(2)} USD`;
+  const most = Math.max(...Object.values(now.parts)) || 1;
+  for (const bar of document.querySelectorAll("#parts .bar")) {
+    const value = now.parts[bar.dataset.name] || 0;
+    bar.querySelector("i").style.width = `${value / most * 100}%`;
+    bar.querySelector(".figure").textContent = duration(value);
+  }
+  for (const [key, value] of [["seconds", now.seconds], ["calls", now.calls], ["limit", now.limit], ["cost", now.cost]])
+    document.body.dataset[key] = value;
+}
+
+const form = document.getElementById("sliders");
+for (const [name, label, format, low, high, integer] of SLIDERS) {
+  const start = job[name];
+  const least = integer ? Math.max(1, start * low) : start * low, most = Math.max(start * high, least * 2);
+  const row = document.createElement("label"), output = document.createElement("output"), input = document.createElement("input");
+  row.append(label, output, input);
+  input.type = "range"; input.name = name; input.min = 0; input.max = 1000; input.step = 1;
+  // The position is the logarithm of the value; the plan's own value is exact until the slider moves.
+  const at = (value) => Math.log(value / least) / Math.log(most / least) * 1000;
+  input.value = at(start);
+  output.textContent = format(start);
+  input.addEventListener("input", () => {
+    const value = least * Math.pow(most / least, input.value / 1000);
+    job[name] = integer ? Math.max(1, Math.round(value)) : value;
+    output.textContent = format(job[name]);
+    show();
+  });
+  form.append(row);
+}
+// A link may carry values: page.html#hosts=8&kms_quota=100
+const asked = new URLSearchParams(location.hash.slice(1));
+for (const [name, label, format] of SLIDERS) {
+  if (asked.has(name) && Number(asked.get(name)) > 0) {
+    job[name] = Number(asked.get(name));
+    form.elements[name].previousElementSibling.textContent = format(job[name]);
+  }
+}
+window.streamcryptEstimate = (changes) => estimate({ ...job, ...changes });
+if (asked.size) show();
