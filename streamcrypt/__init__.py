@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from streamcrypt.api import (
-    Inspection,
-    decrypt,
-    decrypt_bytes,
-    encrypt,
-    encrypt_bytes,
-    inspect,
-    open,
-    rekey,
-    verify,
-)
-from streamcrypt.engine.job import Failure, Progress, Report
-from streamcrypt.errors import (
-    ContextMismatchError,
-    DestinationError,
-    FormatError,
-    IntegrityError,
-    KeyAccessError,
-    KeyUnavailableError,
-    LimitExceededError,
-    SourceError,
-    StreamcryptError,
-    TemporaryError,
-    WrappedKeyError,
-)
-from streamcrypt.keys.cache import DataKeyCache
-from streamcrypt.kms import kms_client
+TYPE_CHECKING = False  # type checkers take it as true; importing `typing` for it would cost 3 ms
+if TYPE_CHECKING:
+    from streamcrypt.api import (
+        Inspection,
+        decrypt,
+        decrypt_bytes,
+        encrypt,
+        encrypt_bytes,
+        inspect,
+        open,
+        rekey,
+        verify,
+    )
+    from streamcrypt.engine.job import Failure, Progress, Report
+    from streamcrypt.errors import (
+        ContextMismatchError,
+        DestinationError,
+        FormatError,
+        IntegrityError,
+        KeyAccessError,
+        KeyUnavailableError,
+        LimitExceededError,
+        SourceError,
+        StreamcryptError,
+        TemporaryError,
+        WrappedKeyError,
+    )
+    from streamcrypt.keys.cache import DataKeyCache
+    from streamcrypt.kms import kms_client
 
 __version__ = "0.1.0"
 
@@ -59,3 +61,35 @@ __all__ = [
     "rekey",
     "verify",
 ]
+
+# Where a public name lives.  It is imported when it is first asked for: `streamcrypt --version` and a
+# worker process need none of them (benchmarks/README.md, "start-up").
+_HOMES = {
+    "streamcrypt.api": (
+        "Inspection", "decrypt", "decrypt_bytes", "encrypt", "encrypt_bytes", "inspect", "open", "rekey", "verify",
+    ),
+    "streamcrypt.engine.job": ("Failure", "Progress", "Report"),
+    "streamcrypt.errors": (
+        "ContextMismatchError", "DestinationError", "FormatError", "IntegrityError", "KeyAccessError",
+        "KeyUnavailableError", "LimitExceededError", "SourceError", "StreamcryptError", "TemporaryError",
+        "WrappedKeyError",
+    ),
+    "streamcrypt.keys.cache": ("DataKeyCache",),
+    "streamcrypt.kms": ("kms_client",),
+}  # fmt: skip
+
+
+if not TYPE_CHECKING:  # a type checker must know the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        for home, names in _HOMES.items():
+            if name in names:
+                from importlib import import_module
+
+                value = getattr(import_module(home), name)
+                globals()[name] = value
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamcrypt.errors import IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
+from streamcrypt.errors import FormatError, IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
 from streamcrypt.keys.materials import Materials
 from streamcrypt.message.suites import UNSIGNED, AlgorithmSuite
 from streamcrypt.storage import Filters, LocalTree
@@ -81,6 +81,20 @@ class Failure:
     error: StreamcryptError
 
 
+# The shape of the JSON object does not depend on what happened.
+_NO_CACHE: dict[str, Any] = {
+    "hits": 0,
+    "misses": 0,
+    "evictions": {"age": 0, "messages": 0, "bytes": 0, "capacity": 0},
+}
+_NO_CALLS: dict[str, Any] = {
+    "calls": {},
+    "latency_ms": {"p50": 0.0, "p90": 0.0, "p99": 0.0, "max": 0.0},
+    "throttled": 0,
+    "retries": 0,
+}
+
+
 @dataclass(slots=True)
 class Report:
     """What a job did.  ``bytes_in`` were read, ``bytes_out`` written; ``seconds`` is wall time.
@@ -121,10 +135,10 @@ class Report:
             "bytes_per_second": round(self.bytes_per_second, 1),
             "workers": self.workers,
             "data_keys": self.data_keys,
-            "cache": self.cache,
+            "cache": self.cache or _NO_CACHE,
             "skipped": self.skipped,
             "failed": [{"path": failure.path, "error": str(failure.error)} for failure in self.failed],
-            "kms": self.kms,
+            "kms": self.kms or _NO_CALLS,
             "advice": self.advice,
         }
         if self.manifest_digest is not None:
@@ -145,6 +159,8 @@ class Report:
 
 
 def _gravity(error: StreamcryptError) -> float:
+    if isinstance(error, FormatError) and not error.recognised:
+        return math.inf  # never was a message: the wrong file, not a tampered one
     for rank, kind in enumerate((TemporaryError, KeyAccessError, IntegrityError)):
         if isinstance(error, kind):
             return (2, 1, 0)[rank]

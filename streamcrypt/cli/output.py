@@ -1,0 +1,354 @@
+"""What a person or a program reads of a command: progress, a summary, JSON, and the one error line.
+
+    streamcrypt: error: WHAT: WHY, and what to do
+
+Results go to standard output, messages for people to standard error.  With --json one object is all
+that standard output gets; where standard output carries data, the object is the last line of standard
+error.  Exit codes are INTERFACE.md's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from streamcrypt.errors import FormatError, IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
+from streamcrypt.units import format_size, parse_duration, parse_range, parse_size
+
+if TYPE_CHECKING:
+    from streamcrypt.engine.job import Progress, Report
+
+DONE, FAILED, USAGE, NOT_AUTHENTIC, NO_KEY, TEMPORARY, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+DEBUG_VARIABLE = "STREAMCRYPT_DEBUG"
+
+_REDRAW = 0.1  # seconds between two drawings of the progress line
+_SHOWN_FAILURES = 20
+
+# Codes of a KMS operation's own errors, by what they mean for the caller; others are 1.
+_KMS_EXIT_CODES = {
+    "ThrottlingException": TEMPORARY,
+    "DependencyTimeoutException": TEMPORARY,
+    "KMSInternalException": TEMPORARY,
+    "KeyUnavailableException": TEMPORARY,
+    "InternalFailure": TEMPORARY,
+    "AccessDeniedException": NO_KEY,
+    "DisabledException": NO_KEY,
+    "KMSInvalidStateException": NO_KEY,
+    "NotFoundException": NO_KEY,
+    "IncorrectKeyException": NO_KEY,
+    "InvalidKeyUsageException": NO_KEY,
+    "InvalidCiphertextException": NO_KEY,
+    "KMSInvalidSignatureException": NOT_AUTHENTIC,
+    "KMSInvalidMacException": NOT_AUTHENTIC,
+    "ValidationException": USAGE,
+}
+
+
+class UsageError(ValueError):
+    """The words of the command line make no command."""
+
+
+# -- words
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps a paragraph; leaves text that has lines of its own as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return "".join(indent + line for line in text.splitlines(keepends=True))
+        return super()._fill_text(text, width, indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose repeatable options take several values.
+
+    ``encrypt SOURCE DESTINATION --key A B`` is ``--key A --key B``: a word after such an option's value
+    is another value once all positional words are there, and a positional word before that.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", _Help)
+        options.setdefault("allow_abbrev", False)
+        super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.partition(" ")[2]
+        raise UsageError(f"{command + ': ' if command else ''}{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(self._spread(sys.argv[1:] if args is None else args), namespace)
+
+    def _spread(self, words: Sequence[str]) -> list[str]:
+        positional = [action for action in self._actions if not action.option_strings]
+        if any(action.nargs is not None for action in positional):
+            return list(words)
+        found: list[str] = []
+        seen, repeated, rest = 0, "", iter(words)
+        for word in rest:
+            if word == "--":
+                found += [word, *rest]
+            elif word.startswith("-") and word != "-":
+                name, equals, _ = word.partition("=")
+                action = self._option_string_actions.get(name)
+                found.append(word)
+                if action is not None and action.nargs != 0 and not equals:
+                    found += [value for value in [next(rest, None)] if value is not None]
+                repeated = name if isinstance(action, argparse._AppendAction) else ""
+            elif repeated and seen >= len(positional):
+                found += [repeated, word]
+            else:
+                seen += 1
+                found.append(word)
+        return found
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type whose ValueError's own words reach the user."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def _parse_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _parse_pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{text!r} is not a pair; write NAME=VALUE")
+    return name, value
+
+
+SIZE, DURATION, RANGE = _typed(parse_size), _typed(parse_duration), _typed(parse_range)
+COUNT, PAIR = _typed(_parse_count), _typed(_parse_pair)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """--json and --quiet, which every command has."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress and no summary; errors are still told"
+    )
+
+
+# -- results
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def out(text: str, stream: IO[str] | None = None) -> None:
+    """A line of the result, on standard output."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def json_stream(parsed: argparse.Namespace | None) -> IO[str]:
+    """Where the JSON object goes: not into data."""
+    destination = getattr(parsed, "destination", None)
+    return sys.stderr if destination == "-" else sys.stdout
+
+
+def tell(report: Report, parsed: argparse.Namespace) -> None:
+    """A job's report: as JSON when asked for, and in a line for people."""
+    if parsed.json:
+        out(json.dumps(report.to_json()), json_stream(parsed))
+    elif not parsed.quiet:
+        say(summary(report))
+        for advice in report.advice:
+            say(f"hint: {advice}")
+
+
+_DID = {"encrypt": "encrypted", "decrypt": "decrypted", "verify": "verified", "rekey": "rekeyed"}
+
+
+def summary(report: Report) -> str:
+    """``encrypted 12 files, 1.5 GiB in 0.62 s (2.4 GiB/s), 1 data key``"""
+    files = f"{report.files} file{'' if report.files == 1 else 's'}"
+    if report.dry_run:
+        return f"would have {_DID[report.operation]} {files}; nothing was read or written"
+    text = f"{_DID[report.operation]} {files}, {format_size(report.bytes_in)} in {report.seconds:.2f} s"
+    text += f" ({format_size(report.bytes_per_second)}/s)"
+    if report.data_keys:
+        text += f", {report.data_keys} data key{'' if report.data_keys == 1 else 's'}"
+    return text + (f", {report.skipped} skipped" if report.skipped else "")
+
+
+@contextlib.contextmanager
+def progress(parsed: argparse.Namespace, total: int | None) -> Iterator[Callable[[Progress], None] | None]:
+    """What a job tells its progress to: a line on the terminal, or None where there is none.
+
+    ``total`` is what there is to do, in bytes, where that is known.
+    """
+    if parsed.quiet or not sys.stderr.isatty():
+        yield None
+        return
+    started, drawn = time.monotonic(), 0.0
+
+    def draw(state: Progress) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn < _REDRAW:
+            return
+        drawn = now
+        rate = state.bytes / max(now - started, 1e-3)
+        text = f"{format_size(state.bytes)}  {format_size(rate)}/s"
+        if total:
+            share = min(state.bytes / total, 1.0)
+            text = f"[{'#' * round(30 * share):30}] {share:4.0%}  {text}"
+        else:
+            text = f"{state.files} files  {text}"
+        sys.stderr.write(f"\r{text}\x1b[K")
+        sys.stderr.flush()
+
+    try:
+        yield draw
+    finally:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+# -- errors
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: what does not print is escaped, escape sequences first."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split())
+    )
+
+
+def exit_code(error: BaseException) -> int:
+    """INTERFACE.md's exit code for what was raised."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, TemporaryError):
+        return TEMPORARY
+    if isinstance(error, KeyAccessError):
+        return NO_KEY
+    if isinstance(error, IntegrityError):
+        # A file that was never a message is the wrong file, not a tampered one.
+        return FAILED if isinstance(error, FormatError) and not error.recognised else NOT_AUTHENTIC
+    if isinstance(error, StreamcryptError):
+        return FAILED
+    if isinstance(error, ValueError):
+        return USAGE
+    return _KMS_EXIT_CODES.get(_kms_code(error), FAILED)
+
+
+def _kms_code(error: BaseException) -> str:
+    """The code of a KMS operation's error, be it the embedded KMS's or botocore's; "" for others."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _is_broken_pipe(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, BrokenPipeError):
+        error = error.__cause__
+    return error is not None
+
+
+def _words_of(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: files that were finished are there, nothing partial is left; run it again"
+    if isinstance(error, StreamcryptError | ValueError | ImportError) or _kms_code(error):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, MemoryError):
+        return "out of memory: use fewer --workers or a smaller --frame-size"
+    if type(error).__module__.startswith("botocore"):
+        return f"AWS: {error}"
+    # Not the error's own text: nobody has looked at what it may contain.
+    return f"internal error: {type(error).__name__}; please report it, with what {DEBUG_VARIABLE}=1 shows"
+
+
+def fail(error: BaseException, words: Sequence[str], parsed: argparse.Namespace | None = None) -> int:
+    """Tell what went wrong, in one line and, if asked for, as JSON; returns the exit code."""
+    if isinstance(error, SystemExit):  # --help and --version end this way
+        return error.code if isinstance(error.code, int) else DONE
+    if _is_broken_pipe(error):
+        # Whoever read has what they wanted.  What is still buffered must not fail again at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    code, text = exit_code(error), printable(_words_of(error))
+    report = getattr(error, "report", None)
+    if os.environ.get(DEBUG_VARIABLE):
+        import traceback
+
+        traceback.print_exception(error)  # frames and lines, never the values in them
+    others = (
+        [failure for failure in report.failed if failure.error is not error] if report is not None else []
+    )
+    for failure in others[:_SHOWN_FAILURES]:
+        say(f"failed: {failure.error}")
+    if len(others) > _SHOWN_FAILURES:
+        say(f"failed: {len(others) - _SHOWN_FAILURES} more; --json lists all")
+    with contextlib.suppress(OSError):
+        say(f"streamcrypt: error: {text}")
+    if "--json" in words:
+        with contextlib.suppress(OSError):
+            out(json.dumps(_failure_object(report, parsed, code, text)), json_stream(parsed))
+    return code
+
+
+def _failure_object(
+    report: Report | None, parsed: argparse.Namespace | None, code: int, text: str
+) -> dict[str, Any]:
+    """The command's own object where it has one for failures, with ``error`` and ``exit_code`` added."""
+    command = getattr(parsed, "command", None)
+    if report is None and command in _DID:
+        from streamcrypt.engine.job import Report
+
+        report = Report(command)
+    found: dict[str, Any] = report.to_json() if report is not None else {}
+    if not found.get("failed"):
+        found["failed"] = [{"path": getattr(parsed, "source", "") or "", "error": text}]
+    return found | {"error": text, "exit_code": code}
+
+
+# -- signals
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP stop a command as Ctrl-C does; a second one does not stop the cleaning up."""
+    caught: list[signal.Signals] = []
+
+    def stop(number: int, frame: object) -> NoReturn:
+        for other in caught:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {}
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup, or a background job of a script
+            with contextlib.suppress(ValueError):  # not the main thread: whoever called keeps their signals
+                before[name] = signal.signal(name, stop)
+                caught.append(name)
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
