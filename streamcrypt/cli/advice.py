@@ -1,0 +1,271 @@
+"""doctor and iam-policy: what is missing, and the least policy that mends it.
+
+``add_advice_commands`` gives the parser these commands; each sets ``run``, which takes the parsed
+arguments and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streamcrypt.cli import diagnosis, output, permissions
+from streamcrypt.cli.permissions import KeyUse
+from streamcrypt.keys.kms import KeyArn
+from streamcrypt.keys.reference import reach_kms
+
+
+def add_advice_commands(subparsers: Any) -> None:
+    """Add doctor and iam-policy to an argparse sub-parser collection."""
+    _add_doctor(subparsers)
+    _add_iam_policy(subparsers)
+
+
+def _roles(text: str) -> list[str]:
+    roles = [role.strip() for role in text.split(",")]
+    unknown = [role for role in roles if role not in permissions.ROLES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(permissions.ROLES)}")
+    return roles
+
+
+# --- iam-policy -----------------------------------------------------------------------------------
+
+
+def _add_iam_policy(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "iam-policy",
+        help="the least policy for a job",
+        description="Print the least identity policy, key policy or grants for a job.  Nothing is changed; an alias "
+        "or key ID is looked up (DescribeKey).  "
+        "Example: streamcrypt iam-policy --key arn:aws:kms:… --for loader --context Project=CustomerChurn",
+    )
+    parser.add_argument(
+        "--key",
+        action="append",
+        required=True,
+        metavar="REF",
+        help="the job's keys: the first makes data keys",
+    )
+    parser.add_argument(
+        "--from-key",
+        action="append",
+        default=[],
+        metavar="REF",
+        help="rekey: the keys that open the old messages",
+    )
+    parser.add_argument(
+        "--for",
+        dest="roles",
+        type=_roles,
+        default=["encrypt", "decrypt"],
+        metavar="ROLE,…",
+        help=f"what the role does: {', '.join(permissions.ROLES)} (default encrypt,decrypt)",
+    )
+    parser.add_argument(
+        "--context",
+        action="append",
+        type=output.PAIR,
+        default=[],
+        metavar="NAME=VALUE",
+        help="allow only with this pair in the encryption context",
+    )
+    parser.add_argument("--exact-context", action="store_true", help="and with no other pair")
+    parser.add_argument(
+        "--via-service",
+        action="append",
+        default=[],
+        metavar="SERVICE.REGION.amazonaws.com",
+        help="allow only through this AWS service (s3.us-east-1.amazonaws.com)",
+    )
+    parser.add_argument(
+        "--form",
+        choices=["identity", "key-policy", "grants"],
+        default="identity",
+        help="an identity policy (default), the policy of the key, or CreateGrant requests",
+    )
+    parser.add_argument("--principal", metavar="ARN", help="the role, for --form key-policy and grants")
+    output.add_common(parser)
+    parser.set_defaults(run=_iam_policy)
+
+
+def _iam_policy(arguments: argparse.Namespace) -> int:
+    context = dict(arguments.context)
+    try:
+        keys = [_key_use(reference) for reference in arguments.key]
+        from_keys = [_key_use(reference) for reference in arguments.from_key]
+        if arguments.exact_context and not context:
+            raise ValueError("--exact-context needs --context")
+        if from_keys and "rekey" not in arguments.roles:
+            raise ValueError("--from-key belongs to --for rekey")
+        if arguments.form != "identity" and not arguments.principal:
+            raise ValueError(f"--form {arguments.form} needs --principal")
+        if arguments.form == "grants" and ("sagemaker" in arguments.roles or arguments.via_service):
+            raise ValueError(
+                "a grant has no conditions on services; use a policy for sagemaker and --via-service"
+            )
+        actions = permissions.needed_actions(arguments.roles, keys, from_keys)
+        kinds = {key.arn: key.kind for key in (*keys, *from_keys)}
+        made = permissions.statements(
+            actions,
+            kinds,
+            roles=arguments.roles,
+            context=context,
+            exact_context=arguments.exact_context,
+            via_service=arguments.via_service,
+        )
+        document: Any
+        if arguments.form == "grants":
+            document = permissions.grants(
+                actions, kinds, arguments.principal, context, exact_context=arguments.exact_context
+            )
+        elif arguments.form == "key-policy":
+            if len(actions) != 1:
+                raise ValueError("a key policy belongs to one key; name one --key at a time")
+            document = permissions.key_policy(
+                made, arguments.principal, KeyArn.parse(next(iter(actions))).account
+            )
+        else:
+            document = permissions.identity_policy(made)
+    except ValueError as error:
+        raise output.UsageError(f"iam-policy: {error}") from error
+    if arguments.json:
+        per_key = {arn: sorted(found) for arn, found in sorted(actions.items())}
+        output.out(
+            json.dumps(
+                {"form": arguments.form, "roles": arguments.roles, "actions": per_key, "document": document}
+            )
+        )
+    else:
+        output.out(json.dumps(document, indent=2))
+    if not context and not arguments.quiet and any(kinds[arn] == "kms" for arn in actions):
+        hint = "no --context: the role may use these keys for every dataset; name the pairs of this one to narrow it"
+        output.say(f"streamcrypt: {hint}")
+    return 0
+
+
+def _key_use(reference: str) -> KeyUse:
+    """What a reference needs of its KMS; ValueError where no KMS is concerned."""
+    kind, _, rest = reference.partition(":")
+    if kind == "kms-rsa":
+        key, at, _ = rest.partition("?")[0].partition("@")
+        return KeyUse(_arn_of(key), kind="kms-rsa", public_key_known=bool(at))
+    if kind == "ecdh":
+        key = rest.partition("&")[0]
+        if key.partition(":")[0] not in ("local", "aws", "arn"):
+            raise ValueError(f"{reference}: a key in a file needs no policy")
+        return KeyUse(_arn_of(key), kind="ecdh")
+    if kind not in ("local", "aws", "arn"):
+        raise ValueError(f"{reference}: only keys of a KMS have policies; write a local:, aws: or arn: key")
+    return KeyUse(_arn_of(reference), by_arn=_is_key_arn(reference.partition("@")[0].removeprefix("local:")))
+
+
+def _is_key_arn(text: str) -> bool:
+    return text.startswith("arn:") and KeyArn.parse(text).kind == "key"
+
+
+def _arn_of(reference: str) -> str:
+    text = reference.partition("@")[0].partition("?")[0].removeprefix("local:").removeprefix("aws:")
+    if _is_key_arn(text):
+        return text
+    calls, key_id = reach_kms(reference)
+    return str(calls.call("DescribeKey", reference, KeyId=key_id)["KeyMetadata"]["Arn"])
+
+
+# --- doctor ---------------------------------------------------------------------------------------
+
+
+def _add_doctor(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="find which permission or setting is missing",
+        description="Check keys, permissions (by dry runs), endpoint, clock, cache settings, leaks and leftovers.  "
+        "Example: streamcrypt doctor --key local:alias/ml --context Project=CustomerChurn --interop",
+    )
+    parser.add_argument("--key", action="append", default=[], metavar="REF", help="the job's keys")
+    parser.add_argument(
+        "--for",
+        dest="roles",
+        type=_roles,
+        default=["encrypt", "decrypt"],
+        metavar="ROLE,…",
+        help="what the job does: encrypt, decrypt, rekey, loader (default encrypt,decrypt)",
+    )
+    parser.add_argument(
+        "--context",
+        action="append",
+        type=output.PAIR,
+        default=[],
+        metavar="NAME=VALUE",
+        help="encryption context",
+    )
+    parser.add_argument(
+        "--source", type=Path, help="a dataset: looks for leftovers, and for what defeats the cache"
+    )
+    parser.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        help="an fsspec URL that is read: looks for caches that keep plaintext",
+    )
+    parser.add_argument(
+        "--cache-max-age", type=output.DURATION, default=300.0, metavar="DURATION", help="as for encrypt"
+    )
+    parser.add_argument(
+        "--cache-max-messages", type=output.COUNT, default=100_000, metavar="N", help="as for encrypt"
+    )
+    parser.add_argument(
+        "--cache-max-bytes", type=output.SIZE, default=2**40, metavar="SIZE", help="as for encrypt"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="as for encrypt")
+    parser.add_argument(
+        "--interop",
+        action="store_true",
+        help="write a message and open it with the installed AWS Encryption SDK",
+    )
+    output.add_common(parser)
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if not (arguments.key or arguments.source or arguments.url):
+        raise output.UsageError("doctor: nothing to look at; give --key, --source or --url")
+    context = dict(arguments.context)
+    checks: list[diagnosis.Check] = []
+    try:
+        for number, reference in enumerate(arguments.key):
+            checks += diagnosis.check_key(reference, arguments.roles, context, first=number == 0)
+            if arguments.interop:
+                checks.append(diagnosis.check_interop(reference, context))
+    except ValueError as error:
+        raise output.UsageError(f"doctor: {error}") from error
+    checks += diagnosis.check_cache(
+        arguments.source,
+        max_age=arguments.cache_max_age,
+        max_messages=arguments.cache_max_messages,
+        max_bytes=arguments.cache_max_bytes,
+        enabled=not arguments.no_cache,
+    )
+    checks += diagnosis.check_plaintext_leaks(arguments.url)
+    if arguments.source is not None:
+        checks.append(diagnosis.check_leftovers(arguments.source))
+    code = diagnosis.exit_code(checks)
+    if arguments.json:
+        output.out(
+            json.dumps({"ok": code == 0, "exit_code": code, "checks": [check.to_json() for check in checks]})
+        )
+    else:
+        _print_checks(checks, quiet=arguments.quiet)
+    return code
+
+
+def _print_checks(checks: Sequence[diagnosis.Check], *, quiet: bool) -> None:
+    for check in checks:
+        if quiet and check.status in ("ok", "skipped"):
+            continue
+        output.out(f"{check.status:8} {check.name}: {check.found}")
+        if check.mend:
+            output.out(f"{'':8} -> {check.mend}")
