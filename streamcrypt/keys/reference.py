@@ -55,7 +55,7 @@ from streamcrypt.keys.hierarchy import (
 from streamcrypt.keys.keyring import Keyring, MultiKeyring, printable
 from streamcrypt.keys.kms import KeyArn, KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring, is_multi_region
 from streamcrypt.keys.raw import AES_KEY_LENGTHS, DEFAULT_RSA_PADDING, RawAesKeyring, RawRsaKeyring
-from streamcrypt.kms import default_home, open_service
+from streamcrypt.kms import default_home, kms_client, open_service
 from streamcrypt.kms.redaction import withhold_secrets_from_logs
 from streamcrypt.units import parse_duration
 
@@ -146,6 +146,17 @@ def _kms(reference: str, *, encrypting: bool, stats: KmsStats | None) -> Keyring
         return _discovery(text.partition(":")[0], stats, options)
     calls, key_id = _reach(text, options, stats)
     return KmsKeyring(calls, key_id, multi_region=is_multi_region(key_id), resolve=True, label=text)
+
+
+def reach_kms(reference: str, *, stats: KmsStats | None = None) -> tuple[KmsCalls, str]:
+    """The KMS behind a ``local:``, ``aws:`` or ``arn:`` reference, and the key's identifier there.
+
+    ValueError for every other form: it names no key of a KMS.
+    """
+    if reference.partition(":")[0] not in ("local", "aws", "arn"):
+        raise ValueError(f"{printable(reference)!r} names no key of a KMS")
+    text, options = _split_options(reference, ("allow-plaintext-http",))
+    return _reach(text, options, stats)
 
 
 def _reach(text: str, options: Mapping[str, str], stats: KmsStats | None) -> tuple[KmsCalls, str]:
@@ -390,6 +401,8 @@ def _make_client(service: str, region: str | None, endpoint: str | None) -> Any:
     # Attempts at KMS are ours to count and to pace (calls.Pace): one throttle must reach all threads.
     retries: Any = {"total_max_attempts": 1, "mode": "standard"} if service == "kms" else None
     config = Config(retries=retries, connect_timeout=5, read_timeout=10, max_pool_connections=64)
+    if service == "kms" and endpoint is not None:  # an embedded KMS elsewhere, or one of this home
+        return kms_client(f"local@{endpoint}", config=config)
     session: Any = boto3.session.Session()  # boto3's stubs want a literal service name
     return session.client(service, region_name=region, endpoint_url=endpoint, config=config)
 
