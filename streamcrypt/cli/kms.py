@@ -565,6 +565,21 @@ def _add_audit(commands: Any) -> None:
         epilog="example: streamcrypt kms audit --operation Decrypt --error '*' --since 1h",
     )
     _add_filter(parser)
+    parser.add_argument(
+        "--cloudtrail",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="CloudTrail logs (JSON, gzip, folders): who used which dataset, calls and cost, what is odd",
+    )
+    parser.add_argument("--summary", action="store_true", help="the same of the recorded events")
+    parser.add_argument(
+        "--known-context",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,…",
+        help="the context of a dataset that exists; any other is reported (repeatable)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the newest N only")
     parser.add_argument("--follow", action="store_true", help="wait for more, until interrupted")
     _add_common(parser)
@@ -625,11 +640,18 @@ def _run_audit(args: argparse.Namespace) -> int:
     from streamcrypt.kms import audit, open_service
 
     wanted = _filter(args)
-    if args.file:
-        events = [event for event in audit.read_cloudtrail(args.file) if wanted.matches(event)]
-        _print_events(events[-args.limit :] if args.limit else events, args)
+    files = [*(args.file or ()), *(args.cloudtrail or ())]
+    if files:
+        events = [event for event in audit.read_cloudtrail(files) if wanted.matches(event)]
+        if args.cloudtrail or args.summary:
+            _print_summary(events, args)
+        else:
+            _print_events(events[-args.limit :] if args.limit else events, args)
         return 0
     store = open_service(create=False).store
+    if args.summary:
+        _print_summary([audit.event(row) for row in store.query(*wanted.select(limit=args.limit))], args)
+        return 0
     last = store.query("SELECT COALESCE(MAX(id), 0) FROM audit")[0][0]
     _print_events([audit.event(row) for row in store.query(*wanted.select(limit=args.limit))], args)
     if args.follow:
@@ -638,6 +660,36 @@ def _run_audit(args: argparse.Namespace) -> int:
         ):
             _out(json.dumps(event, ensure_ascii=False))
     return 0
+
+
+def _print_summary(events: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Who used which dataset, what it cost, what is odd."""
+    from streamcrypt.kms import trail
+
+    known = [_pairs("--known-context", text, structure=False) for text in args.known_context]
+    found = trail.summary(events, known=known)
+    if args.json:
+        _out(json.dumps(found, ensure_ascii=False))
+        return
+    _out(f"{found['events']} events from {found['from'] or '-'} to {found['to'] or '-'}")
+    for dataset in found["datasets"]:
+        _out(f"\ndataset {trail.context_name(dataset['context'])}")
+        for what in ("decrypted_by", "encrypted_by"):
+            for principal, count in dataset[what].items():
+                _out(f"  {what.replace('_', ' ')} {principal}: {count}")
+    _out("")
+    for entry in found["principals"]:
+        calls = ", ".join(f"{name} {count}" for name, count in entry["calls"].items())
+        _out(
+            f"principal {entry['principal'] or '-'}: {calls}; {entry['failed']} failed; USD {entry['usd']:.4f}"
+        )
+    _out(
+        f"requests cost USD {found['cost']['kms_requests']:.4f} at prices of {found['cost']['prices']['date']}"
+    )
+    for odd in found["anomalies"]:
+        what = odd.get("key") or trail.context_name(odd.get("context", {}))
+        who = odd.get("principal") or ", ".join(odd.get("principals", []))
+        _out(f"odd: {odd['kind']}: {who}: {odd.get('operation', '')} {what}: {odd['message']}")
 
 
 def _print_events(events: list[dict[str, Any]], args: argparse.Namespace) -> None:
