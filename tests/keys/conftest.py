@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families.aws import aws_client
 
 from streamcrypt.kms import kms_client, open_service
 from streamcrypt.kms.server import Server
@@ -38,12 +39,6 @@ def aws(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     }.items():
         monkeypatch.setenv(name, value)
     return moto_url
-
-
-def aws_client(service: str, region: str = "eu-central-1") -> Any:
-    import boto3
-
-    return boto3.session.Session().client(service, region_name=region)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from families.clock import Clock
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -21,14 +22,6 @@ from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.raw import RawAesKeyring
 from streamcrypt.message.suites import UNSIGNED
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def maker():

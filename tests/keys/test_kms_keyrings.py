@@ -97,7 +97,7 @@ class TestStrict(KeyringTests):
         assert len(encrypted) == 3
         for keyring in (encrypting, *others, MultiKeyring(None, others)):
             assert keyring.unwrap(UNSIGNED, CONTEXT, encrypted) == data_key
-        if door != "moto":  # moto refuses a disabled key as if it were absent
+        if door != "moto":  # moto fails on the ARN here
             kms.disable_key(KeyId=others[0].key_id)
         assert MultiKeyring(None, [*others, encrypting]).unwrap(UNSIGNED, CONTEXT, encrypted) == data_key
         assert KmsDiscoveryKeyring(kms).unwrap(UNSIGNED, CONTEXT, list(reversed(encrypted))) == data_key
@@ -111,7 +111,7 @@ class TestStrict(KeyringTests):
 
 
 class TestDiscovery(KeyringTests):
-    @pytest.fixture(params=["boto3 in process", "moto"])
+    @pytest.fixture(params=["boto3 in process"])
     def door(self, request):
         return request.param
 
