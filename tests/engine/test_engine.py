@@ -1,0 +1,750 @@
+"""The engine: the same answer whatever the workers, nothing partial whatever fails, exact key use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from families import craft
+from families.keyrings import CRAFT_KEYRING
+from families.processes import child_processes, is_running
+from families.trees import (
+    assert_nothing_partial,
+    assert_nothing_partial_decrypted,
+    leftovers,
+    make_tree,
+    read_tree,
+)
+
+import streamcrypt as sc
+from streamcrypt.engine.pool import ProcessPool, ThreadPool
+from streamcrypt.engine.spans import MANIFEST
+from streamcrypt.kms import open_service
+from streamcrypt.message.header import parse_header
+
+KEYS = CRAFT_KEYRING
+F = 1024
+SIZES = [0, 1, F - 1, F, F + 1, 2 * F, 5 * F + 3]
+FILES = {f"d{i % 3}/{'x' * (i % 4)}file{i}": size for i, size in enumerate(SIZES * 3)}
+# So many frames that the engine takes worker processes by itself (run._PROCESSES_PAY).
+MANY_FRAMES = {"frame_size": 128}
+MANY_FRAMES_FILES = {f"f{i}": 9 * 2**17 for i in range(16)}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "in"
+    contents = make_tree(root, FILES)
+    (root / "empty folder").mkdir()
+    return root, contents
+
+
+@pytest.fixture
+def heavy(tmp_path):
+    """A tree whose encryption takes worker processes, and some seconds."""
+    root = tmp_path / "in"
+    return root, make_tree(root, MANY_FRAMES_FILES)
+
+
+# ------------------------------------------------------------------------------ same answer
+
+
+@pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_same_plaintext_and_same_manifest(tree, tmp_path, workers, sign):
+    root, contents = tree
+    report = sc.encrypt(root, tmp_path / "enc", keys=KEYS, sign=sign, workers=workers, frame_size=F)
+    assert report.files == len(contents)
+    assert report.failed == []
+    encrypted = read_tree(tmp_path / "enc")
+    assert set(encrypted) == {*contents, MANIFEST}
+    lines = [json.loads(line) for line in sc.decrypt_bytes(encrypted[MANIFEST], keys=KEYS).splitlines()]
+    listed = [line for line in lines if line.get("path", line.get("name")) in contents]
+    assert len(listed) == len(contents)
+    ids = {parse_header(data)[0].message_id for data in encrypted.values()}
+    assert len(ids) == len(encrypted)
+    assert report.bytes_in == sum(map(len, contents.values()))
+    assert sc.verify(tmp_path / "enc", keys=KEYS, workers=workers).files == len(contents)
+    assert sc.verify(tmp_path / "enc", against=root, keys=KEYS).files == len(contents)
+    decrypted = sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS, workers=workers)
+    assert decrypted.files == len(contents)
+    assert read_tree(tmp_path / "dec") == contents
+    assert (tmp_path / "dec" / "empty folder").is_dir()
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
+def test_a_file_a_stream_and_bytes_agree(tmp_path, size, sign):
+    plaintext = random.Random(size).randbytes(size)
+    (tmp_path / "plain").write_bytes(plaintext)
+    words = {"keys": KEYS, "sign": sign, "frame_size": F}
+    sc.encrypt(tmp_path / "plain", tmp_path / "file.enc", **words)
+    with sc.open(tmp_path / "stream.enc", "wb", **words) as file:
+        file.write(plaintext)
+    (tmp_path / "bytes.enc").write_bytes(sc.encrypt_bytes(plaintext, **words))
+    lengths = {(tmp_path / name).stat().st_size for name in ("file.enc", "stream.enc", "bytes.enc")}
+    assert len(lengths) == 1
+    for name in ("file.enc", "stream.enc", "bytes.enc"):
+        sc.decrypt(tmp_path / name, tmp_path / f"{name}.dec", keys=KEYS)
+        assert (tmp_path / f"{name}.dec").read_bytes() == plaintext
+
+
+def test_a_large_file_is_cut_into_spans(tmp_path, monkeypatch):
+    """The spans of a large file make the message that one worker would make."""
+    monkeypatch.setattr("streamcrypt.engine.spans.SPLIT_LENGTH", 2**20)
+    monkeypatch.setattr("streamcrypt.engine.spans.SPAN_LENGTH", 300_000)
+    for size in (2**20 + 1, 3 * 2**20, 3 * 2**20 + 17):
+        contents = make_tree(tmp_path / f"{size}", {"large": size, "small": 10})
+        for workers in (1, 3):
+            target = tmp_path / f"{size}.{workers}"
+            sc.encrypt(tmp_path / f"{size}", target, keys=KEYS, frame_size=F, workers=workers)
+            assert assert_nothing_partial(target, contents, KEYS) == 2
+            sc.decrypt(target, tmp_path / f"{size}.{workers}.dec", keys=KEYS, workers=workers)
+            assert read_tree(tmp_path / f"{size}.{workers}.dec") == contents
+            sc.verify(target, against=tmp_path / f"{size}", keys=KEYS, workers=workers)
+
+
+def test_processes_give_what_threads_give(heavy, tmp_path):
+    root, contents = heavy
+    children = set()
+    sc.encrypt(
+        root, tmp_path / "enc", keys=KEYS, workers=2, fsync=False, **MANY_FRAMES,
+        progress=lambda _: children.update(child_processes()),
+    )  # fmt: skip
+    assert len(children) >= 2, "this job should have taken worker processes"
+    assert assert_nothing_partial(tmp_path / "enc", contents, KEYS) == len(contents)
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS, workers=2, fsync=False)
+    assert read_tree(tmp_path / "dec") == contents
+    assert not any(map(is_running, children))
+
+
+def test_rekey(tree, tmp_path, home):
+    root, contents = tree
+    service = open_service(home)
+    service.create_key()
+    arn = service.create_key()["KeyMetadata"]["Arn"]
+    sc.encrypt(root, tmp_path / "enc", keys=KEYS, frame_size=F, context={"a": "b"})
+    for sign in (False, True):
+        target = tmp_path / f"rekeyed {sign}"
+        sc.rekey(
+            tmp_path / "enc", target, keys=arn, from_keys=KEYS, context={"a": "b"}, sign=sign, frame_size=777
+        )
+        old, new = read_tree(tmp_path / "enc"), read_tree(target)
+        assert set(old) == set(new)
+        for name in contents:
+            before, after = parse_header(old[name])[0], parse_header(new[name])[0]
+            assert before.message_id != after.message_id
+            assert after.suite.signed == sign
+            assert after.frame_length == 777
+            assert after.encrypted_data_keys[0].info == arn.encode()
+        sc.decrypt(target, tmp_path / f"plain {sign}", context={"a": "b"})
+        assert read_tree(tmp_path / f"plain {sign}") == contents
+
+
+# ------------------------------------------------------------------------------ keys
+
+
+def test_the_parent_asks_for_exactly_the_keys_that_the_limits_say(tree, tmp_path, home):
+    root, contents = tree
+    arn = open_service(home).create_key()["KeyMetadata"]["Arn"]
+    for limit in (1, 2, 5, 100):
+        cache = sc.DataKeyCache(max_messages=limit)
+        target = tmp_path / f"enc{limit}"
+        report = sc.encrypt(root, target, keys=arn, cache=cache, workers=3)
+        messages = [data for name, data in read_tree(target).items()]
+        uses = Counter(parse_header(data)[0].encrypted_data_keys for data in messages)
+        # The manifest's length is not known before it is written, so it may have a key of its own.
+        ours = Counter(
+            parse_header(data)[0].encrypted_data_keys
+            for name, data in read_tree(target).items()
+            if name != MANIFEST
+        )
+        assert max(uses.values()) <= limit
+        assert len(ours) == -(-len(contents) // limit)
+        calls = report["kms"]["calls"]["GenerateDataKey"]
+        assert calls == report.data_keys == len(uses)
+
+
+def test_no_two_messages_share_a_content_key(tmp_path):
+    """Message ids, and with them content keys and (key, IV) pairs, are all different."""
+    make_tree(tmp_path / "in", {f"{i}": 10 for i in range(2_000)})
+    for workers in (1, 4):
+        sc.encrypt(tmp_path / "in", tmp_path / f"enc{workers}", keys=KEYS, workers=workers, fsync=False)
+    ids = [
+        parse_header(data)[0].message_id
+        for workers in (1, 4)
+        for data in read_tree(tmp_path / f"enc{workers}").values()
+    ]
+    assert len(set(ids)) == len(ids) == 2 * 2_001
+
+
+# ------------------------------------------------------------------------------ failures
+
+
+def test_one_file_that_fails_does_not_stop_the_others(tree, tmp_path):
+    root, contents = tree
+    os.mkfifo(root / "pipe")
+    os.symlink("/etc/hostname", root / "link")
+    os.symlink("d0", root / "folder link")
+    with pytest.raises(sc.SourceError) as caught:
+        sc.encrypt(root, tmp_path / "enc", keys=KEYS)
+    report = caught.value.report
+    assert {failure.path for failure in report.failed} == {"pipe", "link", "folder link"}
+    assert report.files == len(contents)
+    assert assert_nothing_partial(tmp_path / "enc", contents, KEYS) == len(contents)
+    with pytest.raises(sc.StreamcryptError):  # the tree is not complete, and says so
+        sc.verify(tmp_path / "enc", keys=KEYS)
+
+
+DAMAGE = {
+    "first bit": lambda data: bytes((data[0] ^ 1,)) + data[1:],
+    "frame": lambda data: data[:-30] + bytes((data[-30] ^ 1,)) + data[-29:],
+    "last byte gone": lambda data: data[:-1],
+    "byte more": lambda data: data + b"\0",
+    "empty": lambda data: b"",
+    "text": lambda data: b"hello, world\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
+def test_a_damaged_message_leaves_no_file(tree, tmp_path, damage, sign):
+    root, contents = tree
+    sc.encrypt(root, tmp_path / "enc", keys=KEYS, sign=sign, frame_size=F)
+    victim = sorted(contents)[3]
+    path = tmp_path / "enc" / victim
+    path.write_bytes(damage(path.read_bytes()))
+    for act in ("verify", "decrypt"):
+        with pytest.raises(sc.IntegrityError) as caught:
+            if act == "verify":
+                sc.verify(tmp_path / "enc", keys=KEYS)
+            else:
+                sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS)
+        assert [failure.path for failure in caught.value.report.failed] == [victim]
+        assert str(path) in str(caught.value)
+    del contents[victim]
+    assert read_tree(tmp_path / "dec") == contents
+
+
+def swap(a, b):
+    def change(root):
+        first, second = (root / a).read_bytes(), (root / b).read_bytes()
+        (root / a).write_bytes(second)
+        (root / b).write_bytes(first)
+
+    return change
+
+
+TREE_TAMPERINGS = {
+    "removed": (lambda root: (root / "a").unlink(), {"a"}),
+    "added": (lambda root: (root / "z").write_bytes((root / "a").read_bytes()), {"z"}),
+    "swapped": (swap("a", "b"), {"a", "b"}),
+    "renamed": (lambda root: (root / "a").rename(root / "q"), {"a", "q"}),
+    "rolled back": (lambda root: (root / "a").write_bytes((root.parent / "old" / "a").read_bytes()), {"a"}),
+    "copied over": (lambda root: (root / "a").write_bytes((root / "b").read_bytes()), {"a"}),
+    "moved into a folder": (lambda root: ((root / "n").mkdir(), (root / "a").rename(root / "n" / "a")), {"a", "n/a"}),
+    "made a link": (lambda root: ((root / "a").rename(root / "q"), (root / "a").symlink_to("q")), {"a", "q"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tamper", "named"), TREE_TAMPERINGS.values(), ids=TREE_TAMPERINGS)
+def test_a_tree_that_was_changed_as_a_whole(tmp_path, tamper, named):
+    make_tree(tmp_path / "in", {"a": 100, "b": 100, "c/d": 5})
+    for target in ("old", "enc"):
+        sc.encrypt(tmp_path / "in", tmp_path / target, keys=KEYS)
+    tamper(tmp_path / "enc")
+    for act in (
+        lambda: sc.verify(tmp_path / "enc", keys=KEYS),
+        lambda: sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS),
+    ):
+        with pytest.raises(sc.StreamcryptError) as caught:
+            act()
+        assert {failure.path for failure in caught.value.report.failed} == named
+    assert not named & set(read_tree(tmp_path / "dec"))
+
+
+def test_the_manifest(tmp_path):
+    make_tree(tmp_path / "in", {"a": 100, "b": 100})
+    report = sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
+    assert report.manifest_digest == sc.verify(tmp_path / "enc", keys=KEYS).manifest_digest
+    manifest = tmp_path / "enc" / MANIFEST
+    data = manifest.read_bytes()
+    for position in range(0, len(data), 7):
+        manifest.write_bytes(data[:position] + bytes((data[position] ^ 4,)) + data[position + 1 :])
+        with pytest.raises(sc.StreamcryptError):
+            sc.verify(tmp_path / "enc", keys=KEYS)
+    manifest.unlink()
+    with pytest.raises(sc.IntegrityError, match="no manifest"):
+        sc.verify(tmp_path / "enc", keys=KEYS)
+    with pytest.raises(sc.IntegrityError, match="no manifest"):
+        sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS, require_manifest=True)
+    assert sc.verify(tmp_path / "enc", keys=KEYS, require_manifest=False).files == 2
+
+
+def test_context_is_checked_before_any_key_is_used(tmp_path, home):
+    arn = open_service(home).create_key()["KeyMetadata"]["Arn"]
+    (tmp_path / "in").write_bytes(b"x")
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=arn, context={"a": "1", "é": "2"})
+    for wrong in (
+        {"a": "2"},
+        {"b": ""},
+        {"A": "1"},
+        {"a": "1", "e\u0301": "2"},
+        {"a": "1 "},
+        {"aws-crypto-x": ""},
+    ):
+        with pytest.raises(sc.ContextMismatchError) as caught:
+            sc.decrypt(tmp_path / "enc", tmp_path / "dec", context=wrong)
+        assert caught.value.report["kms"]["calls"] == {}
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", context={"é": "2"})
+
+
+# ------------------------------------------------------------------------------ sources that change
+
+
+def test_a_source_that_changes_while_it_is_read(tmp_path):
+    """Appended to, truncated, replaced, touched: noticed, and no message is published."""
+    size = 24 * 2**20
+
+    def append(path):
+        with path.open("ab") as file:
+            file.write(b"more")
+
+    def replace(path):
+        (path.parent / "other").write_bytes(path.read_bytes())
+        (path.parent / "other").rename(path)
+
+    changes = {
+        "append": append,
+        "truncate": lambda path: os.truncate(path, size // 2),
+        "replace": replace,
+        "overwrite": lambda path: path.open("r+b").write(b"x" * 100),
+        "remove": lambda path: path.unlink(),
+    }
+    noticed = 0
+    for name, change in changes.items():
+        path = tmp_path / name
+        path.write_bytes(bytes(size))
+        target = tmp_path / f"{name}.enc"
+        begun = threading.Event()
+
+        def act(path=path, change=change, begun=begun):
+            begun.wait(20)
+            change(path)
+
+        thread = threading.Thread(target=act)
+        thread.start()
+        watching = threading.Thread(target=watch_for_temporary, args=(tmp_path, begun))
+        watching.start()
+        try:
+            sc.encrypt(path, target, keys=KEYS, frame_size=256, fsync=False)
+        except sc.SourceError as error:
+            noticed += 1
+            assert str(path) in str(error)
+            assert not target.exists()
+        else:  # it changed only after it had been read: then what was read is what it was
+            assert sc.decrypt_bytes(target.read_bytes(), keys=KEYS) == bytes(size)
+        finally:
+            begun.set()
+            thread.join()
+            watching.join()
+    assert noticed == len(changes)
+    assert not leftovers(tmp_path)
+
+
+def watch_for_temporary(folder, event):
+    """Set the event as soon as a job has begun to write there."""
+    while not event.is_set():
+        if leftovers(folder):
+            event.set()
+
+
+# ------------------------------------------------------------------------------ death
+
+
+def run_cli(*words, **options):
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, words)], **options)
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import streamcrypt as sc
+from families.keyrings import CRAFT_KEYRING
+operation, source, target, *options = sys.argv[1:]
+words = dict(keys=CRAFT_KEYRING, workers=2, overwrite="overwrite" in options)
+if operation == "encrypt":
+    words["frame_size"] = 128
+print("started", flush=True)
+getattr(sc, operation)(source, target, **words)
+print("done", flush=True)
+""".format(root=str(Path(sc.__file__).parents[1]), tests=str(Path(craft.__file__).parents[1]))
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_twenty_kills_of_the_parent(heavy, tmp_path):
+    """RELIABILITY 12: SIGKILL at random times leaves no partial name, no process, and what is left over
+    is recognised and removed by the next run."""
+    root, contents = heavy
+    rng = random.Random(12)
+    target, plain = tmp_path / "enc", tmp_path / "dec"
+    complete = tmp_path / "complete"
+    sc.encrypt(root, complete, keys=KEYS, fsync=False, **MANY_FRAMES)
+    killed = 0
+    for trial in range(20):
+        operation, source, destination = (
+            ("encrypt", root, target) if trial % 2 else ("decrypt", complete, plain)
+        )
+        process = run_cli(operation, source, destination, "overwrite", stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "started\n"
+        time.sleep(rng.uniform(0.0, 1.6))
+        children = child_processes(process.pid)
+        process.kill()
+        process.wait()
+        killed += "done" not in process.stdout.read()
+        process.stdout.close()
+        assert wait_until(lambda children=children: not any(map(is_running, children)), 5.0), "orphans"
+        if operation == "encrypt":
+            assert_nothing_partial(target, contents, KEYS)
+        else:
+            assert_nothing_partial_decrypted(plain, contents)
+    assert killed >= 10
+    sc.encrypt(root, target, keys=KEYS, overwrite=True, **MANY_FRAMES)
+    sc.decrypt(target, plain, keys=KEYS, overwrite=True)
+    assert not leftovers(tmp_path)
+    assert read_tree(plain) == contents
+
+
+def test_twenty_kills_of_workers(heavy, tmp_path):
+    """A worker that dies takes nothing with it: its messages start again under new ids, the job ends well."""
+    root, contents = heavy
+    rng = random.Random(13)
+    killed = 0
+    for trial in range(10):
+        target = tmp_path / f"enc{trial}"
+        stop = threading.Event()
+
+        def kill(stop=stop):
+            nonlocal killed
+            deadline = time.monotonic() + 8
+            kills = 0
+            while not stop.is_set() and time.monotonic() < deadline and kills < 2:
+                children = child_processes()
+                if not children:
+                    stop.wait(0.002)
+                    continue
+                stop.wait(rng.uniform(0, 0.7))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(children), signal.SIGKILL)
+                    kills += 1
+                    killed += 1
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        try:
+            report = sc.encrypt(root, target, keys=KEYS, workers=2, fsync=False, **MANY_FRAMES)
+        finally:
+            stop.set()
+            thread.join()
+        assert report.failed == []
+        assert assert_nothing_partial(target, contents, KEYS) == len(contents)
+        assert not leftovers(target)
+        sc.verify(target, against=root, keys=KEYS)
+    assert killed >= 10
+    assert not child_processes()
+
+
+WAYS_TO_DIE = {
+    "SIGKILL": signal.SIGKILL,
+    "SIGSEGV": signal.SIGSEGV,
+    "SIGABRT": signal.SIGABRT,
+    "SIGTERM": signal.SIGTERM,
+    "SIGBUS": signal.SIGBUS,
+}
+
+
+@pytest.mark.parametrize("how", WAYS_TO_DIE.values(), ids=WAYS_TO_DIE)
+def test_a_job_whose_workers_always_die_ends_with_an_error(heavy, tmp_path, how):
+    """However they die: an error within seconds, never a hang, and nothing partial."""
+    root, contents = heavy
+    stop = threading.Event()
+
+    def kill():
+        while not stop.is_set():
+            for child in child_processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, how)
+            stop.wait(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(sc.StreamcryptError, match="worker process"):
+            sc.encrypt(root, tmp_path / "enc", keys=KEYS, workers=2, **MANY_FRAMES)
+    finally:
+        stop.set()
+        thread.join()
+    assert time.monotonic() - started < 15
+    assert_nothing_partial(tmp_path / "enc", contents, KEYS)
+    assert not leftovers(tmp_path)
+    assert not child_processes()
+
+
+def test_ctrl_c_leaves_nothing_partial(heavy, tmp_path):
+    root, contents = heavy
+    for delay in (0.05, 0.6, 1.2):
+        target = tmp_path / f"enc{delay}"
+        process = run_cli("encrypt", root, target, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "started\n"
+        time.sleep(delay)
+        children = child_processes(process.pid)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode != 0 or read_tree(target)
+        assert wait_until(lambda children=children: not any(map(is_running, children)), 5.0)
+        assert_nothing_partial(target, contents, KEYS)
+        assert not leftovers(target)
+
+
+# ------------------------------------------------------------------------------ resources
+
+
+@contextlib.contextmanager
+def limit(what, soft):
+    old = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, old)
+
+
+def test_a_file_system_that_is_full(tmp_path):
+    """A file-size limit stands in for it: every failure is clean, what was there before stays."""
+    contents = make_tree(tmp_path / "in", {"a": 1000, "big": 3 * 2**20, "c": 1000})
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sc.encrypt(tmp_path / "in" / "a", tmp_path / "kept", keys=KEYS)
+    kept = (tmp_path / "kept").read_bytes()
+    try:
+        for most in (0, 500, 4096, 2**20, 3 * 2**20):
+            target = tmp_path / f"enc{most}"
+            with limit(resource.RLIMIT_FSIZE, most), pytest.raises(sc.StreamcryptError) as caught:
+                sc.encrypt(tmp_path / "in", target, keys=KEYS)
+            assert isinstance(caught.value, sc.DestinationError)
+            assert_nothing_partial(target, contents, KEYS)
+            assert not leftovers(target)
+            with limit(resource.RLIMIT_FSIZE, most), pytest.raises(sc.DestinationError):
+                sc.encrypt(tmp_path / "in" / "big", tmp_path / "kept", keys=KEYS, overwrite=True)
+            assert (tmp_path / "kept").read_bytes() == kept
+            with limit(resource.RLIMIT_FSIZE, most), pytest.raises((sc.DestinationError, OSError)):
+                with sc.open(tmp_path / "kept", "wb", keys=KEYS) as file:
+                    file.write(bytes(4 * 2**20))
+            assert (tmp_path / "kept").read_bytes() == kept
+        assert not leftovers(tmp_path)
+    finally:
+        signal.signal(signal.SIGXFSZ, old)
+
+
+def test_too_few_file_descriptors_is_an_error_and_not_a_hang(tree, tmp_path):
+    root, contents = tree
+    used = len(os.listdir("/proc/self/fd"))
+    for room in (1, 3, 6, 12):
+        target = tmp_path / f"enc{room}"
+        with limit(resource.RLIMIT_NOFILE, used + room), contextlib.suppress(sc.StreamcryptError):
+            sc.encrypt(root, target, keys=KEYS, workers=2)
+        assert_nothing_partial(target, contents, KEYS)
+        assert not leftovers(target)
+    assert len(os.listdir("/proc/self/fd")) <= used + 2
+
+
+def test_descriptors_do_not_grow_with_the_tree(tmp_path):
+    make_tree(tmp_path / "in", {f"{i % 50}/{i}": 10 for i in range(500)})
+    used = len(os.listdir("/proc/self/fd"))
+    with limit(resource.RLIMIT_NOFILE, used + 120):
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, workers=2, fsync=False)
+        sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS, workers=2, fsync=False)
+    assert len(os.listdir("/proc/self/fd")) <= used + 2
+
+
+MEMORY_PROGRAM = PROGRAM.replace(
+    'print("started", flush=True)\n',
+    'print("started", flush=True)\nwords.pop("frame_size", None)\n'
+    "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n",
+)
+
+
+@pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
+def test_memory_does_not_grow_with_the_file(tmp_path, sign):
+    """A file of 1.5 GiB (sparse) under an address space of 1 GiB."""
+    size = 3 * 2**29
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(size)
+    program = MEMORY_PROGRAM.replace("overwrite=", f"sign={sign}, fsync=False, overwrite=", 1)
+    for operation, source, target in (("encrypt", "large", "enc"), ("verify", "enc", None)):
+        code = program if operation == "encrypt" else VERIFY_PROGRAM
+        words = [operation, tmp_path / source, tmp_path / (target or "-")]
+        run = subprocess.run(
+            [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=100
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.endswith("done\n")
+    assert (tmp_path / "enc").stat().st_size > size
+
+
+VERIFY_PROGRAM = MEMORY_PROGRAM.replace(
+    "getattr(sc, operation)(source, target, **words)", "sc.verify(source, keys=CRAFT_KEYRING)"
+)
+
+
+def test_modes_of_what_is_written(tree, tmp_path):
+    """0600 and 0700 whatever the umask, also where a wider file stood before (RELIABILITY 26)."""
+    root, _ = tree
+    for umask in (0o000, 0o077):
+        old = os.umask(umask)
+        try:
+            target, plain = tmp_path / f"enc{umask}", tmp_path / f"dec{umask}"
+            sc.encrypt(root, target, keys=KEYS)
+            sc.decrypt(target, plain, keys=KEYS)
+            (tmp_path / "wide").write_bytes(b"old")
+            (tmp_path / "wide").chmod(0o644)
+            sc.decrypt(target / "d0/file0", tmp_path / "wide", keys=KEYS, overwrite=True)
+            assert stat.S_IMODE((tmp_path / "wide").stat().st_mode) == 0o600
+            with sc.open(tmp_path / f"written{umask}", "wb", keys=KEYS) as file:
+                file.write(b"x")
+            assert stat.S_IMODE((tmp_path / f"written{umask}").stat().st_mode) == 0o600
+        finally:
+            os.umask(old)
+        for folder in (target, plain):
+            for path in (folder, *folder.rglob("*")):
+                mode = stat.S_IMODE(path.stat().st_mode)
+                assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+# ------------------------------------------------------------------------------ names and links
+
+
+ODD_NAMES = ["with space", "new\nline", "-dash", "ünï", "a" * 200, "quote'\"", "\\back", "*", "~", "b\x7f"]
+
+
+def test_odd_names_come_back(tmp_path):
+    contents = make_tree(tmp_path / "in", {f"{name}/{name}": 10 for name in ODD_NAMES})
+    raw = os.fsencode(tmp_path / "in") + b"/\xff\xfe not UTF-8"
+    with open(raw, "wb") as file:
+        file.write(b"bytes")
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
+    sc.verify(tmp_path / "enc", keys=KEYS, against=tmp_path / "in")
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS)
+    found = read_tree(tmp_path / "dec")
+    assert found.pop(os.fsdecode(b"\xff\xfe not UTF-8")) == b"bytes"
+    assert found == contents
+
+
+def test_names_of_255_bytes(tmp_path):
+    """The longest names there are; our temporary name is not made from them."""
+    contents = make_tree(tmp_path / "in", {"n" * 255: 10, "m" * 250 + "/" + "o" * 255: 10})
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS)
+    assert read_tree(tmp_path / "dec") == contents
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a//b", ".", "..", "a/.", "x\0y"])
+def test_names_that_leave_the_root_are_refused(tmp_path, name):
+    make_tree(tmp_path / "in", {"a": 1})
+    with pytest.raises(sc.StreamcryptError):
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, files=[name])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_destination_folder_that_is_a_link_is_not_followed(tmp_path):
+    make_tree(tmp_path / "in", {"d/a": 1})
+    (tmp_path / "enc").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "enc" / "d").symlink_to(tmp_path / "outside")
+    with pytest.raises(sc.StreamcryptError):
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, overwrite=True)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_fifo_as_source_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for act in (
+        lambda: sc.encrypt(tmp_path / "pipe", tmp_path / "out", keys=KEYS),
+        lambda: sc.decrypt(tmp_path / "pipe", tmp_path / "out", keys=KEYS),
+        lambda: sc.inspect(tmp_path / "pipe"),
+        lambda: sc.open(tmp_path / "pipe", keys=KEYS),
+    ):
+        with pytest.raises(sc.SourceError, match="named pipe"):
+            act()
+
+
+def test_no_plaintext_in_any_other_file(tmp_path):
+    """RELIABILITY 27 in small: while a tree is encrypted, no file but the source ever holds its bytes."""
+    canary = b"CANARY-7c1e" * 100
+    make_tree(tmp_path / "in", {f"{i}": 1 for i in range(30)})
+    for i in range(30):
+        (tmp_path / "in" / f"{i}").write_bytes(canary)
+    seen, stop = [], threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            for path in tmp_path.rglob("*"):
+                if tmp_path / "in" in path.parents or not path.is_file():
+                    continue
+                with contextlib.suppress(OSError):
+                    if b"CANARY-7c1e" in path.read_bytes():
+                        seen.append(path)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        for i in range(5):
+            sc.encrypt(tmp_path / "in", tmp_path / f"enc{i}", keys=KEYS, sign=bool(i % 2))
+            sc.rekey(tmp_path / f"enc{i}", tmp_path / f"rekeyed{i}", keys=KEYS, from_keys=KEYS)
+            sc.verify(tmp_path / f"enc{i}", keys=KEYS)
+    finally:
+        stop.set()
+        thread.join()
+    assert not seen
+
+
+# ------------------------------------------------------------------------------ the pools themselves
+
+
+def test_pools_end_their_workers(tmp_path):
+    from streamcrypt.engine.worker import Setup
+    from streamcrypt.storage import LocalTree
+
+    setup = Setup(LocalTree(str(tmp_path)), None)
+    for cancel in (False, True):
+        processes = ProcessPool(setup, 2)
+        pids = processes.pids
+        assert all(map(is_running, pids))
+        processes.close(cancel=cancel)
+        assert not any(map(is_running, pids))
+        threads = threading.active_count()
+        pool = ThreadPool(setup, 2)
+        assert threading.active_count() == threads + 2
+        pool.close(cancel=cancel)
+        assert threading.active_count() == threads
