@@ -231,23 +231,24 @@ def records_page(records: Records) -> str:
         _tile("noisy runs", str(noisy), "kept and marked, never dropped"),
         _tile("failed runs", str(len(failed)), failed[0].error or "" if failed else ""),
         "</section>",
-        "<section><h2>Rate by frame length</h2>",
-        _by_axis(groups, "frame_size", "frame length", log=True),
-        "<h2>Rate by workers</h2>",
-        _by_axis(groups, "workers", "workers", log=False),
-        "</section>",
-        "<section><h2>KMS latency</h2>",
-        _latency_chart(runs),
-        "<h2>Runs in their order</h2>",
-        '<p class="note">Seconds over the median of the same configuration: '
-        "a slope is drift, a step is another job.</p>",
-        _drift_chart(records, groups),
+        '<section class="two">',
+        _titled("Rate by frame length", _by_axis(groups, "frame_size", "frame length", log=True)),
+        _titled("Rate by workers", _by_axis(groups, "workers", "workers", log=False)),
+        _titled("KMS latency", _latency_chart(runs)),
+        _titled(
+            "Runs in their order", _drift_chart(records, groups), "A slope is drift, a step is another job."
+        ),
         "</section>",
         "<section><h2>Every configuration</h2>",
         _cells_table(groups),
         "</section>",
     ]
     return _page("streamcrypt bench", "\n".join(body))
+
+
+def _titled(title: str, drawing: str, note: str = "") -> str:
+    words = f'<p class="note">{_text(note)}</p>' if note else ""
+    return f"<div><h2>{_text(title)}</h2>{words}{drawing}</div>"
 
 
 def _series_name(run: Record) -> str:
@@ -268,7 +269,7 @@ def _by_axis(groups: dict[str, list[Record]], axis: str, label: str, *, log: boo
     chosen: dict[str, list[list[Record]]] = {}
     for alike in families.values():
         name = _series_name(alike[0][0])
-        if len(alike) > 1 and len(alike) > len(chosen.get(name, [])):
+        if len(alike) > 1 and _weight(alike) > _weight(chosen.get(name, [])):
             chosen[name] = alike
     series = []
     values: set[float] = set()
@@ -288,6 +289,11 @@ def _by_axis(groups: dict[str, list[Record]], axis: str, label: str, *, log: boo
         format_x=(lambda value: format_size(value)) if log else _number,
         x_ticks=sorted(values),
     )
+
+
+def _weight(alike: Sequence[list[Record]]) -> tuple[int, int]:
+    """More points on the axis first, then more bytes: small files say little about a rate."""
+    return len(alike), max((group[0].bytes_in for group in alike), default=0)
 
 
 def _latency_chart(runs: Sequence[Record]) -> str:
@@ -415,7 +421,7 @@ def _plan_page(plan: dict[str, Any]) -> str:
         _tile(
             operation,
             f"{calls:,}",
-            f"quota {plan['kms']['quota_per_second']:,.6g}/s: {plan['kms']['quota_source']}",
+            f"quota {plan['kms']['quota_per_second']:,.6g}/s",
             "calls",
         ),
         _tile(

@@ -306,7 +306,7 @@ def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[C
     keyed: dict[str, Sequence[Any]] = {
         "operation": ["encrypt", "encrypt", "decrypt"],
         "workers": [1, 2, 4],
-        "file_size": [40 * KIB, 400 * KIB, 2 * MIB],
+        "file_size": [40 * KIB, 400 * KIB, 1536 * KIB],
         "cache_max_messages": [1, 3, 25, 150],
         "kms_latency": [0.004, 0.012, 0.04],
         "kms_quota": [None, None, 40.0],

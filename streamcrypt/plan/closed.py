@@ -216,7 +216,9 @@ def _prepared(load: Load) -> Outcome:
         waits = max(0.0, queue.stall_seconds - first * load.service / load.workers)
         tail = queue.worker_seconds - queue.stall_seconds - later.files * load.service / load.workers
         ends = work + max(0.0, tail) + waits
-        calls = keys + max(0.0, queue.calls - (0 if load.data_keys else 1))
+        # A key begun among the first files goes on among the others; never fewer than limits alone need.
+        least = _shared(instant).calls
+        calls = max(least, keys + queue.calls - (0 if load.data_keys else 1))
         forced = max(0.0, calls - load.tokens) / load.quota if math.isfinite(load.quota) else 0.0
         rest = dataclasses.replace(
             queue,
@@ -232,7 +234,7 @@ def _prepared(load: Load) -> Outcome:
         seconds=rest.seconds + wait,
         worker_seconds=rest.worker_seconds + wait,
         stall_seconds=rest.stall_seconds + wait,
-        quota_seconds=wait if wait > keys * load.latency * 1.01 else rest.quota_seconds,
+        quota_seconds=max(rest.quota_seconds, wait if wait > keys * load.latency * 1.01 else 0.0),
         peak_per_second=min(keys, 1 / load.latency if load.latency > 0 else keys, load.tokens + load.quota),
     )
 

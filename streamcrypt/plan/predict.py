@@ -511,22 +511,61 @@ def _sensitivity(job: Job, point: Any, workers: int) -> dict[str, float]:
     }
 
 
+def evaluate(job: Job, records: Records, *, workers: int | None = None) -> Estimate:
+    """The closed form alone, at the fitted rates: what the report's page computes.
+
+    ``workers`` None: as the job says.
+    """
+    rates, _ = _rates(job, records)
+    quota = _quota(job)
+    planned = job.workers or job.cores or records.machine.cores
+    cores = job.cores or max(records.machine.cores, job.workers or 0)
+    used = workers or planned
+    if used != planned:
+        cores = max(cores, used)
+    return _estimate(job, rates, rates.coefficients, used, cores, quota.per_second)
+
+
+# The fits of the records used last: a search for the least number of hosts plans many times.
+_fits: list[tuple[Records, tuple[str, bool, str], Fit]] = []
+
+
+def _fit(records: Records, kind: tuple[str, bool, str]) -> Fit:
+    for known, its_kind, found in _fits:
+        if known is records and its_kind == kind:
+            return found
+    operation, signed, storage = kind
+    found = fit(records, operation, signed=signed, storage=storage)
+    _fits.append((records, kind, found))
+    del _fits[:-16]
+    return found
+
+
+def _rates(job: Job, records: Records) -> tuple[Fit, list[str]]:
+    """The fit for the job's kind of run; where its storage was not measured, that of memory, and a note."""
+    kinds = {(run.cell.operation, run.cell.signed, run.cell.storage) for run in records.usable()}
+    if (job.operation, job.signed, job.storage) not in kinds and (
+        job.operation,
+        job.signed,
+        "memory",
+    ) in kinds:
+        note = f"nothing was measured on {job.storage}: rates are those of a memory file system"
+        return _fit(records, (job.operation, job.signed, "memory")), [note]
+    return _fit(records, (job.operation, job.signed, job.storage)), []
+
+
+def _quota(job: Job) -> limits.KmsQuota:
+    if job.kms_quota is not None:
+        return limits.KmsQuota(job.kms_quota, "given")
+    return limits.kms_quota(job.kms_operation, job.region, job.kms_quota_share)
+
+
 def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) -> Prediction:
     """Plan ``job`` from measured ``records``.  ModelError when they hold too little for its operation."""
-    notes = []
-    storage = job.storage
-    kinds = {(run.cell.operation, run.cell.signed, run.cell.storage) for run in records.usable()}
-    if (job.operation, job.signed, storage) not in kinds and (job.operation, job.signed, "memory") in kinds:
-        storage = "memory"
-        notes.append(f"nothing was measured on {job.storage}: rates are those of a memory file system")
-    rates = fit(records, job.operation, signed=job.signed, storage=storage)
+    rates, notes = _rates(job, records)
     cores = job.cores or max(records.machine.cores, job.workers or 0)
     workers = job.workers or cores
-    quota = (
-        limits.KmsQuota(job.kms_quota, "given")
-        if job.kms_quota is not None
-        else limits.kms_quota(job.kms_operation, job.region, job.kms_quota_share)
-    )
+    quota = _quota(job)
 
     def point(changed: Job, with_workers: int, *, exact: bool = False) -> Estimate:
         at_cores = max(cores, with_workers) if with_workers != workers else cores

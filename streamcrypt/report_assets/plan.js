@@ -115,7 +115,8 @@ function roundEven(value) {
 function closedForm(load) {
   if (!load.prepared) return sharedOf(load);
   const first = Math.min(load.prepared, load.files);
-  const keys = sharedOf({ ...load, service: 1e-9, variation: 0, prepared: 0, prefetch: load.files, files: first }).calls;
+  const instant = { ...load, service: 1e-9, variation: 0, prepared: 0, prefetch: load.files };
+  const keys = sharedOf({ ...instant, files: first }).calls;
   const wait = Math.max(keys * load.latency, Math.max(0, keys - tokensOf(load)) / load.quota + load.latency);
   let rest;
   if (first === load.files) {
@@ -128,14 +129,14 @@ function closedForm(load) {
     const waits = Math.max(0, queue.stallSeconds - first * load.service / load.workers);
     const tail = queue.workerSeconds - queue.stallSeconds - later.files * load.service / load.workers;
     const ends = work + Math.max(0, tail) + waits;
-    const calls = keys + Math.max(0, queue.calls - (load.dataKeys ? 0 : 1));
+    const calls = Math.max(sharedOf(instant).calls, keys + queue.calls - (load.dataKeys ? 0 : 1));
     const forced = Math.max(0, calls - tokensOf(load)) / load.quota;
     rest = { seconds: Math.max(ends, forced - wait), calls, messagesPerKey: load.files / calls,
       workerSeconds: ends, stallSeconds: waits, quotaSeconds: forced };
   }
   return { ...rest, seconds: rest.seconds + wait, workerSeconds: rest.workerSeconds + wait,
     stallSeconds: rest.stallSeconds + wait,
-    quotaSeconds: wait > keys * load.latency * 1.01 ? wait : rest.quotaSeconds };
+    quotaSeconds: Math.max(rest.quotaSeconds, wait > keys * load.latency * 1.01 ? wait : 0) };
 }
 
 function estimate(job) {

@@ -1,0 +1,271 @@
+"""Plans from records of a known law: the fit finds it again, the plan keeps its promises."""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+from families.measured import LAW, SIGNED_BYTE, law_seconds, synthetic_records, synthetic_run
+
+from streamcrypt.bench.records import Cell, Records
+from streamcrypt.bench.sweep import held_out
+from streamcrypt.plan import limits, validate
+from streamcrypt.plan import predict as planner
+from streamcrypt.plan.model import ModelError, Work, best_workers, fit, scalability
+
+RECORDS = synthetic_records()
+JOB = planner.Job(bytes=1 << 36, files=20_000)
+MIB = 1 << 20
+
+
+def test_the_fit_finds_the_law_again():
+    found = fit(synthetic_records(noise=0.0), "encrypt", storage="disk")
+    coefficients = dict(zip(LAW, found.coefficients.tolist(), strict=True))
+    assert coefficients == pytest.approx(LAW, rel=1e-6, abs=1e-12)
+    signed = fit(synthetic_records(noise=0.0), "encrypt", signed=True, storage="disk")
+    assert signed.coefficients[4] == pytest.approx(SIGNED_BYTE, rel=1e-3)
+
+
+def test_with_noise_unseen_cells_are_still_predicted():
+    found = fit(RECORDS, "encrypt", storage="disk")
+    cell = Cell(files=700, file_size=300_000, frame_size=32 << 10, workers=2, storage="disk", fsync=True)
+    frames = cell.files * (cell.file_size // cell.frame_size + 1)
+    work = Work(files=700, bytes=700 * 300_000, frames=frames, workers=2, cores=2, fsync=True)
+    assert found.seconds(work) == pytest.approx(law_seconds(cell), rel=0.05)
+
+
+def test_a_fit_from_too_little_is_refused():
+    few = Records(RECORDS.machine, RECORDS.runs[:2])
+    with pytest.raises(ModelError, match="bench calibrate"):
+        fit(few, "encrypt", storage="disk")
+    with pytest.raises(ModelError, match="read"):
+        fit(RECORDS, "read")
+
+
+def test_the_json_has_what_the_interface_promises():
+    plan = planner.predict(JOB, RECORDS, trials=100).to_json()
+    json.dumps(plan)
+    for name in (
+        "hosts",
+        "workers_per_host",
+        "seconds",
+        "seconds_interval",
+        "limit",
+        "kms",
+        "cost",
+        "sensitivity",
+        "records",
+    ):
+        assert name in plan
+    assert set(plan["kms"]) >= {"calls", "peak_per_second", "quota_per_second"}
+    assert set(plan["cost"]) >= {"currency", "kms_requests", "kms_keys", "compute", "total"}
+    assert set(plan["records"]) >= {"machine", "date"}
+    assert plan["seconds_interval"][0] <= plan["seconds"] <= plan["seconds_interval"][1]
+    assert plan["cost"]["total"] == pytest.approx(
+        plan["cost"]["kms_requests"] + plan["cost"]["kms_keys"] + plan["cost"]["compute"]
+    )
+
+
+# change -> direction in which seconds (or calls) must go
+DIRECTIONS = {
+    "twice the bytes": ({"bytes": JOB.bytes * 2}, 1, 0),
+    "twice the hosts": ({"hosts": 2}, -1, 1),
+    "no cache": ({"cache": False}, 1, 1),
+    "slow KMS, no cache": ({"cache": False, "kms_latency": 1.0}, 1, 1),
+    "small quota, no cache": ({"cache": False, "kms_quota": 10.0}, 1, 1),
+    "small frames": ({"frame_size": 4096}, 1, 0),
+    "signed": ({"signed": True}, 1, 0),
+    "fifty times as long": ({"bytes": JOB.bytes * 50}, 1, 1),
+    "no fsync": ({"fsync": False}, -1, 0),
+    "slow disk": ({"write_bandwidth": 10.0e6}, 1, 0),
+    "ten messages a key": ({"cache_max_messages": 10}, 1, 1),
+}
+
+
+@pytest.mark.parametrize(("change", "seconds", "calls"), DIRECTIONS.values(), ids=DIRECTIONS)
+def test_a_change_moves_the_plan_the_right_way(change, seconds, calls):
+    base, other = (
+        planner.evaluate(JOB, RECORDS),
+        planner.evaluate(dataclasses.replace(JOB, **change), RECORDS),
+    )
+    assert (other.seconds - base.seconds) * seconds > 0
+    assert (other.calls - base.calls) * calls >= 0
+    assert (other.calls != base.calls) == bool(calls)
+
+
+LIMITS = {
+    "kms-quota": {"cache": False, "kms_quota": 5.0},
+    "kms-latency": {"cache": False, "kms_latency": 1.0},
+    "storage-write": {"write_bandwidth": 1e6},
+    "storage-read": {"operation": "verify", "read_bandwidth": 1e6},
+    "network": {"network_bandwidth": 1e6},
+    "cpu": {"fsync": False, "frame_size": 1024},
+}
+
+
+@pytest.mark.parametrize(("limit", "change"), LIMITS.items(), ids=LIMITS)
+def test_the_limiting_resource_is_named(limit, change):
+    assert planner.evaluate(dataclasses.replace(JOB, **change), RECORDS).limit == limit
+
+
+def test_calls_are_exact_where_a_message_limit_decides():
+    for files, per_key in [(1000, 7), (1000, 1000), (100_000, 64), (5000, 1)]:
+        job = planner.Job(bytes=files * 1000, files=files, cache_max_messages=per_key)
+        # The manifest is a message too.
+        assert round(planner.evaluate(job, RECORDS).calls) == math.ceil((files + 1) / per_key)
+
+
+def test_every_host_has_its_own_keys():
+    job = dataclasses.replace(JOB, hosts=8)
+    assert planner.evaluate(job, RECORDS).calls == 8
+
+
+def test_solve_hosts_is_the_least_that_meets_the_deadline():
+    job = dataclasses.replace(JOB, deadline=20.0)
+    found = planner.solve("hosts", job, RECORDS)
+    assert found.feasible
+    assert found.hosts > 1
+    assert not planner.predict(dataclasses.replace(job, hosts=found.hosts - 1), RECORDS, trials=400).feasible
+
+
+def test_solve_deadline_and_cache():
+    deadline = planner.solve("deadline", JOB, RECORDS)
+    assert deadline.feasible
+    assert deadline.job.deadline == pytest.approx(deadline.interval[1], rel=0.05)
+    slow = dataclasses.replace(JOB, kms_latency=0.5)
+    cache = planner.solve("cache", slow, RECORDS)
+    least = cache.job.cache_max_messages
+    assert 1 < least < JOB.files
+    fewer = dataclasses.replace(slow, cache_max_messages=least / 2)
+    assert planner.evaluate(fewer, RECORDS).seconds > 1.01 * planner.evaluate(slow, RECORDS).seconds
+
+
+def test_an_impossible_deadline_says_what_stands_in_the_way():
+    with pytest.raises(planner.PlanError, match=r"no number of hosts .* meets the deadline of 0\.001 s"):
+        planner.solve("hosts", dataclasses.replace(JOB, deadline=0.001), RECORDS)
+
+
+BAD = {
+    "negative size": {"bytes": -1},
+    "no files": {"files": 0},
+    "no hosts": {"hosts": 0},
+    "quota of zero": {"kms_quota": 0.0},
+    "negative latency": {"kms_latency": -1.0},
+    "deadline of zero": {"deadline": 0.0},
+    "unknown operation": {"operation": "compress"},
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_bad_jobs_are_refused_in_one_line(change):
+    with pytest.raises(planner.PlanError) as caught:
+        dataclasses.replace(JOB, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_workers_than_measured_widen_the_interval():
+    near = planner.predict(JOB, RECORDS, trials=500)
+    far = planner.predict(dataclasses.replace(JOB, workers=64), RECORDS, trials=500)
+
+    def width(found):
+        return (found.interval[1] - found.interval[0]) / found.estimate.seconds
+
+    assert width(far) > 1.5 * width(near)
+    assert any("widened" in note for note in far.notes)
+
+
+def test_quotas_are_dated_and_the_smallest_is_assumed():
+    assumed = limits.kms_quota("GenerateDataKey")
+    assert assumed.per_second == min(
+        limits.kms_quota("GenerateDataKey", region).per_second
+        for region in ("us-east-1", "eu-north-1", "eu-west-2")
+    )
+    assert "20" in assumed.source
+    with pytest.raises(ValueError, match="share"):
+        limits.kms_quota("GenerateDataKey", share=0)
+
+
+def test_intervals_cover_what_the_law_does():
+    """Eight in ten of the law's own noisy runs lie in the 80 % interval, on cells the fit has not seen."""
+    rng = random.Random(5)
+    covered = []
+    for cell in held_out(7, ("memory",)):
+        if cell.operation == "verify" or cell.kms_latency or cell.distribution != "constant":
+            continue
+        found = planner.predict(
+            validate.job_of(dataclasses.replace(cell, workers=min(2, cell.workers))), RECORDS
+        )
+        for number in range(5):
+            run = synthetic_run(dataclasses.replace(cell, workers=min(2, cell.workers)), number, rng)
+            covered.append(found.interval[0] <= run.wall_s <= found.interval[1])
+    assert 0.6 <= sum(covered) / len(covered) <= 1.0
+
+
+def test_scalability_law():
+    workers = [1, 2, 3, 4, 6, 8, 12]
+    alpha, beta = 0.08, 0.004
+    rates = [5 * n / (1 + alpha * (n - 1) + beta * n * (n - 1)) for n in workers]
+    found = scalability(workers, rates)
+    assert found == pytest.approx((alpha, beta), rel=1e-3)
+    assert best_workers(*found) == pytest.approx(math.sqrt((1 - alpha) / beta), rel=1e-3)
+    assert scalability([1, 2], [1.0, 1.6])[1] == 0.0
+
+
+def test_a_finished_job_is_held_against_its_plan():
+    predicted = planner.predict(JOB, RECORDS)
+    report = {"seconds": predicted.estimate.seconds * 1.5, "kms": {"calls": {"GenerateDataKey": 2}}}
+    result = planner.check(report, JOB, RECORDS)
+    assert result["ratio"] == pytest.approx(1.5)
+    assert result["drifted"]
+    assert result["actual_calls"] == 2
+
+
+def test_sizes():
+    lognormal = planner.Sizes.lognormal(1e6, 1.0)
+    assert lognormal.mean == pytest.approx(1e6)
+    assert lognormal.variation == pytest.approx(math.sqrt(math.e - 1), rel=0.15)
+    assert planner.Sizes.constant(MIB).frames(MIB) == 2  # a whole frame is followed by an empty final one
+    assert planner.Sizes.constant(MIB - 1).frames(MIB) == 1
+    listed = planner.Sizes.listing(list(range(10_000)))
+    assert len(listed.points) == 512
+    assert listed.mean == pytest.approx(4999.5, rel=1e-3)
+    with pytest.raises(planner.PlanError, match="no files"):
+        planner.Sizes.listing([])
+
+
+def test_the_text_names_limit_basis_and_deadline():
+    text = planner.describe_plan(planner.predict(dataclasses.replace(JOB, deadline=1e6), RECORDS, trials=100))
+    for words in ("limit ", "basis ", "deadline ", "what if", "GenerateDataKey", "80 %"):
+        assert words in text
+
+
+def test_judging_held_out_runs():
+    """The table compares plan and measurement, and both naive planners, on the law's own runs."""
+    rng = random.Random(2)
+    cells = [
+        dataclasses.replace(cell, distribution="constant", spread=0.0)
+        for cell in held_out(3, ("memory",))
+        if not cell.kms_latency and cell.workers < 3
+    ]
+    measured = Records(
+        RECORDS.machine, tuple(synthetic_run(cell, number, rng) for cell in cells for number in range(3))
+    )
+    result = validate.judge(measured, RECORDS, [1.0, 1.02, 0.99], planned=len(cells), cores=2)
+    assert result["measured"] == len(cells) > 3
+    assert result["summary"]["plan"]["median"] < 0.05
+    assert result["summary"]["plan"]["p90"] < result["summary"]["by_best_rate"]["p90"]
+    assert result["summary"]["calls_exact"] == 1.0
+    assert "noise floor" in validate.table(result)
+
+
+def test_held_out_cells_are_drawn_from_their_seed_and_survive_the_file(tmp_path):
+    cells = held_out(11)
+    assert len(cells) >= 40
+    assert cells == held_out(11)
+    assert cells != held_out(12)
+    path = tmp_path / "held_out.json"
+    validate.write_held_out(path, cells, 11)
+    assert validate.read_held_out(path) == cells
+    calibrated = {(run.cell.frame_size, run.cell.file_size) for run in RECORDS.runs}
+    assert not calibrated & {(cell.frame_size, cell.file_size) for cell in cells}
