@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from streamcrypt import api
 from streamcrypt.cli import output
 from streamcrypt.errors import KeyAccessError, StreamcryptError, TemporaryError
-from streamcrypt.keys.calls import KmsCalls, error_code
+from streamcrypt.keys.calls import KmsCalls, classify, error_code
 from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring, reach_kms
 from streamcrypt.kms import ROOT, cost, kms_client
 from streamcrypt.kms.policy import Caller, Grant, KeyFacts, Request, unmet_conditions, unmet_constraints
@@ -162,10 +162,10 @@ def _ask(client: Any, method: str, **request: Any) -> _Answer:
         if code is not None:
             answer: Mapping[str, Any] = error.response  # type: ignore[attr-defined]  # error_code() saw it
             return _Answer(code, str(answer["Error"].get("Message") or code), answer)
-        if type(error).__module__.partition(".")[0] != "botocore":
+        outcome = classify(error)
+        if outcome is None:
             raise
-        unreachable = any(base.__name__ == "HTTPClientError" for base in type(error).__mro__)
-        return _Answer("unreachable" if unreachable else "", str(error), {})
+        return _Answer("unreachable" if outcome.unreachable else "", str(error), {})
     return _Answer(None, "", response)
 
 

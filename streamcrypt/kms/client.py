@@ -101,7 +101,8 @@ class _Body:
 def _over_http(url: str, home: Path | str | None, options: dict[str, Any]) -> Any:
     options.setdefault("region_name", shapes.LOCAL_REGION)
     if "aws_access_key_id" in options or "AWS_ACCESS_KEY_ID" in os.environ:
-        return boto3.client("kms", endpoint_url=url, **options)
+        # A session of its own: boto3's default one keeps the first credentials that it has read.
+        return boto3.session.Session().client("kms", endpoint_url=url, **options)
     # A server of this home: take the root user's access key from its store.
     from streamcrypt.kms import default_home, open_service
 

@@ -1,0 +1,637 @@
+"""iam-policy and doctor: the policy that is printed is enough, one action less is not, and doctor names the cause."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamcrypt import api
+from streamcrypt.cli import diagnosis, main
+from streamcrypt.errors import KeyAccessError
+from streamcrypt.keys.kms import KmsDiscoveryKeyring, KmsKeyring
+from streamcrypt.kms import Caller, Service, kms_client, open_service, principals
+from streamcrypt.kms.server import Server
+
+USER = "arn:aws:iam::000000000000:user/worker"
+ROLE = "arn:aws:iam::000000000000:role/Trainer"
+SESSION = "arn:aws:sts::000000000000:assumed-role/Trainer/job-7"
+CONTEXT = {"Project": "CustomerChurn", "odd": "${aws:username} *"}
+WORDS = [word for name, value in CONTEXT.items() for word in ("--context", f"{name}={value}")]
+
+
+@pytest.fixture
+def service(home: Path) -> Service:
+    return open_service(home)
+
+
+@pytest.fixture
+def keys(service: Service) -> list[str]:
+    """Two keys' ARNs; the first has the alias ``alias/ml``."""
+    arns = [service.create_key()["KeyMetadata"]["Arn"] for _ in range(2)]
+    service.create_alias(AliasName="alias/ml", TargetKeyId=arns[0].rpartition("/")[2])
+    return arns
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, keys: list[str]) -> Path:
+    """A tree encrypted by the root user under both keys."""
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("a", "b"):
+        (plain / name).write_bytes(name.encode() * 5000)
+    encrypted = tmp_path / "encrypted"
+    api.encrypt(plain, encrypted, keys=[f"local:{arn}" for arn in keys], context=CONTEXT)
+    return encrypted
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    capsys.readouterr()
+    assert main(["iam-policy", "--quiet", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- the policy is enough, and one action less is not ----------------------------------------------
+
+
+def encrypt(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    plain = dataset.parent / "plain"
+    api.encrypt(plain, out, keys=[KmsKeyring(client, arn) for arn in keys], context=context)
+
+
+def decrypt(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    api.decrypt(dataset, out, keys=KmsKeyring(client, keys[0]), context=context)
+
+
+def decrypt_by_alias(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    api.decrypt(dataset, out, keys=KmsKeyring(client, "alias/ml", resolve=True), context=context)
+
+
+def load(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    with api.open(dataset / "a", keys=KmsDiscoveryKeyring(client), context=context) as file:
+        assert file.read(1) == b"a"
+
+
+def rekey(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    api.rekey(
+        dataset,
+        out,
+        from_keys=KmsKeyring(client, keys[0]),
+        keys=[KmsKeyring(client, keys[1]), KmsKeyring(client, keys[0])],
+        context=context,
+    )
+
+
+JOBS: dict[str, tuple[Callable[..., None], Callable[[list[str]], list[str]], dict[int, set[str]]]] = {
+    # job, words for iam-policy, actions on each key
+    "encrypt for two keys": (
+        encrypt,
+        lambda k: ["--for", "encrypt", "--key", k[0], "--key", k[1]],
+        {0: {"GenerateDataKey"}, 1: {"Encrypt"}},
+    ),
+    "decrypt": (decrypt, lambda k: ["--for", "decrypt", "--key", k[0]], {0: {"Decrypt"}}),
+    "decrypt by alias": (
+        decrypt_by_alias,
+        lambda k: ["--for", "decrypt", "--key", "local:alias/ml"],
+        {0: {"Decrypt", "DescribeKey"}},
+    ),
+    "loader": (load, lambda k: ["--for", "loader", "--key", "local:alias/ml"], {0: {"Decrypt"}}),
+    "rekey": (
+        rekey,
+        lambda k: ["--for", "rekey", "--from-key", k[0], "--key", k[1], "--key", k[0]],
+        {0: {"Decrypt", "Encrypt"}, 1: {"GenerateDataKey"}},
+    ),
+}
+
+
+def as_user(service: Service, *policies: Any) -> Any:
+    """boto3 on the embedded KMS, as a user with these identity policies and nothing else."""
+    texts = tuple(json.dumps(policy) for policy in policies)
+    return kms_client("local", service=service, caller=Caller(USER, policies=texts))
+
+
+def without(policy: dict[str, Any], action: str, arn: str) -> dict[str, Any]:
+    """The policy with one action less on one key."""
+    statements = []
+    for statement in policy["Statement"]:
+        resources = (
+            statement["Resource"] if isinstance(statement["Resource"], list) else [statement["Resource"]]
+        )
+        for resource in resources:
+            left = [name for name in statement["Action"] if (name, resource) != (action, arn)]
+            if left:
+                statements.append({**statement, "Action": left, "Resource": resource})
+    return {
+        **policy,
+        "Statement": statements or [{"Effect": "Allow", "Action": "kms:ListKeys", "Resource": "*"}],
+    }
+
+
+@pytest.mark.parametrize(("job", "words", "expected"), JOBS.values(), ids=JOBS)
+def test_identity_policy_is_the_least(
+    service: Service,
+    keys: list[str],
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    job: Callable[..., None],
+    words: Callable[[list[str]], list[str]],
+    expected: dict[int, set[str]],
+) -> None:
+    told = printed(capsys, *words(keys), *WORDS, "--json")
+    actions = {
+        arn: {f"kms:{name}" for name in expected[number]}
+        for number, arn in enumerate(keys)
+        if number in expected
+    }
+    assert {arn: set(found) for arn, found in told["actions"].items()} == actions
+    policy = told["document"]
+    job(as_user(service, policy), keys, dataset, tmp_path / "done", CONTEXT)
+    for arn, found in actions.items():
+        for action in sorted(found):
+            with pytest.raises(KeyAccessError) as refused:
+                job(as_user(service, without(policy, action, arn)), keys, dataset, tmp_path / "not", CONTEXT)
+            assert refused.value.code == "AccessDeniedException", (action, arn)
+            assert action in str(refused.value)
+    with pytest.raises(KeyAccessError):
+        job(as_user(service), keys, dataset, tmp_path / "none", CONTEXT)
+
+
+def test_a_policy_with_a_context_serves_that_dataset_only(
+    service: Service, keys: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = printed(
+        capsys, "--for", "encrypt", "--key", keys[0], "--key", keys[1], "--context", "Project=CustomerChurn"
+    )
+    client = as_user(service, policy)
+    encrypt(client, keys, dataset, tmp_path / "more", {**CONTEXT, "Stage": "2"})
+    for number, context in enumerate(({}, {"Project": "Other"}, {"Stage": "CustomerChurn"})):
+        with pytest.raises(KeyAccessError) as refused:
+            encrypt(client, keys, dataset, tmp_path / f"other{number}", context)
+        assert refused.value.code == "AccessDeniedException"
+
+
+def test_exact_context_admits_no_other_pair_but_the_signature_key(
+    service: Service, keys: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--for", "encrypt", "--key", keys[0], "--context", "Project=CustomerChurn", "--exact-context"]
+    keyring = KmsKeyring(as_user(service, printed(capsys, *words)), keys[0])
+    plain = dataset.parent / "plain" / "a"
+    api.encrypt(plain, tmp_path / "exact", keys=keyring, context={"Project": "CustomerChurn"})
+    api.encrypt(plain, tmp_path / "signed", keys=keyring, context={"Project": "CustomerChurn"}, sign=True)
+    with pytest.raises(KeyAccessError):
+        api.encrypt(plain, tmp_path / "more", keys=keyring, context={"Project": "CustomerChurn", "a": "b"})
+
+
+@pytest.mark.parametrize("caller", [Caller(USER), Caller(SESSION)], ids=["user", "session of the role"])
+def test_key_policy_is_enough_for_its_principal_alone(
+    service: Service,
+    keys: list[str],
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caller: Caller,
+) -> None:
+    principal = USER if caller.arn == USER else ROLE
+    words = ["--for", "decrypt", "--key", keys[0], *WORDS, "--form", "key-policy", "--principal", principal]
+    policy = printed(capsys, *words)
+    client = kms_client("local", service=service, caller=caller)
+    with pytest.raises(KeyAccessError):
+        decrypt(client, keys, dataset, tmp_path / "before", CONTEXT)
+    service.put_key_policy(KeyId=keys[0], PolicyName="default", Policy=json.dumps(policy))
+    decrypt(client, keys, dataset, tmp_path / "out", CONTEXT)
+    with pytest.raises(KeyAccessError):
+        encrypt(client, keys[:1], dataset, tmp_path / "no", CONTEXT)
+    stranger = kms_client("local", service=service, caller=Caller(USER + "2"))
+    with pytest.raises(KeyAccessError):
+        decrypt(stranger, keys, dataset, tmp_path / "stranger", CONTEXT)
+
+
+def test_grants_are_enough_for_the_execution_role(
+    service: Service, keys: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--for",
+        "loader,encrypt",
+        "--key",
+        keys[0],
+        "--key",
+        keys[1],
+        *WORDS,
+        "--form",
+        "grants",
+        "--principal",
+        ROLE,
+    ]
+    requests = printed(capsys, *words)
+    assert sorted((request["KeyId"], request["Operations"]) for request in requests) == sorted(
+        [(keys[0], ["Decrypt", "GenerateDataKey"]), (keys[1], ["Decrypt", "Encrypt"])]
+    )
+    client = kms_client("local", service=service, caller=Caller(SESSION))
+    for request in requests:
+        service.create_grant(**request)
+    load(client, keys, dataset, tmp_path, CONTEXT)
+    encrypt(client, keys, dataset, tmp_path / "out", CONTEXT)
+    with pytest.raises(KeyAccessError):
+        encrypt(client, keys, dataset, tmp_path / "other", {"Project": "Other"})
+
+
+def test_sagemaker_may_make_grants_for_volumes_and_nothing_else(
+    service: Service, keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = printed(capsys, "--for", "sagemaker", "--key", keys[0])
+    text = json.dumps(policy)
+    grant = {"KeyId": keys[0], "GranteePrincipal": ROLE, "Operations": ["Decrypt"]}
+    via = Caller(USER, policies=(text,), via_service="sagemaker.local.amazonaws.com")
+    assert service.call("CreateGrant", grant, caller=via)["GrantId"]
+    assert service.call("DescribeKey", {"KeyId": keys[0]}, caller=via)
+    for action, caller in (
+        ("CreateGrant", Caller(USER, policies=(text,))),
+        ("Decrypt", via),
+        ("ListGrants", via),
+    ):
+        request = {"CreateGrant": grant, "ListGrants": {"KeyId": keys[0]}}.get(
+            action, {"CiphertextBlob": b"x" * 200}
+        )
+        with pytest.raises(Exception, match=r"AccessDenied|InvalidCiphertext"):
+            service.call(action, request, caller=caller)
+    less = json.dumps(without(policy, "kms:CreateGrant", keys[0]))
+    with pytest.raises(Exception, match="AccessDenied"):
+        service.call("CreateGrant", grant, caller=Caller(USER, policies=(less,), via_service=via.via_service))
+
+
+def test_via_service(service: Service, keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--for", "encrypt", "--key", keys[0], "--via-service", "s3.local.amazonaws.com"]
+    text = json.dumps(printed(capsys, *words))
+    request = {"KeyId": keys[0], "NumberOfBytes": 32}
+    through = Caller(USER, policies=(text,), via_service="s3.local.amazonaws.com")
+    assert service.call("GenerateDataKey", request, caller=through)["Plaintext"]
+    with pytest.raises(Exception, match="AccessDenied"):
+        service.call("GenerateDataKey", request, caller=Caller(USER, policies=(text,)))
+
+
+MISUSE: dict[str, list[str]] = {
+    "no KMS key": ["--key", "raw-aes:n/k@file"],
+    "unknown role": ["--key", "local:alias/ml", "--for", "delete"],
+    "key policy without a principal": ["--key", "local:alias/ml", "--form", "key-policy"],
+    "key policy of two keys": [
+        "--key", "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab",
+        "--key", "arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321",
+        "--form", "key-policy", "--principal", ROLE],
+    "sagemaker by grants": ["--key", "local:alias/ml", "--for", "sagemaker", "--form", "grants", "--principal", ROLE],
+    "exact without a context": ["--key", "local:alias/ml", "--exact-context"],
+    "from-key without rekey": ["--key", "local:alias/ml", "--from-key", "local:alias/ml"],
+    "context without a value": ["--key", "local:alias/ml", "--context", "Project"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISUSE.values(), ids=MISUSE)
+def test_misuse_is_a_usage_error_in_one_line(
+    keys: list[str], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert main(["iam-policy", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("streamcrypt: error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_an_absent_key_is_exit_code_4(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["iam-policy", "--key", "local:alias/absent"]) == 4
+    assert "alias/absent" in capsys.readouterr().err
+
+
+def test_a_key_arn_of_aws_needs_no_call(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    arn = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    policy = printed(capsys, "--key", arn, "--for", "decrypt")
+    assert policy["Statement"] == [
+        {"Sid": "StreamcryptKeys", "Effect": "Allow", "Action": ["kms:Decrypt"], "Resource": arn}
+    ]
+
+
+# --- over HTTP, as the user of an access key --------------------------------------------------------
+
+
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    server = Server(service, port=0)
+    ready: list[str] = []
+    listening = threading.Event()
+
+    def tell(url: str) -> None:
+        ready.append(url)
+        listening.set()
+
+    thread = threading.Thread(target=server.run, kwargs={"ready": tell})
+    thread.start()
+    assert listening.wait(10)
+    yield ready[0]
+    server.stop()
+    thread.join(10)
+
+
+@pytest.fixture
+def become(service: Service, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Take the place of a user with these identity policies."""
+
+    def become(*policies: Any) -> None:
+        texts = [json.dumps(policy) for policy in policies]
+        key = principals.access_key(service.store, USER, policies=texts)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key.id)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key.secret)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    return become
+
+
+def test_the_commands_run_under_exactly_the_printed_policy(
+    keys: list[str],
+    dataset: Path,
+    url: str,
+    become: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference = f"local:{keys[0]}@{url}"
+    plain = str(dataset.parent / "plain")
+    policy = printed(capsys, "--key", keys[0], "--for", "encrypt,decrypt", *WORDS)
+    become(policy)
+    assert main(["encrypt", plain, str(tmp_path / "e"), "--key", reference, "--quiet", *WORDS]) == 0
+    assert (
+        main(["decrypt", str(tmp_path / "e"), str(tmp_path / "d"), "--key", reference, "--quiet", *WORDS])
+        == 0
+    )
+    assert main(["verify", str(tmp_path / "e"), "--key", reference, "--quiet", "--against", plain]) == 0
+    become(without(policy, "kms:GenerateDataKey", keys[0]))
+    assert main(["encrypt", plain, str(tmp_path / "e2"), "--key", reference, "--quiet", *WORDS]) == 4
+    assert "kms:GenerateDataKey" in capsys.readouterr().err
+    become(without(policy, "kms:Decrypt", keys[0]))
+    assert (
+        main(["decrypt", str(tmp_path / "e"), str(tmp_path / "d2"), "--key", reference, "--quiet", *WORDS])
+        == 4
+    )
+    assert "kms:Decrypt" in capsys.readouterr().err
+
+
+# --- doctor -----------------------------------------------------------------------------------------
+
+
+def diagnosed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    capsys.readouterr()
+    code = main(["doctor", "--json", *words])
+    told = json.loads(capsys.readouterr().out)
+    assert told["exit_code"] == code
+    assert told["ok"] is (code == 0)
+    return code, {check["name"]: check for check in told["checks"]}
+
+
+def test_all_is_well(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = diagnosed(capsys, "--key", "local:alias/ml", "--interop", *WORDS)
+    assert code == 0
+    assert keys[0] in checks["key state"]["found"]
+    assert checks["identity"]["found"] == "arn:aws:iam::000000000000:root"
+    for name in ("endpoint", "kms:GenerateDataKey", "kms:Decrypt", "interop", "cache", "quota"):
+        assert checks[name]["status"] == "ok", checks[name]
+
+
+def test_dry_runs_use_nothing(service: Service, keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    diagnosed(capsys, "--key", "local:alias/ml", "--for", "encrypt,decrypt")
+    used = service.store.query(
+        "SELECT operation, error FROM audit WHERE operation IN ('GenerateDataKey', 'Decrypt')"
+    )
+    assert used == [("GenerateDataKey", "DryRunOperationException"), ("Decrypt", "DryRunOperationException")]
+
+
+def allow(action: Any, condition: dict[str, Any] | None = None, effect: str = "Allow") -> dict[str, Any]:
+    statement = {"Effect": effect, "Action": action, "Resource": "*"}
+    return {
+        "Version": "2012-10-17",
+        "Statement": [{**statement, "Condition": condition} if condition else statement],
+    }
+
+
+LOOK = allow(["kms:DescribeKey", "kms:GetKeyPolicy", "kms:ListGrants"])
+ONLY_ALPHA = {"StringEquals": {"kms:EncryptionContext:Project": "Alpha"}}
+ADMIN = {
+    "Effect": "Allow",
+    "Principal": {"AWS": "arn:aws:iam::000000000000:root"},
+    "Action": "kms:*",
+    "Resource": "*",
+}
+
+
+def for_user(action: str, condition: dict[str, Any] | None = None, effect: str = "Allow") -> dict[str, Any]:
+    made = {
+        **allow(action, condition, effect)["Statement"][0],
+        "Principal": {"AWS": USER},
+        "Sid": "ForTheWorker",
+    }
+    return {"Version": "2012-10-17", "Statement": [ADMIN, made]}
+
+
+# identity policies, key policy, grant, context -> what kms:Decrypt says, its cause, a word of the finding
+CAUSES: dict[str, tuple[list[Any], Any, dict[str, Any] | None, list[str], str, str, str]] = {
+    "allowed": ([LOOK, allow("kms:Decrypt")], None, None, [], "ok", "", "dry run"),
+    "no identity policy": ([LOOK], None, None, [], "failed", "identity policy", "no policy of"),
+    "deny in an identity policy": (
+        [LOOK, allow("kms:*"), allow("kms:Decrypt", effect="Deny")], None, None, [],
+        "failed", "identity policy", "Deny"),
+    "deny in the key policy": (
+        [LOOK, allow("kms:*")], for_user("kms:Decrypt", effect="Deny"), None, [], "failed", "key policy", "Deny"),
+    "another context than the key policy's": (
+        [LOOK], for_user("kms:Decrypt", ONLY_ALPHA), None, ["--context", "Project=Beta"],
+        "failed", "context", "ForTheWorker: StringEquals kms:EncryptionContext:Project"),
+    "the key policy's context": (
+        [LOOK], for_user("kms:Decrypt", ONLY_ALPHA), None, ["--context", "Project=Alpha"], "ok", "", "dry run"),
+    "another condition of the key policy": (
+        [LOOK], for_user("kms:Decrypt", {"Bool": {"kms:MultiRegion": True}}), None, [],
+        "failed", "key policy", "kms:MultiRegion"),
+    "the context takes the permission away": (
+        [LOOK, allow("kms:Decrypt", {"Null": {"kms:EncryptionContextKeys": True}})], None, None,
+        ["--context", "Project=Beta"], "failed", "context", "without the encryption context"),
+    "a grant for another context": (
+        [LOOK], None, {"EncryptionContextSubset": {"Project": "Alpha"}}, ["--context", "Project=Beta"],
+        "failed", "context", '"Project": "Alpha"'),
+    "a grant": ([LOOK], None, {"EncryptionContextSubset": {"Project": "Alpha"}}, ["--context", "Project=Alpha"],
+                "ok", "", "dry run"),
+    "nothing may be looked at": ([], None, None, [], "failed", "identity policy", "no policy of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "key_policy", "constraints", "words", "status", "cause", "finding"), CAUSES.values(), ids=CAUSES
+)
+def test_doctor_names_the_cause(
+    service: Service,
+    keys: list[str],
+    url: str,
+    become: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    own: list[Any],
+    key_policy: Any,
+    constraints: dict[str, Any] | None,
+    words: list[str],
+    status: str,
+    cause: str,
+    finding: str,
+) -> None:
+    if key_policy is not None:
+        service.put_key_policy(KeyId=keys[0], PolicyName="default", Policy=json.dumps(key_policy))
+    if constraints is not None:
+        service.create_grant(
+            KeyId=keys[0], GranteePrincipal=USER, Operations=["Decrypt"], Constraints=constraints
+        )
+    become(*own)
+    code, checks = diagnosed(capsys, "--key", f"local:{keys[0]}@{url}", "--for", "loader", *words)
+    check = checks["kms:Decrypt"]
+    assert (check["status"], check["cause"]) == (status, cause), check
+    assert finding in check["found"]
+    assert code == (0 if status == "ok" else 4)
+    if status == "failed":
+        assert "kms:Decrypt" in check["found"]
+        assert check["mend"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "request_", "finding", "mend"),
+    [
+        ("disable_key", {}, "Disabled", "enable-key"),
+        ("schedule_key_deletion", {"PendingWindowInDays": 7}, "will be deleted on", "cancel-key-deletion"),
+    ],
+)
+def test_state_of_the_key(
+    service: Service,
+    keys: list[str],
+    capsys: pytest.CaptureFixture[str],
+    operation: str,
+    request_: dict[str, Any],
+    finding: str,
+    mend: str,
+) -> None:
+    getattr(service, operation)(KeyId=keys[0], **request_)
+    code, checks = diagnosed(capsys, "--key", "local:alias/ml")
+    assert (code, checks["key state"]["cause"]) == (4, "key state")
+    assert finding in checks["key state"]["found"]
+    assert mend in checks["key state"]["mend"]
+
+
+def test_an_asymmetric_key_is_named_as_such(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    arn = service.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]["Arn"]
+    code, checks = diagnosed(capsys, "--key", f"local:{arn}")
+    assert code == 4
+    assert f"kms-rsa:{arn}" in checks["key state"]["mend"]
+
+
+def test_an_absent_alias(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = diagnosed(capsys, "--key", "local:alias/absent")
+    assert code == 4
+    assert "alias/absent" in checks["key state"]["found"]
+
+
+def test_a_kms_out_of_reach_is_temporary(
+    keys: list[str], url: str, become: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    become()
+    code, checks = diagnosed(capsys, "--key", f"local:{keys[0]}@http://127.0.0.1:9")
+    assert (code, checks["connection"]["cause"]) == (5, "network")
+
+
+def test_a_secret_that_is_wrong(
+    keys: list[str], url: str, become: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    become(allow("kms:*"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")  # another environment: boto3 clients are shared by it
+    code, checks = diagnosed(capsys, "--key", f"local:{keys[0]}@{url}")
+    assert (code, checks["connection"]["cause"]) == (4, "credentials")
+
+
+@pytest.mark.parametrize(
+    ("off", "status"), [(0, "ok"), (-59, "ok"), (90, "warning"), (-90, "warning"), (301, "failed")]
+)
+def test_clock(off: float, status: str) -> None:
+    response = {"ResponseMetadata": {"HTTPHeaders": {"date": "Mon, 21 Sep 2026 14:13:20 GMT"}}}
+    assert diagnosis._check_clock(response, 1_790_000_000.0 + off).status == status
+
+
+def test_cache_settings_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").write_bytes(bytes(1000))
+    (tmp_path / "b").write_bytes(bytes(10))
+    base = ["--source", str(tmp_path)]
+    for words, word in (
+        (["--cache-max-messages", "1"], "1 message"),
+        (["--cache-max-age", "10ms"], "0.01 s"),
+        (["--cache-max-bytes", "1999"], "1 of 2 files"),
+    ):
+        code, checks = diagnosed(capsys, *base, *words)
+        assert (code, checks["cache"]["status"]) == (0, "warning")
+        assert word in checks["cache"]["found"]
+    assert diagnosed(capsys, *base, "--cache-max-bytes", "2000")[1]["cache"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("url", "leaks"),
+    [
+        ("filecache::crypt::s3://bucket/x", True),
+        ("crypt::filecache::s3://bucket/x", False),
+        ("simplecache::zip://a::crypt::file:///x", True),
+        ("crypt::s3://bucket/x", False),
+        ("filecache::s3://bucket/x", False),
+    ],
+)
+def test_caches_outside_crypt(
+    url: str, leaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    code, checks = diagnosed(capsys, "--url", url)
+    assert code == (1 if leaks else 0)
+    if url == "filecache::crypt::s3://bucket/x":
+        assert "crypt::filecache::s3://bucket/x" in checks["plaintext leak"]["mend"]
+
+
+def test_a_configured_cache_outside_crypt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "conf.json").write_text(json.dumps({"filecache": {"target_protocol": "crypt"}}))
+    code, checks = diagnosed(capsys, "--url", "crypt::s3://bucket/x")
+    assert code == 1
+    assert "filecache" in checks["plaintext leak"]["found"]
+
+
+def test_leftovers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".streamcrypt-0123456789abcdef.tmp").write_bytes(bytes(10))
+    code, checks = diagnosed(capsys, "--source", str(tmp_path))
+    assert (code, checks["leftovers"]["status"]) == (0, "warning")
+    assert "1 temporary" in checks["leftovers"]["found"]
+    assert checks["cache"]["found"].startswith("0 files")
+
+
+def test_a_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(bytes(32))
+    path.chmod(0o600)
+    code, checks = diagnosed(capsys, "--key", f"raw-aes:n/k@{path}")
+    assert (code, checks["key"]["status"]) == (0, "ok")
+    path.write_bytes(bytes(31))
+    assert diagnosed(capsys, "--key", f"raw-aes:n/k@{path}")[0] == 4
+
+
+def test_text_for_people(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--key", "local:alias/ml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok") and "kms:Decrypt" in line for line in lines)
+    assert main(["doctor", "--key", "local:alias/ml", "--quiet"]) == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("ok")]
+
+
+def test_nothing_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 2
+    assert main(["doctor", "--key", "nonsense"]) == 2
