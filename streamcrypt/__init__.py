@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TemporaryError,
         WrappedKeyError,
     )
+    from streamcrypt.fs import filesystem
     from streamcrypt.keys.cache import DataKeyCache
     from streamcrypt.kms import kms_client
 
@@ -55,6 +56,7 @@ __all__ = [
     "decrypt_bytes",
     "encrypt",
     "encrypt_bytes",
+    "filesystem",
     "inspect",
     "kms_client",
     "open",
@@ -74,6 +76,7 @@ _HOMES = {
         "KeyUnavailableError", "LimitExceededError", "SourceError", "StreamcryptError", "TemporaryError",
         "WrappedKeyError",
     ),
+    "streamcrypt.fs": ("filesystem",),
     "streamcrypt.keys.cache": ("DataKeyCache",),
     "streamcrypt.kms": ("kms_client",),
 }  # fmt: skip

@@ -1,0 +1,1288 @@
+"""Encrypted files behind other libraries' file systems.
+
+    crypt::s3://bucket/train.enc/part-0.parquet     fsspec: chained onto any filesystem
+    crypt:///data/train.enc/part-0.parquet          on local files, or on ``target_protocol``
+    filesystem(...)                                 the same as a pyarrow FileSystem
+
+Each file is one message.  Names stay as they are, sizes are those of the plaintext, and our own
+objects (the manifest, unfinished files) are not listed.  A read opens only the frames that it covers.
+
+KMS calls: all filesystems of a process read through one DataKeyCache (for each ``cache_max_age``), so
+a run makes one Decrypt per distinct data key and process, within that age.  A pickled filesystem
+carries its options and nothing secret; the process that unpickles it asks for data keys itself.
+
+What must never happen: plaintext that has not been authenticated reaches a reader, or plaintext
+reaches a disk unasked.  A caching filesystem outside ours (``simplecache::crypt::…``) would do the
+latter: it warns, and ``no_plaintext_on_disk=True`` refuses it.  Inside (``crypt::simplecache::…``)
+it keeps only ciphertext.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from streamcrypt.engine.manifest import Listed, read_manifest
+from streamcrypt.errors import DestinationError, FormatError, IntegrityError, StreamcryptError
+from streamcrypt.keys.cache import DataKeyCache
+from streamcrypt.keys.materials import Materials
+from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring
+from streamcrypt.kms import default_home
+from streamcrypt.message.context import check_caller_context
+from streamcrypt.message.frames import UNFRAMED_PREFIX, unframed_length
+from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
+from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
+from streamcrypt.storage import (
+    RESERVED_FOLDER,
+    TEMPORARY_PREFIX,
+    TEMPORARY_SUFFIX,
+    Buffer,
+    LocalTree,
+    Source,
+    Target,
+    is_ours,
+)
+from streamcrypt.streams import (
+    DEFAULT_FRAME_LENGTH,
+    DecryptingFile,
+    EncryptingFile,
+    OutgoingMessage,
+    ReadingRules,
+    header_template,
+    read_bytes,
+    source_geometry,
+    source_header,
+)
+from streamcrypt.units import parse_size
+
+try:
+    from fsspec import AbstractFileSystem, get_filesystem_class
+    from fsspec import filesystem as fsspec_filesystem
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.chained import ChainedFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+    from fsspec.registry import available_protocols
+    from fsspec.utils import stringify_path
+except ImportError as error:  # pragma: no cover - a test starts an interpreter without fsspec
+    raise ImportError("streamcrypt.fs needs fsspec: pip install 'streamcrypt[fsspec]'") from error
+
+if TYPE_CHECKING:
+    import pyarrow.fs
+
+# A read this long is cut into spans that threads open side by side: see benchmarks/README.md, "Readers".
+PARALLEL_LENGTH: Final = 4 * 2**20
+_SPAN_LENGTH: Final = 4 * 2**20
+# One ranged request to an object store.
+_REMOTE_SPAN_LENGTH: Final = 8 * 2**20
+_MAX_READ_AHEAD: Final = 8 * 2**20
+# A file that is not longer than this is sealed when it is closed, because only a message of known
+# length may share its data key with others.
+_HELD_LENGTH: Final = 8 * 2**20
+_MESSAGES_AT_ONCE: Final = 64
+_REMEMBERED_SIZES: Final = 100_000
+
+# What other filesystems call the things that change when a file does.
+_MARKS: Final = (
+    "size", "mtime", "ino", "ETag", "etag", "LastModified", "last_modified", "updated", "generation",
+    "created", "md5Hash", "content_md5", "VersionId",
+)  # fmt: skip
+
+Info = dict[str, Any]
+
+
+class PlaintextOnDiskWarning(UserWarning):
+    """A caching filesystem outside ``crypt`` keeps decrypted files on disk."""
+
+
+class _FileSystemType(type(AbstractFileSystem)):  # type: ignore[misc]  # fsspec is not annotated
+    """fsspec gives one instance for equal arguments; this adds to what makes arguments equal."""
+
+    @property
+    def surroundings(cls) -> tuple[str | None, ...]:
+        """Where keys would be looked for: the same reference means another key elsewhere."""
+        return (str(default_home().absolute()), *(os.environ.get(name) for name in _KEY_VARIABLES))
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        keys = options.get("keys")
+        if keys is not None and not _is_plain(keys):
+            raise TypeError(
+                "keys of a filesystem are key references: a filesystem travels to other processes"
+            )
+        made = super().__call__(*args, **options)
+        made.check_caller()
+        return made
+
+
+_KEY_VARIABLES: Final = ("AWS_PROFILE", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL")
+
+
+def _is_plain(keys: object) -> bool:
+    return isinstance(keys, str) or (
+        isinstance(keys, list | tuple) and all(isinstance(key, str) for key in keys)
+    )
+
+
+class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ignore[misc]  # not annotated
+    """Messages of another filesystem, read and written as the files that they hold.
+
+    The filesystem below is ``fs``, or made from ``target_protocol`` and ``target_options`` (by
+    default local files); a chained URL sets these.
+
+    ``keys``: key references; they wrap the data keys of what is written, and limit which may unwrap.
+    Without them, AWS and local keys are found by the ARN in the message, and nothing can be written.
+    ``context``: pairs to bind when writing, and that must be there when reading.
+    ``verify_manifest``: where a folder above a file holds a manifest, the file must be the message
+    that it lists; ``require_manifest`` refuses files without one.  Other options are those of
+    ``sc.open``.  ``threads`` open the frames of one large read (default: the cores, at most 8).
+    """
+
+    protocol = ("crypt", "streamcrypt")
+    _extra_tokenize_attributes = ("surroundings",)
+    _strip_tokenize_options = ("fo",)
+
+    def __init__(
+        self,
+        target_protocol: str | None = None,
+        target_options: Mapping[str, Any] | None = None,
+        fs: AbstractFileSystem | None = None,
+        fo: str | None = None,
+        *,
+        keys: str | Sequence[str] | None = None,
+        context: Mapping[str, str] | None = None,
+        authenticated_context: Mapping[str, str] | None = None,
+        commitment_policy: CommitmentPolicy | str = CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT,
+        max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
+        require_signed: bool = False,
+        sign: bool = False,
+        frame_size: int | str = DEFAULT_FRAME_LENGTH,
+        cache_max_age: float = 300.0,
+        verify_manifest: bool = True,
+        require_manifest: bool = False,
+        no_plaintext_on_disk: bool = False,
+        fsync: bool = True,
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        if self._cached:
+            return  # fsspec calls this again for an instance that it keeps
+        super().__init__(**options)
+        if fs is not None and target_protocol is not None:
+            raise ValueError("give the filesystem below as fs= or as target_protocol=, not both")
+        if fs is None:
+            fs = fsspec_filesystem(target_protocol or "file", **(target_options or {}))
+        self.fs = fs
+        self.root_marker = fs.root_marker
+        self.sep = fs.sep
+        self.no_plaintext_on_disk = no_plaintext_on_disk
+        self.threads = threads or min(8, os.cpu_count() or 1)
+        self._keys = keys
+        self._context = dict(context or {})
+        self._authenticated_context = dict(authenticated_context or {})
+        check_caller_context({**self._context, **self._authenticated_context})
+        self._rules = ReadingRules(
+            CommitmentPolicy(commitment_policy),
+            max_encrypted_data_keys,
+            self._context,
+            self._authenticated_context,
+            require_signed,
+        )
+        self._max_encrypted_data_keys = max_encrypted_data_keys
+        self._suite = SIGNED if sign else UNSIGNED
+        self._frame_length = parse_size(frame_size)
+        if not 1 <= self._frame_length <= MAX_WRITTEN_FRAME_LENGTH:
+            raise ValueError(f"frame size {frame_size}: it must be 1 to {MAX_WRITTEN_FRAME_LENGTH} bytes")
+        self._cache_max_age = cache_max_age
+        self._verify_manifest = verify_manifest
+        self._require_manifest = require_manifest
+        self._durable = fsync
+        self._lock = threading.RLock()
+        self._reading: Materials | None = None
+        self._writing: Materials | None = None
+        self._sizes: dict[str, tuple[object, int]] = {}
+        self._manifests: dict[str, dict[str, Listed] | None] = {}
+        self._warned = False
+        of_class = type(self)._strip_protocol
+
+        def strip_protocol(path: Any) -> Any:
+            path = of_class(path)
+            if isinstance(path, list):
+                return [self.fs._strip_protocol(one) for one in path]
+            return self.fs._strip_protocol(path)
+
+        # The class does not know the filesystem below, whose forms of a path are to be taken as well.
+        self.__dict__["_strip_protocol"] = strip_protocol
+
+    # -- paths
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        """The path in the filesystem below, of any form: chained URL, ``crypt://`` URL, or path."""
+        if isinstance(path, list):
+            return [cls._strip_protocol(one) for one in path]
+        text = str(stringify_path(path))
+        for protocol in cls.protocol:
+            if text.startswith(f"{protocol}://::"):
+                return _chained_path(text[len(protocol) + 5 :])
+            if text.startswith(f"{protocol}::"):
+                return _chained_path(text[len(protocol) + 2 :])
+            if text.startswith(f"{protocol}://"):
+                text = text[len(protocol) + 3 :]
+                break
+        return text.rstrip("/") or ("/" if text.startswith("/") else "")
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"{self.protocol[0]}::{self.fs.unstrip_protocol(self._strip_protocol(name))}"
+
+    def _parent(self, path: str) -> str:  # type: ignore[override, unused-ignore]
+        return str(self.fs._parent(self._strip_protocol(path)))
+
+    # -- what there is
+
+    def info(self, path: str, **options: Any) -> Info:
+        info = self.fs.info(self._strip_protocol(path), **options)
+        return self._with_plaintext_size(info, strict=True)
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        infos = [
+            info for info in self.fs.ls(self._strip_protocol(path), detail=True, **options) if _shown(info)
+        ]
+        return self._with_plaintext_sizes(infos) if detail else [info["name"] for info in infos]
+
+    def find(
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        **options: Any,
+    ) -> Any:
+        root = self._strip_protocol(path)
+        found = self.fs.find(root, maxdepth=maxdepth, withdirs=withdirs, detail=True, **options)
+        found = {name: info for name, info in found.items() if not _hidden_below(name, root)}
+        if not detail:
+            return list(found)
+        return dict(zip(found, self._with_plaintext_sizes(found.values()), strict=True))
+
+    def glob(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:
+        detail = options.pop("detail", False)
+        found = self.fs.glob(self._strip_protocol(path), maxdepth=maxdepth, detail=True, **options)
+        found = {name: info for name, info in found.items() if not _hidden_below(name, "")}
+        if not detail:
+            return list(found)
+        return dict(zip(found, self._with_plaintext_sizes(found.values()), strict=True))
+
+    def walk(
+        self, path: str, maxdepth: int | None = None, topdown: bool = True, **options: Any
+    ) -> Iterator[tuple[str, Any, Any]]:
+        detail = options.pop("detail", False)
+        walked = self.fs.walk(
+            self._strip_protocol(path), maxdepth=maxdepth, topdown=topdown, detail=True, **options
+        )
+        for folder, folders, files in walked:
+            if not topdown and _hidden_below(folder, ""):
+                continue
+            for names in (folders, files):  # in place, so that what is hidden is not walked into
+                for name in [name for name in names if _hidden_name(name)]:
+                    del names[name]
+            if detail:
+                yield (
+                    folder,
+                    folders,
+                    dict(zip(files, self._with_plaintext_sizes(files.values()), strict=True)),
+                )
+            else:
+                kept = list(folders)
+                yield folder, kept, list(files)
+                for name in set(folders) - set(kept):  # the caller prunes by removing names
+                    del folders[name]
+
+    def exists(self, path: str, **options: Any) -> bool:
+        return bool(self.fs.exists(self._strip_protocol(path), **options))
+
+    def lexists(self, path: str, **options: Any) -> bool:
+        return bool(self.fs.lexists(self._strip_protocol(path), **options))
+
+    def isdir(self, path: str) -> bool:
+        return bool(self.fs.isdir(self._strip_protocol(path)))
+
+    def isfile(self, path: str) -> bool:
+        return bool(self.fs.isfile(self._strip_protocol(path)))
+
+    def created(self, path: str) -> Any:
+        return self.fs.created(self._strip_protocol(path))
+
+    def modified(self, path: str) -> Any:
+        return self.fs.modified(self._strip_protocol(path))
+
+    def ukey(self, path: str) -> str:
+        return str(self.fs.ukey(self._strip_protocol(path)))
+
+    def checksum(self, path: str) -> Any:
+        return self.fs.checksum(self._strip_protocol(path))
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        """Forget sizes and manifests, and what the filesystem below keeps."""
+        with self._lock:
+            if path is None:
+                self._sizes.clear()
+            else:
+                self._sizes.pop(self._strip_protocol(path), None)
+            self._manifests.clear()
+        self.fs.invalidate_cache(self._strip_protocol(path) if path is not None else None)
+        super().invalidate_cache(path)
+
+    # -- what changes names only: a message does not depend on its name
+
+    def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
+        self.fs.mkdir(self._strip_protocol(path), create_parents=create_parents, **options)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.fs.makedirs(self._strip_protocol(path), exist_ok=exist_ok)
+
+    def rmdir(self, path: str) -> None:
+        self.fs.rmdir(self._strip_protocol(path))
+
+    def rm_file(self, path: str) -> None:
+        self.fs.rm_file(self._strip_protocol(path))
+
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        # Below, so that a folder goes with all that is in it, our own objects too.
+        self.fs.rm(self._strip_protocol(path), recursive=recursive, maxdepth=maxdepth)
+
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        """Copy a message as it is; it is neither opened nor sealed again."""
+        path1, path2 = self._strip_protocol(path1), self._strip_protocol(path2)
+        if not self.fs.async_impl:
+            self.fs.makedirs(self.fs._parent(path2), exist_ok=True)
+        self.fs.cp_file(path1, path2, **options)
+
+    def mv(
+        self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **options: Any
+    ) -> None:
+        path1, path2 = self._strip_protocol(path1), self._strip_protocol(path2)
+        self.fs.mv(path1, path2, recursive=recursive, maxdepth=maxdepth, **options)
+
+    def touch(self, path: str, truncate: bool = True, **options: Any) -> None:
+        """An empty message; with ``truncate=False`` an existing one only gets a new time."""
+        if not truncate and self.exists(path):
+            self.fs.touch(self._strip_protocol(path), truncate=False, **options)
+        else:
+            self.pipe_file(path, b"")
+
+    # -- reading
+
+    def _open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: int | None = None,
+        autocommit: bool = True,
+        cache_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        path = self._strip_protocol(path)
+        if mode == "rb":
+            return CryptFile(self, path, self._open_message(path))
+        if mode not in ("wb", "xb"):
+            raise ValueError(
+                f"mode {mode!r}: a message is opened with 'rb', 'wb' or 'xb'; it is not changed in place"
+            )
+        return CryptWriter(
+            self, path, self._begin_writing(path, overwrite=mode == "wb", autocommit=autocommit)
+        )
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        with self._open(path) as file:
+            start, end = _bounds(start, end, file.size)
+            return cast(bytes, file.read_at(start, end - start))
+
+    def cat_ranges(
+        self,
+        paths: list[str],
+        starts: Any,
+        ends: Any,
+        max_gap: int | None = None,
+        on_error: str = "return",
+        **options: Any,
+    ) -> list[Any]:
+        """Many ranges of many files; each frame is opened once, in threads.
+
+        With ``on_error="return"`` a range that fails is its exception.  ``max_gap`` changes nothing.
+        """
+        if not isinstance(paths, list):
+            raise TypeError("paths is a list")
+        starts = starts if isinstance(starts, list) else [starts] * len(paths)
+        ends = ends if isinstance(ends, list) else [ends] * len(paths)
+        if not len(paths) == len(starts) == len(ends):
+            raise ValueError("paths, starts and ends are of one length")
+        wanted: dict[str, list[tuple[int, int | None, int | None]]] = {}
+        for index, (path, start, end) in enumerate(zip(paths, starts, ends, strict=True)):
+            wanted.setdefault(self._strip_protocol(path), []).append((index, start, end))
+        results: list[Any] = [b""] * len(paths)
+        names = list(wanted)
+        for first in range(0, len(names), _MESSAGES_AT_ONCE):
+            self._cat_ranges(
+                {name: wanted[name] for name in names[first : first + _MESSAGES_AT_ONCE]}, results
+            )
+        if on_error != "return":
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+        return results
+
+    def _cat_ranges(
+        self, wanted: Mapping[str, list[tuple[int, int | None, int | None]]], results: list[Any]
+    ) -> None:
+        opened = {path: _pool().submit(self._open_message, path) for path in wanted}
+        wait(opened.values())
+        tasks: list[tuple[Future[None], list[int]]] = []
+        cuts: list[tuple[int, memoryview, int, int]] = []
+        with contextlib.ExitStack() as stack:
+            for path, ranges in wanted.items():
+                try:
+                    message = stack.enter_context(opened[path].result())
+                except Exception as error:  # noqa: BLE001 - fsspec's contract: the error is the result
+                    for index, _, _ in ranges:
+                        results[index] = error
+                    continue
+                bounds = [(index, *_bounds(start, end, message.size)) for index, start, end in ranges]
+                for begin, stop, members in _runs(message, bounds):
+                    run = memoryview(bytearray(stop - begin))
+                    cuts += [(index, run, start - begin, end - begin) for index, start, end in members]
+                    for fill in self._spans(message, begin, run):
+                        tasks.append((_pool().submit(fill), [index for index, _, _ in members]))
+            wait([task for task, _ in tasks])
+        for index, run, start, end in cuts:
+            results[index] = bytes(run[start:end])
+        for task, indices in tasks:
+            failure = task.exception()
+            for index in indices if failure is not None else ():
+                results[index] = failure
+
+    def fill(self, message: DecryptingFile, offset: int, view: memoryview) -> None:
+        """Open plaintext straight into memory that only the caller sees, in threads if it is much."""
+        spans = list(self._spans(message, offset, view))
+        if len(spans) == 1:
+            spans[0]()
+            return
+        tasks = [_pool().submit(span) for span in spans]
+        wait(tasks)  # all of them, also when one fails: no thread may write into the memory after this
+        for task in tasks:
+            task.result()
+
+    def _spans(self, message: DecryptingFile, offset: int, view: memoryview) -> Iterator[Callable[[], None]]:
+        """Calls that together fill ``view``; each may run in a thread of its own."""
+        reader = message.frame_reader()
+        local = isinstance(self.fs, LocalFileSystem)
+        if reader is None or len(view) < PARALLEL_LENGTH or (local and self.threads == 1):
+            yield lambda: message.fill(offset, view)
+            return
+        frame_length = reader.geometry.frame_length
+        span = _SPAN_LENGTH if local else _REMOTE_SPAN_LENGTH
+        span = max(1, span // frame_length) * frame_length
+        source = cast(_SourceOfFile, message).source
+        position, end = offset, offset + len(view)
+        while position < end:
+            stop = min(position - position % frame_length + span, end)
+            part = view[position - offset : stop - offset]
+            yield _Span(source, message, position, part)
+            position = stop
+
+    def _open_message(self, path: str) -> DecryptingFile:
+        """The message at ``path``, its header, final frame and place in the manifest checked."""
+        self.check_caller()
+        source = self._source(path)
+        message = _SourceOfFile(source, self._materials_for_reading(), self._rules, name=path)
+        try:
+            self._check_listed(path, message, source.size)
+        except BaseException:
+            message.close()
+            raise
+        return message
+
+    def _source(self, path: str, info: Info | None = None) -> Source:
+        if isinstance(self.fs, LocalFileSystem):
+            # A link that the caller names is followed; LocalTree itself follows none.
+            folder, name = os.path.split(os.path.realpath(path))
+            if not os.path.exists(path):
+                raise FileNotFoundError(path)
+            if os.path.isdir(path):
+                raise IsADirectoryError(path)
+            tree = LocalTree(folder)
+            try:
+                return tree.open(name)
+            finally:
+                tree.close()
+        info = info or self.fs.info(path)
+        if info["type"] == "directory":
+            raise IsADirectoryError(path)
+        return _RemoteSource(self.fs, path, info["size"])
+
+    def _materials_for_reading(self) -> Materials:
+        with self._lock:
+            if self._reading is None:
+                self._reading = Materials(
+                    decrypting_keyring(self._keys),
+                    cache=_data_keys(self._cache_max_age),
+                    max_encrypted_data_keys=self._max_encrypted_data_keys,
+                )
+            return self._reading
+
+    # -- writing
+
+    def pipe_file(self, path: str, value: Buffer, mode: str = "overwrite", **options: Any) -> None:
+        with self.open(path, "xb" if mode == "create" else "wb", **options) as file:
+            file.write(value)
+
+    def put_file(
+        self, lpath: Any, rpath: str, callback: Any = None, mode: str = "overwrite", **options: Any
+    ) -> None:
+        extra = {} if callback is None else {"callback": callback}
+        super().put_file(lpath, self._strip_protocol(rpath), mode=mode, **extra, **options)
+
+    def get_file(self, rpath: str, lpath: Any, *args: Any, **options: Any) -> Any:
+        """Decrypt one file to a local one."""
+        if self.no_plaintext_on_disk:
+            raise DestinationError(
+                f"{lpath}: would hold plaintext on disk, and no_plaintext_on_disk is set; read the file instead"
+            )
+        return super().get_file(self._strip_protocol(rpath), lpath, *args, **options)
+
+    def _begin_writing(
+        self, path: str, *, overwrite: bool, autocommit: bool
+    ) -> Callable[[int | None], tuple[EncryptingFile, _LateTarget]]:
+        """What begins the message once its length is known, or known to be large (None)."""
+        if self._keys is None:
+            raise ValueError("writing needs keys=; name the key that is to wrap the data keys")
+        if not overwrite and self.exists(path):
+            raise FileExistsError(path)
+        if self.isdir(path):
+            raise IsADirectoryError(path)
+        materials = self._materials_for_writing()
+
+        def begin(length: int | None) -> tuple[EncryptingFile, _LateTarget]:
+            full = {**self._context, **self._authenticated_context}
+            found = materials.for_encryption(self._suite, full, length)
+            template = header_template(found, self._frame_length, self._authenticated_context)
+            message = OutgoingMessage.begin(found, template, self._frame_length)
+            target = _LateTarget(self._target(path, overwrite=overwrite), autocommit=autocommit)
+            file = EncryptingFile(target, message, overwrite=overwrite, durable=self._durable, name=path)
+            return file, target
+
+        return begin
+
+    def _materials_for_writing(self) -> Materials:
+        with self._lock:
+            if self._writing is None:
+                assert self._keys is not None
+                self._writing = Materials(
+                    encrypting_keyring(self._keys),
+                    cache=_data_keys(self._cache_max_age),
+                    max_encrypted_data_keys=self._max_encrypted_data_keys,
+                )
+            return self._writing
+
+    def _target(self, path: str, *, overwrite: bool) -> Target:
+        if isinstance(self.fs, LocalFileSystem):
+            folder, name = os.path.split(path)
+            tree = LocalTree(os.path.realpath(folder))
+            try:
+                return tree.create(name, overwrite=overwrite)
+            finally:
+                tree.close()
+        return _RemoteTarget(self.fs, path)
+
+    def forget(self, path: str) -> None:
+        """A file was written: what was known of its name no longer holds."""
+        with self._lock:
+            self._sizes.pop(path, None)
+        self.fs.invalidate_cache(self.fs._parent(path))
+
+    # -- sizes
+
+    def _with_plaintext_sizes(self, infos: Iterable[Info]) -> list[Info]:
+        infos = list(infos)
+        if sum(info.get("type") == "file" for info in infos) < 2:
+            return [self._with_plaintext_size(info) for info in infos]
+        return list(_pool().map(self._with_plaintext_size, infos))
+
+    def _with_plaintext_size(self, info: Info, *, strict: bool = False) -> Info:
+        """``info`` with the size of the plaintext, as the header says: opening the file authenticates it.
+
+        A file that is no message keeps its size; one that is damaged has none (``strict``: raises).
+        """
+        if info.get("type") != "file":
+            return info
+        name, marks = info["name"], tuple(info.get(mark) for mark in _MARKS)
+        with self._lock:
+            known = self._sizes.get(name)
+        info = {**info, "message_size": info["size"]}
+        if known is not None and known[0] == marks:
+            info["size"] = known[1]
+            return info
+        try:
+            with contextlib.closing(self._source(name, info)) as source:
+                info["size"] = _plaintext_size(source)
+        except FormatError as error:
+            if error.recognised and strict:
+                raise
+            info["encrypted"] = False
+            return info
+        except StreamcryptError:
+            if strict:
+                raise
+            info["size"] = None
+            return info
+        with self._lock:
+            if len(self._sizes) >= _REMEMBERED_SIZES:
+                self._sizes.clear()
+            self._sizes[name] = marks, info["size"]
+        return info
+
+    # -- the manifest
+
+    def _check_listed(self, path: str, message: DecryptingFile, message_length: int) -> None:
+        """IntegrityError unless the manifest above ``path``, where there is one, lists this message."""
+        if not self._verify_manifest or f"/{RESERVED_FOLDER}/" in f"/{path}":
+            return
+        for fresh in (False, True):
+            found = self._manifest_above(path, fresh=fresh)
+            if found is None:
+                if self._require_manifest:
+                    raise IntegrityError(f"{path}: no manifest lists it, and require_manifest is set")
+                return
+            root, listing = found
+            listed = listing.get(path[len(root) :].lstrip("/"))
+            try:
+                if listed is None or listed.failed is not None:
+                    raise IntegrityError("is not listed in the manifest: added later, or renamed")
+                listed.check(message.header, message_length)
+            except IntegrityError as error:
+                if fresh:  # the tree may have been encrypted again since the manifest was read
+                    raise IntegrityError(
+                        f"{path}: {error}; verify_manifest=False reads what the manifest of {root} does not list"
+                    ) from None
+            else:
+                return
+
+    def _manifest_above(self, path: str, *, fresh: bool) -> tuple[str, dict[str, Listed]] | None:
+        folder = path
+        while (above := str(self.fs._parent(folder))) != folder:
+            folder = above
+            if not folder.strip("/"):
+                break
+            with self._lock:
+                known = folder in self._manifests
+                listing = self._manifests.get(folder)
+            if not known or (fresh and listing is not None):
+                listing = self._read_manifest(folder)
+                with self._lock:
+                    self._manifests[folder] = listing
+            if listing is not None:
+                return folder, listing
+        return None
+
+    def _read_manifest(self, folder: str) -> dict[str, Listed] | None:
+        path = f"{folder}/{RESERVED_FOLDER}/manifest"
+        try:
+            if not self.fs.isfile(path):
+                return None
+        except PermissionError:
+            return None
+        try:
+            with self._open_message(path) as file:
+                return {listed.name: listed for listed in read_manifest(io.BytesIO(file.read()))}
+        except StreamcryptError as error:
+            error.args = (f"{path}: {error}", *error.args[1:])
+            raise
+
+    # -- plaintext on disk
+
+    def check_caller(self) -> None:
+        """Warn, or refuse, when a caching filesystem is about to keep our plaintext on disk."""
+        if not _called_by_a_cache():
+            return
+        if self.no_plaintext_on_disk:
+            raise DestinationError(
+                "a caching filesystem outside crypt would keep plaintext on disk, and no_plaintext_on_disk is "
+                "set; put it inside: crypt::simplecache::URL keeps ciphertext"
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a caching filesystem outside crypt keeps plaintext on disk; crypt::simplecache::URL keeps "
+                "ciphertext, and no_plaintext_on_disk=True refuses this",
+                PlaintextOnDiskWarning,
+                stacklevel=3,
+            )
+
+
+def _chained_path(rest: str) -> str:
+    """The path that a chain leads to: that of its first part which has one."""
+    parts = rest.split("::")
+    for number, part in enumerate(parts):
+        protocol, separator, path = part.partition("://")
+        if not separator:
+            if part in available_protocols() and number + 1 < len(parts):
+                continue
+            return part
+        if path or number + 1 == len(parts):
+            return str(get_filesystem_class(protocol)._strip_protocol(part))
+    return ""
+
+
+def _hidden_name(name: str) -> bool:
+    return name == RESERVED_FOLDER or is_ours(name)
+
+
+def _hidden_below(path: str, root: str) -> bool:
+    """Whether a path, below ``root``, is one of our own objects or lies in their folder."""
+    return any(_hidden_name(part) for part in path[len(root) :].split("/"))
+
+
+def _shown(info: Info) -> bool:
+    return not _hidden_name(str(info["name"]).rstrip("/").rpartition("/")[2])
+
+
+def _plaintext_size(source: Source) -> int:
+    header = source_header(source, max_encrypted_data_keys=None)
+    if header.framed:
+        return source_geometry(source, header).plaintext_length
+    start = read_bytes(source, header.length, UNFRAMED_PREFIX)
+    if len(start) < UNFRAMED_PREFIX:
+        raise IntegrityError("the body is cut short: the message is truncated")
+    return unframed_length(start)
+
+
+def _bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:
+    """A range as Python's slices have it: from the end where negative, cut to the file."""
+    start, end, _ = slice(start, end).indices(size)
+    return start, max(start, end)
+
+
+def _runs(
+    message: DecryptingFile, bounds: Iterable[tuple[int, int, int]]
+) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+    """Runs of whole frames that together hold all ``bounds``, no frame in two: begin, stop, their bounds."""
+    reader = message.frame_reader()
+    frame_length = reader.geometry.frame_length if reader is not None else max(1, message.size)
+    begin = stop = 0
+    members: list[tuple[int, int, int]] = []
+    for bound in sorted(bounds, key=lambda bound: bound[1]):
+        _, start, end = bound
+        first = start - start % frame_length
+        if members and first >= stop:
+            yield begin, stop, members
+            members = []
+        if not members:
+            begin = stop = first
+        stop = max(stop, min(-(-end // frame_length) * frame_length, message.size))
+        members.append(bound)
+    if members:
+        yield begin, stop, members
+
+
+def _called_by_a_cache() -> bool:
+    cached = sys.modules.get("fsspec.implementations.cached")
+    if cached is None:
+        return False
+    frame = sys._getframe(2)
+    for _ in range(12):
+        if isinstance(frame.f_locals.get("self"), cached.CachingFileSystem):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+# ---------------------------------------------------------------------------------------------
+# What a process shares
+
+_shared_lock = threading.Lock()
+_shared_pool: ThreadPoolExecutor | None = None
+_shared_data_keys: dict[float, DataKeyCache] = {}
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Threads that open frames and fetch headers.  No task of theirs waits for another."""
+    global _shared_pool
+    with _shared_lock:
+        if _shared_pool is None:
+            workers = max(16, 2 * (os.cpu_count() or 1))  # most of them wait for a store
+            _shared_pool = ThreadPoolExecutor(workers, thread_name_prefix="streamcrypt-fs")
+        return _shared_pool
+
+
+def _data_keys(max_age: float) -> DataKeyCache:
+    """One cache for all filesystems of the process: fsspec makes an instance for each thread."""
+    with _shared_lock:
+        return _shared_data_keys.setdefault(max_age, DataKeyCache(max_age=max_age))
+
+
+def _forget_in_child() -> None:
+    global _shared_lock, _shared_pool
+    _shared_lock = threading.Lock()
+    _shared_pool = None  # a fork does not take the threads along
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+class _SourceOfFile(DecryptingFile):
+    """A message whose source is known, so that a thread can fetch all of its span at once."""
+
+    def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str) -> None:
+        self.source = source
+        super().__init__(source, materials, rules, name=name)
+
+
+class _Span:
+    """A part of the plaintext that one thread opens."""
+
+    __slots__ = ("_message", "_offset", "_source", "_view")
+
+    def __init__(self, source: Source, message: DecryptingFile, offset: int, view: memoryview) -> None:
+        self._source, self._message, self._offset, self._view = source, message, offset, view
+
+    def __call__(self) -> None:
+        reader = self._message.frame_reader()
+        assert reader is not None
+        if isinstance(self._source, _RemoteSource):
+            first, stop = reader.geometry.frames_covering(self._offset, self._offset + len(self._view))
+            begin = reader.geometry.frame_offset(first)
+            self._source.prefetch(begin, reader.geometry.frames_end(stop) - begin)
+        reader.read_into(self._offset, self._view)
+
+
+class CryptFile(io.BufferedIOBase):
+    """The plaintext of one message of a filesystem; reads as ``sc.open`` does, large reads in threads.
+
+    It pickles as its place, not with its keys.
+    """
+
+    mode = "rb"
+
+    def __init__(self, fs: CryptFileSystem, path: str, message: DecryptingFile) -> None:
+        super().__init__()
+        self.fs = fs
+        self.path = path
+        self.size = message.size
+        self.header = message.header
+        self._message = message
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def full_name(self) -> str:
+        return self.fs.unstrip_protocol(self.path)
+
+    @property
+    def details(self) -> Info:
+        return self.info()
+
+    def info(self) -> Info:
+        return self.fs.info(self.path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._message.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._message.seek(offset, whence)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        length = self._available(size)
+        if length < PARALLEL_LENGTH:
+            return self._message.read(length)
+        data = self.read_at(self._message.tell(), length)
+        self._message.seek(length, io.SEEK_CUR)
+        return data
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self.read(size if size >= 0 else io.DEFAULT_BUFFER_SIZE)
+
+    def peek(self, size: int = 0, /) -> bytes:
+        return self._message.peek(size)
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._message.readinto(buffer)
+
+    def readinto1(self, buffer: Any, /) -> int:
+        return self._message.readinto(buffer)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
+        length = max(0, min(length, self.size - offset))
+        if length < PARALLEL_LENGTH:
+            return self._message.read_at(offset, length)
+        # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
+        room = io.BytesIO(bytes(length))
+        with room.getbuffer() as view:
+            self.fs.fill(self._message, offset, view)
+        return room.getvalue()
+
+    def read_buffer(self, size: int | None = -1, /) -> Any:
+        """The next ``size`` bytes as a ``pyarrow.Buffer``, opened in place: pyarrow asks for this."""
+        offset = self._message.tell()
+        buffer = self.buffer_at(offset, self._available(size))
+        self._message.seek(offset + buffer.size)
+        return buffer
+
+    def buffer_at(self, offset: int, length: int) -> Any:
+        """``length`` bytes from ``offset`` on as a ``pyarrow.Buffer``; nothing is copied."""
+        import pyarrow
+
+        buffer = pyarrow.allocate_buffer(max(0, min(length, self.size - offset)))
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            if len(octets):
+                self.fs.fill(self._message, offset, octets)
+        return buffer
+
+    def verify_signature(self) -> None:
+        self._message.verify_signature()
+
+    def close(self) -> None:
+        self._message.close()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<CryptFile {self.path!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.fs, self.path, self._message.tell())
+
+    def _available(self, size: int | None) -> int:
+        left = max(0, self.size - self._message.tell())
+        return left if size is None or size < 0 else min(size, left)
+
+
+def _reopen(fs: CryptFileSystem, path: str, position: int) -> CryptFile:
+    file: CryptFile = fs.open(path)
+    file.seek(position)
+    return file
+
+
+class CryptWriter(io.BufferedIOBase):
+    """A new file that becomes one message and appears when it is closed cleanly.
+
+    Within a transaction of the filesystem it appears when the transaction ends (``commit``).
+    """
+
+    mode = "wb"
+
+    def __init__(
+        self,
+        fs: CryptFileSystem,
+        path: str,
+        begin: Callable[[int | None], tuple[EncryptingFile, _LateTarget]],
+    ) -> None:
+        super().__init__()
+        self.fs = fs
+        self.path = path
+        self._begin = begin
+        self._held = bytearray()
+        self._file: EncryptingFile | None = None
+        self._target: _LateTarget | None = None
+        self._position = 0
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any, /) -> int:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        with memoryview(data) as view, view.cast("B") as octets:
+            length = len(octets)
+            if self._file is None and len(self._held) + length <= _HELD_LENGTH:
+                self._held += octets
+            else:
+                self._flush_held(None).write(octets)
+        self._position += length
+        return length
+
+    def _flush_held(self, length: int | None) -> EncryptingFile:
+        if self._file is None:
+            try:
+                self._file, self._target = self._begin(length)
+            except BaseException:
+                self.discard()
+                raise
+            self._file.write(self._held)
+            self._held = bytearray()
+        return self._file
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            self._flush_held(len(self._held)).close()
+            self.fs.forget(self.path)
+        finally:
+            self._file = None
+            super().close()
+
+    def commit(self) -> None:
+        """Make the closed file of a transaction appear."""
+        if self._target is not None:
+            self._target.commit()
+            self.fs.forget(self.path)
+
+    def discard(self) -> None:
+        """Close without making the message appear."""
+        file, self._file = self._file, None
+        self._held = bytearray()
+        if file is not None:
+            file.discard()
+        if self._target is not None:
+            self._target.discard()
+        super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self.close()
+        else:
+            self.discard()
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self.discard()  # not close(): a file that was forgotten is not whole
+
+    def __repr__(self) -> str:
+        return f"<CryptWriter {self.path!r}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a file that is being written is not pickled")
+
+
+class _LateTarget:
+    """A target that appears when it is committed, at once or at the end of a transaction."""
+
+    def __init__(self, target: Target, *, autocommit: bool) -> None:
+        self._target = target
+        self._autocommit = autocommit
+        self._overwrite: bool | None = None
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        self._target.write_at(offset, data)
+
+    def flush(self) -> None:
+        self._target.flush()
+
+    def publish(self, *, overwrite: bool) -> None:
+        self._overwrite = overwrite
+        if self._autocommit:
+            self.commit()
+
+    def commit(self) -> None:
+        if self._overwrite is not None:
+            overwrite, self._overwrite = self._overwrite, None
+            self._target.publish(overwrite=overwrite)
+
+    def discard(self) -> None:
+        if self._overwrite is None:  # else it is whole and waits for its commit
+            self._target.discard()
+
+
+class _RemoteSource:
+    """An object of another filesystem, read by ranges; in each thread it reads ahead of one who reads on."""
+
+    def __init__(self, fs: AbstractFileSystem, path: str, size: int) -> None:
+        self.size = size
+        self._fs = fs
+        self._path = path
+        self._ahead = threading.local()
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        length = min(len(buffer), max(0, self.size - offset))
+        start, data = getattr(self._ahead, "window", (0, b""))
+        if not start <= offset <= offset + length <= start + len(data):
+            going_on = offset == getattr(self._ahead, "end", None)
+            more = min(2 * max(length, len(data)), _MAX_READ_AHEAD) if going_on else length
+            self.prefetch(offset, max(length, more))
+            start, data = self._ahead.window
+        self._ahead.end = offset + length
+        piece = memoryview(data)[offset - start : offset - start + length]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Fetch a range in one request, for this thread's next reads."""
+        end = min(offset + length, self.size)
+        self._ahead.window = offset, self._fs.cat_file(self._path, offset, end) if end > offset else b""
+
+    def check_unchanged(self) -> None:
+        pass  # every frame that is read has been authenticated, and belongs to one message
+
+    def close(self) -> None:
+        self._ahead = threading.local()
+
+
+class _RemoteTarget:
+    """An object of another filesystem that is written in order."""
+
+    def __init__(self, fs: AbstractFileSystem, path: str) -> None:
+        self._fs = fs
+        self._path = path
+        self._position = 0
+        # Object stores show an upload when it is complete; elsewhere a temporary name must do it.
+        folder, _, _ = path.rpartition("/")
+        name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        self._written = path if fs.async_impl else f"{folder}/{name}" if folder else name
+        if not fs.async_impl and folder:
+            fs.makedirs(folder, exist_ok=True)
+        self._file = fs.open(self._written, "wb")
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        assert offset == self._position
+        self._file.write(data)
+        self._position += len(data)
+
+    def flush(self) -> None:
+        pass  # closing an upload makes it durable
+
+    def publish(self, *, overwrite: bool) -> None:
+        file, self._file = self._file, None
+        file.close()
+        if self._written != self._path:
+            self._fs.mv(self._written, self._path)
+
+    def discard(self) -> None:
+        file, self._file = self._file, None
+        if file is None:
+            return
+        if self._written == self._path:
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                file.discard()
+            file.closed = True  # or it would upload what there is when it is forgotten
+        else:
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._written)
+
+
+# ---------------------------------------------------------------------------------------------
+# pyarrow
+
+
+def filesystem(target: Any = None, **options: Any) -> pyarrow.fs.FileSystem:
+    """A pyarrow FileSystem over encrypted files.
+
+        dataset = pyarrow.dataset.dataset("train.enc/", filesystem=sc.filesystem())
+
+    ``target`` is what lies below: nothing for local files, a protocol name (``"s3"``), a filesystem of
+    fsspec or pyarrow, or a URL or folder, which then is the root that paths are relative to.
+    Options are those of ``CryptFileSystem``: ``keys``, ``context``, ``verify_manifest``,
+    ``target_options`` …  Pickles without keys.
+    """
+    from pyarrow.fs import FileSystem, PyFileSystem, SubTreeFileSystem
+
+    fs, root = crypt_filesystem(target, **options)
+    whole: FileSystem = PyFileSystem(_handler()(fs))
+    return SubTreeFileSystem(root, whole) if root is not None else whole
+
+
+def crypt_filesystem(target: Any = None, **options: Any) -> tuple[CryptFileSystem, str | None]:
+    """The fsspec filesystem for ``target`` (see ``filesystem``), and the path that it names, or None."""
+    if isinstance(target, CryptFileSystem):
+        if options:
+            raise TypeError("a crypt filesystem has its options already")
+        return target, None
+    if isinstance(target, AbstractFileSystem):
+        return CryptFileSystem(fs=target, **options), None
+    if target is None or (isinstance(target, str) and target in available_protocols()):
+        return CryptFileSystem(
+            target_protocol=target or options.pop("target_protocol", None), **options
+        ), None
+    if isinstance(target, str | os.PathLike):
+        url = str(stringify_path(target))
+        if not url.startswith(_URL_STARTS):
+            url = f"crypt::{url}"
+        below = options.pop("target_options", None)
+        if below:
+            # Each part of a chain takes the options under its own protocol's name.
+            rest = url.partition("::")[2]
+            options[rest.partition("://")[0] if "://" in rest else "file"] = dict(below)
+        fs, path = url_to_fs(url, **options)
+        return cast(CryptFileSystem, fs), str(fs._strip_protocol(path))
+    from pyarrow.fs import FileSystem
+
+    if isinstance(target, FileSystem):
+        from fsspec.implementations.arrow import ArrowFSWrapper
+
+        return CryptFileSystem(fs=ArrowFSWrapper(target), **options), None
+    raise TypeError(f"a filesystem, protocol, URL or folder is needed, not {type(target).__name__}")
+
+
+_URL_STARTS: Final = tuple(name + sign for name in CryptFileSystem.protocol for sign in ("::", "://"))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CryptHandler":  # pickle finds the class by this name
+        return _handler()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _handler() -> Any:
+    """pyarrow's handler for fsspec, made when pyarrow is first needed."""
+    made = globals().get("CryptHandler")
+    if made is not None:
+        return made
+    from pyarrow.fs import FSSpecHandler
+
+    class CryptHandler(FSSpecHandler):  # type: ignore[misc, unused-ignore]  # pyarrow is not annotated
+        """What pyarrow asks a filesystem in Python for."""
+
+        fs: CryptFileSystem
+
+        def get_type_name(self) -> str:
+            return "crypt"
+
+        def normalize_path(self, path: str) -> str:
+            return str(self.fs._strip_protocol(path))
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _make_handler, (self.fs,)
+
+    CryptHandler.__qualname__ = "CryptHandler"
+    return globals().setdefault("CryptHandler", CryptHandler)
+
+
+def _make_handler(fs: CryptFileSystem) -> Any:
+    return _handler()(fs)
+
+
+__all__ = [
+    "CryptFile",
+    "CryptFileSystem",
+    "CryptWriter",
+    "PlaintextOnDiskWarning",
+    "crypt_filesystem",
+    "filesystem",
+]
