@@ -424,10 +424,11 @@ def check_interop(reference: str, context: Mapping[str, str]) -> Check:
     """Write a message and let the installed AWS Encryption SDK open it, and the other way round."""
     name = "interop"
     try:
-        import aws_encryption_sdk
-        from aws_cryptographic_material_providers.mpl import AwsCryptographicMaterialProviders
-        from aws_cryptographic_material_providers.mpl.config import MaterialProvidersConfig
-        from aws_cryptographic_material_providers.mpl.models import CreateAwsKmsKeyringInput
+        # The SDK ships no types.
+        import aws_encryption_sdk  # type: ignore[import-untyped]
+        from aws_cryptographic_material_providers.mpl import AwsCryptographicMaterialProviders  # type: ignore[import-untyped]
+        from aws_cryptographic_material_providers.mpl.config import MaterialProvidersConfig  # type: ignore[import-untyped]
+        from aws_cryptographic_material_providers.mpl.models import CreateAwsKmsKeyringInput  # type: ignore[import-untyped]
     except ImportError as error:
         mend = "pip install 'aws-encryption-sdk[MPL]'"
         return Check(name, "skipped", f"the AWS Encryption SDK is not installed ({error.name})", mend)

@@ -422,9 +422,9 @@ def classify(error: Exception) -> Outcome | None:
     if botocore is None or not isinstance(error, botocore.BotoCoreError | botocore.HTTPClientError):
         return None
     certificate = isinstance(error, botocore.SSLError)
-    unreachable = (
-        isinstance(error, botocore.HTTPClientError | botocore.IncompleteReadError) and not certificate
-    )
+    # A refused connection is a ConnectionError, which is no HTTPClientError.
+    no_answer = botocore.HTTPClientError | botocore.ConnectionError | botocore.IncompleteReadError
+    unreachable = isinstance(error, no_answer) and not certificate
     return Outcome(throttled=False, unreachable=unreachable, answered=False)
 
 
