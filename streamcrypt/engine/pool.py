@@ -140,7 +140,8 @@ class _Process:
         self.connection = Connection(ours.detach())
         self.held: deque[Tasks] = deque()
         self.delivered = False
-        self.connection.send(setup)
+        with contextlib.suppress(OSError):  # one that has died already is noticed in collect
+            self.connection.send(setup)
 
     def stop(self, *, kill: bool) -> None:
         with contextlib.suppress(OSError):

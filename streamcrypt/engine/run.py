@@ -14,9 +14,10 @@ from __future__ import annotations
 import functools
 import getpass
 import os
+import resource
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, Final
@@ -44,7 +45,7 @@ from streamcrypt.keys.materials import EncryptionMaterials
 from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
 from streamcrypt.message.header import HeaderTemplate, parse_header
 from streamcrypt.message.suites import TAG_LENGTH
-from streamcrypt.storage import Entry, LocalTarget, Source, sort_key
+from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, Source, sort_key
 from streamcrypt.streams import (
     DecryptingFile,
     EncryptingFile,
@@ -65,6 +66,8 @@ _SAMPLE: Final = 4096
 _INTERPRETER_PER_FILE: Final = 150e-6
 _INTERPRETER_PER_FRAME: Final = 4e-6
 _PROCESSES_PAY: Final = 0.4
+# Descriptors that are left to whatever else this process does.
+_OTHER_DESCRIPTORS: Final = 64
 
 
 def encrypt(job: Job) -> Report:
@@ -145,6 +148,9 @@ class _Run:
             if kind is not None and self._manifest is not None:
                 self._manifest.discard()
         finally:
+            for place in (self.job.source, self.job.destination, self.job.against):
+                if place is not None:
+                    place.tree.close()
             self.report.seconds = time.perf_counter() - self._started
 
     def _finish(self, destination: Place) -> None:
@@ -378,6 +384,12 @@ class _Run:
         interpreter_time = len(sample) * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME
         if workers > 1 and interpreter_time > _PROCESSES_PAY:
             return ProcessPool(setup, workers)
+        # Threads share this process's descriptors: a file that is being written holds two, and source
+        # and target each keep some folders open.
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if descriptors != resource.RLIM_INFINITY:
+            spare = descriptors - _OTHER_DESCRIPTORS - 2 * KEPT_FOLDERS * (workers + 1)
+            self._batch_files = max(1, min(self._batch_files, spare // (2 * workers)))
         return ThreadPool(setup, workers)
 
     def _next_list(self) -> Tasks | None:
@@ -398,7 +410,7 @@ class _Run:
                 yield group
 
     def _spans(self, task: FileTask) -> Iterator[Tasks]:
-        """Begin a large file: its target, its header, its final frame; then its spans."""
+        """Begin a large file: its target, its final frame; then its spans."""
         try:
             large = self._begin_large(task)
         except StreamcryptError as error:
@@ -425,8 +437,6 @@ class _Run:
                 target = self.job.destination.tree.create(
                     task.target, size=task.target_length, overwrite=self.job.overwrite
                 )
-                if task.sealing is not None:
-                    target.write_at(0, task.sealing.header)
         finally:
             source.close()
         large = self._large[task.number] = _Large(task, source.size, target)
@@ -490,7 +500,7 @@ class _Run:
             self._fail(task.number, task.source, error)
         else:
             sealing = self._sealing(task.length) if task.sealing is not None else None
-            again = replace(task, sealing=sealing, attempt=task.attempt + 1)
+            again = task._replace(sealing=sealing, attempt=task.attempt + 1)
             self._feeds.append(self._lists(iter((again,))))
 
     def _was_published(self, task: FileTask) -> bool:
@@ -499,7 +509,7 @@ class _Run:
         if task.target is None or destination is None or not destination.tree.exists(task.target):
             return False
         if task.sealing is None:
-            compare = replace(task, target=None, against=task.target)
+            compare = task._replace(target=None, against=task.target)
             worker = Worker(Setup(self.job.source.tree, None, destination.tree))
             try:
                 return worker.run([compare])[0].error is None

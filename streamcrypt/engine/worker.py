@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_private_key
@@ -43,8 +43,7 @@ class Setup:
     durable: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one task: bytes read and written, or an error."""
 
     number: int
@@ -138,8 +137,6 @@ class Worker:
                     task.target, size=task.target_length, overwrite=self._overwrite
                 )
             try:
-                if task.sealing is not None and target is not None:
-                    target.write_at(0, task.sealing.header)
                 self._copy(task, source, target)
                 source.check_unchanged()
             except StreamcryptError as error:
@@ -293,10 +290,14 @@ class _PlainWriting(Writing):
 
 
 class _SealingInto(Writing):
-    """Seals whole frames, and the final one with the last bytes of the plaintext."""
+    """Seals whole frames, and the final one with the last bytes of the plaintext.
+
+    The header goes out with the first frames: a small message is one write.
+    """
 
     def __init__(self, sealing: Sealing, target: Writable, frames: memoryview) -> None:
         self._geometry = sealing.geometry
+        self._header = sealing.header
         self._cipher = FrameCipher(sealing.content_key, sealing.message_id)
         self._target = target
         self._frames = frames
@@ -305,18 +306,21 @@ class _SealingInto(Writing):
             key = load_der_private_key(sealing.signing_key, None)
             assert isinstance(key, ec.EllipticCurvePrivateKey)
             self._signer = Signer(suite_by_id(sealing.suite_id), key)
-            self._signer.update(sealing.header)
 
     def write(self, position: int, data: memoryview) -> None:
         geometry = self._geometry
         start = position // geometry.frame_length
         last = position + len(data) == geometry.plaintext_length
         stop = geometry.frames if last else start + len(data) // geometry.frame_length
-        length = seal_frames(self._cipher, geometry, start, stop, data, self._frames)
-        sealed = self._frames[:length]
+        offset, begin = geometry.frame_offset(start), 0
+        if start == 0:
+            offset, begin = 0, geometry.header_length
+            self._frames[:begin] = self._header
+        length = seal_frames(self._cipher, geometry, start, stop, data, self._frames[begin:])
+        sealed = self._frames[: begin + length]
         if self._signer is not None:
             self._signer.update(sealed)
-        self._target.write_at(geometry.frame_offset(start), sealed)
+        self._target.write_at(offset, sealed)
 
     def finish(self) -> None:
         if self._geometry.plaintext_length == 0:
@@ -390,10 +394,12 @@ def step_length(task: FileTask) -> int:
 
 
 def _frames_length(task: FileTask) -> int:
-    """Room for what one step of the loop seals, the final frame included."""
+    """Room for what one step of the loop seals, the header and the final frame included."""
+    assert task.sealing is not None
     frame_length = unit_length(task)
     frames = min(step_length(task), max(task.length, 1)) // frame_length + 1
-    return frames * REGULAR_OVERHEAD + min(step_length(task), task.length) + FINAL_OVERHEAD
+    header_length = task.sealing.geometry.header_length
+    return header_length + frames * REGULAR_OVERHEAD + min(step_length(task), task.length) + FINAL_OVERHEAD
 
 
 def located(error: StreamcryptError, path: str) -> StreamcryptError:
