@@ -59,7 +59,6 @@ class KmsBasics:
     def test_encrypt_decrypt(self, kms, key):
         sealed = kms.encrypt(KeyId=key["KeyId"], Plaintext=b"secret", EncryptionContext=CONTEXT)
         assert sealed["KeyId"] == key["Arn"]
-        assert sealed["EncryptionAlgorithm"] == "SYMMETRIC_DEFAULT"
         opened = kms.decrypt(CiphertextBlob=sealed["CiphertextBlob"], EncryptionContext=CONTEXT)
         assert opened["Plaintext"] == b"secret"
         assert opened["KeyId"] == key["Arn"]
@@ -130,6 +129,13 @@ class KmsBasics:
 class KmsTests(KmsBasics):
     """What AWS KMS does, and the embedded KMS with it."""
 
+    def test_answers_name_algorithm_and_material(self, kms, key):
+        sealed = kms.encrypt(KeyId=key["KeyId"], Plaintext=b"secret")
+        assert sealed["EncryptionAlgorithm"] == "SYMMETRIC_DEFAULT"
+        opened = kms.decrypt(CiphertextBlob=sealed["CiphertextBlob"])
+        assert opened["EncryptionAlgorithm"] == "SYMMETRIC_DEFAULT"
+        assert opened["KeyMaterialId"] == key["CurrentKeyMaterialId"]
+
     # -- errors: code, status and text --------------------------------------------------------
 
     def test_keys_that_are_not_there(self, kms):
@@ -160,7 +166,7 @@ class KmsTests(KmsBasics):
             kms.create_key,
             Description="x" * 8193,
             KeySpec="DES",
-            Tags=[{"TagKey": "", "TagValue": "v" * 257}],
+            Tags=[{"TagKey": "k" * 129, "TagValue": "v" * 257}],
         )
         assert (code, status) == ("ValidationException", 400)
         assert text.startswith("4 validation errors detected: ")

@@ -106,17 +106,18 @@ class TestHttp(KmsTests):
         return lambda region: self.client(service, url, region=region)
 
 
+@pytest.fixture(scope="module")
+def moto_url() -> Iterator[str]:
+    server = pytest.importorskip("moto.server", reason="moto[server] IS MISSING: no second witness")
+    running = server.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
 class TestMoto(KmsBasics):
     """A second witness: what moto gets right, ours answers alike."""
-
-    @pytest.fixture(scope="class")
-    def moto_url(self) -> Iterator[str]:
-        server = pytest.importorskip("moto.server", reason="moto[server] IS MISSING: no second witness")
-        running = server.ThreadedMotoServer(port=0, verbose=False)
-        running.start()
-        host, port = running.get_host_and_port()
-        yield f"http://{host}:{port}"
-        running.stop()
 
     @pytest.fixture
     def kms(self, moto_url: str) -> Any:
