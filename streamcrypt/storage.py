@@ -39,6 +39,8 @@ TEMPORARY_PREFIX: Final = ".streamcrypt-"
 TEMPORARY_SUFFIX: Final = ".tmp"
 # Our own objects within an encrypted tree: the manifest, a job's journal.
 RESERVED_FOLDER: Final = "_streamcrypt"
+# A folder's descriptor is kept for the files that follow; a few are enough, since names come sorted.
+KEPT_FOLDERS: Final = 8
 
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not hang us
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
@@ -132,9 +134,6 @@ class LocalTree:
 
     root: str
     _folders: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
-
-    # A folder's descriptor is kept for the files that follow; a few are enough, since names come sorted.
-    _KEPT_FOLDERS = 16
 
     def copy(self) -> LocalTree:
         return LocalTree(self.root)
@@ -290,7 +289,7 @@ class LocalTree:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(base, _FOLDER_MODE, dir_fd=parent)
             descriptor = os.open(base, _FOLDER_FLAGS, dir_fd=parent)
-        if len(self._folders) >= self._KEPT_FOLDERS:
+        if len(self._folders) >= KEPT_FOLDERS:
             for old in [name for name in self._folders if name and not folder.startswith(name)][:1]:
                 os.close(self._folders.pop(old))
         self._folders[folder] = descriptor
@@ -383,14 +382,14 @@ class LocalTarget(LocalPart):
             if os.fstat(descriptor).st_nlink:
                 break
             os.close(descriptor)
-        target = cls(descriptor, path, parent, base, temporary)
-        if size:
-            try:
+        try:
+            if size:
                 os.ftruncate(descriptor, size)
-            except OSError:
-                target.discard()
-                raise
-        return target
+            return cls(descriptor, path, parent, base, temporary)
+        except OSError:
+            os.unlink(temporary, dir_fd=parent)
+            os.close(descriptor)
+            raise
 
     def flush(self) -> None:
         # A failed fsync is final: the kernel may have dropped the pages, and a second call would succeed.

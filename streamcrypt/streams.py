@@ -802,7 +802,11 @@ class EncryptingFile(io.BufferedIOBase):
         self._overwrite = overwrite
         self._durable = durable
         self._offset = 0
-        self._writer = MessageWriter(message, self._append)
+        try:
+            self._writer = MessageWriter(message, self._append)
+        except BaseException:
+            self.discard()
+            raise
 
     def writable(self) -> bool:
         return True
