@@ -73,18 +73,30 @@ def target(kms: str, *, key: str | None, latency: float, quota: float | None) ->
             )
             stack.callback(client.close)
         elif kms == "aws":
-            client = kms_client("aws")
+            if key is None:
+                raise LatencyError("--kms aws needs --key: nothing is created in an account")
+            client = _boto3_client("aws")
         elif kms.startswith("http"):
-            client = kms_client(f"local@{kms}")
+            client = _boto3_client(f"local@{kms}")
         else:
             raise LatencyError(
                 f"{kms!r} is not a KMS to measure; choose local, local-boto3, moto, aws or a URL"
             )
         if key is None:
-            if kms == "aws":
-                raise LatencyError("--kms aws needs --key: nothing is created in an account")
             key = client.create_key(Description="benchmark")["KeyMetadata"]["KeyId"]
         yield lambda: client.generate_data_key(KeyId=key, KeySpec="AES_256")
+
+
+def _boto3_client(reference: str) -> Any:
+    """A client, or LatencyError with botocore's reason (no Region, no credentials)."""
+    from botocore.exceptions import BotoCoreError
+
+    from streamcrypt.kms import kms_client
+
+    try:
+        return kms_client(reference)
+    except (BotoCoreError, ValueError) as error:
+        raise LatencyError(f"{reference}: {error}") from error
 
 
 class _Series:
@@ -137,47 +149,59 @@ def measure(
     rate: float | None = None,
     seconds: float = 5.0,
     max_calls: int | None = None,
+) -> dict[str, Any]:
+    """Measure the KMS that ``kms`` names: ``local``, ``local-boto3``, ``moto``, ``aws`` or a URL.
+
+    LatencyError when it is not there or refuses the first call.
+    """
+    with target(kms, key=key, latency=latency, quota=quota) as one:
+        found = drive(one, threads=threads, rate=rate, seconds=seconds, max_calls=max_calls)
+    return {"kms": kms, **found}
+
+
+def drive(
+    one: Callable[[], Any],
+    *,
+    threads: int = 4,
+    rate: float | None = None,
+    seconds: float = 5.0,
+    max_calls: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Call for ``seconds``: ``threads`` callers in a closed loop, or ``rate`` calls a second in an open one.
-
-    LatencyError when the KMS is not there or refuses the first call.
-    """
+    """Call ``one`` for ``seconds``: ``threads`` callers in a closed loop, or ``rate`` calls a second in an open one."""
     series = _Series(max_calls)
     late = 0
-    with target(kms, key=key, latency=latency, quota=quota) as one:
-        # The first call opens connections; it is made before the clock starts, and counts as a call.
-        if series.begin():
-            series.call(one, clock(), clock)
-            if series.failed:
-                raise LatencyError(f"{kms}: the first call failed: {series.error}")
-            series.service.clear()
-            series.response.clear()
-        started = clock()
-        if rate is None:
+    # The first call opens connections; it is made before the clock starts, and counts as a call.
+    if series.begin():
+        series.call(one, clock(), clock)
+        if series.failed:
+            raise LatencyError(f"the first call failed: {series.error}")
+        series.service.clear()
+        series.response.clear()
+    started = clock()
+    if rate is None:
 
-            def loop(_: int) -> None:
-                while clock() - started < seconds and series.begin():
-                    series.call(one, clock(), clock)
+        def loop(_: int) -> None:
+            while clock() - started < seconds and series.begin():
+                series.call(one, clock(), clock)
 
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(loop, range(threads)))
-        else:
-            with ThreadPoolExecutor(_MOST_THREADS) as pool:
-                for number in range(int(rate * seconds)):
-                    due = started + number / rate
-                    ahead = due - clock()
-                    if ahead > 0:
-                        sleep(ahead)
-                    elif ahead < -0.01:
-                        late += 1
-                    if not series.begin():
-                        break
-                    pool.submit(series.call, one, due, clock)
-        elapsed = clock() - started
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(loop, range(threads)))
+    else:
+        with ThreadPoolExecutor(_MOST_THREADS) as pool:
+            for number in range(int(rate * seconds)):
+                due = started + number / rate
+                ahead = due - clock()
+                if ahead > 0:
+                    sleep(ahead)
+                elif ahead < -0.01:
+                    late += 1
+                if not series.begin():
+                    break
+                pool.submit(series.call, one, due, clock)
+    elapsed = clock() - started
     return {
-        "kms": kms,
         "loop": "open" if rate is not None else "closed",
         "rate": rate,
         "threads": threads if rate is None else None,

@@ -177,16 +177,21 @@ class Bench:
             start_new_session=True,
         )
         watch = _PeakMemory(process.pid)
+        late = False
         try:
             output, errors = process.communicate(json.dumps(question).encode(), timeout=self._timeout)
         except subprocess.TimeoutExpired:
-            return {"error": f"not done after {self._timeout:g} s"}, watch.stop()
+            late = True
         finally:
             # The whole session of the child: its workers too.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
+            if late:
+                process.communicate()
             process.wait()
         peak = watch.stop()
+        if late:
+            return {"error": f"not done after {self._timeout:g} s"}, peak
         if process.returncode != 0:
             lines = errors.decode(errors="replace").strip().splitlines() or ["no message"]
             return {"error": f"exit {process.returncode}: {lines[-1]}"}, peak

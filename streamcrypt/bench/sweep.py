@@ -176,7 +176,7 @@ def preset(name: str) -> Sweep:
             },
             Cell(files=32, file_size=16 * MIB),
         )
-        return Sweep(preset("standard").cells + wide, 5)
+        return Sweep(_distinct(preset("standard").cells + wide), 5)
     raise SweepError(f"{name!r} is not a preset; choose quick, standard or full")
 
 

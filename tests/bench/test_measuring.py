@@ -1,0 +1,207 @@
+"""Real runs of small cells, in real child processes; and the shaped KMS."""
+
+import dataclasses
+import threading
+
+import pytest
+
+from streamcrypt.bench import latency, sweep
+from streamcrypt.bench.measure import Bench, MeasureError
+from streamcrypt.bench.records import Cell, RecordsError, read, this_machine
+from streamcrypt.bench.shaped import ShapedKms
+from streamcrypt.kms import open_service
+from streamcrypt.kms.errors import KmsError
+
+SMALL = Cell(files=6, file_size=50_000, frame_size=16384, storage="disk")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    with Bench(tmp_path_factory.mktemp("bench"), timeout=60) as made:
+        yield made
+
+
+OPERATIONS = {
+    "encrypt": (SMALL, {"GenerateDataKey": 1}),
+    "decrypt": (dataclasses.replace(SMALL, operation="decrypt", workers=2), {"Decrypt": 1}),
+    "verify, two messages a key": (
+        dataclasses.replace(SMALL, operation="verify", cache_max_messages=2), {"Decrypt": 4},
+    ),
+    "rekey": (dataclasses.replace(SMALL, operation="rekey"), {"Decrypt": 1, "GenerateDataKey": 1}),
+    "read": (dataclasses.replace(SMALL, operation="read"), {"Decrypt": 1}),
+    # Six files and the manifest.
+    "encrypt, no cache": (dataclasses.replace(SMALL, cache=False, signed=True), {"GenerateDataKey": 7}),
+    "encrypt, two messages a key": (dataclasses.replace(SMALL, cache_max_messages=2), {"GenerateDataKey": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("cell", "calls"), OPERATIONS.values(), ids=OPERATIONS)
+def test_a_run_counts_what_it_did(bench, cell, calls):
+    record = bench.run(cell, session="test", round_number=2)
+    assert record.error is None
+    assert record.kms_calls == calls
+    assert record.wall_s > 0
+    assert record.cell == cell
+    assert (record.session, record.round) == ("test", 2)
+    assert len(record.kms_latency_ms) == sum(calls.values())
+    assert record.peak_rss > 10_000_000
+    assert set(record.yardstick_s) == {"copy", "read", "cipher"}
+    assert all(seconds > 0 for seconds in record.yardstick_s.values())
+    if cell.operation != "read":
+        assert record.bytes_in == cell.files * cell.file_size
+        assert record.files == cell.files
+
+
+def test_the_latency_that_was_asked_for_is_met(bench):
+    cell = dataclasses.replace(SMALL, cache_max_messages=1, kms_latency=0.03)
+    record = bench.run(cell)
+    assert record.error is None
+    assert record.wall_s > 7 * 0.03 * 0.6
+    assert 0.02 < record.kms_wait_s / record.calls < 0.06
+
+
+def test_a_run_that_takes_too_long_is_a_record_with_an_error(tmp_path):
+    with Bench(tmp_path, timeout=0.5) as bench:
+        record = bench.run(dataclasses.replace(SMALL, kms_latency=30.0))
+    assert record.error == "not done after 0.5 s"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_in_the_child_is_the_records_error(bench):
+    record = bench.run(dataclasses.replace(SMALL, operation="compress"))
+    assert record.error is not None
+    assert "cannot be measured" in record.error
+
+
+def test_an_unknown_storage_is_refused(bench):
+    with pytest.raises(MeasureError, match="not a storage"):
+        bench.run(dataclasses.replace(SMALL, storage="tape"))
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
+    planned = sweep.Sweep((SMALL, dataclasses.replace(SMALL, frame_size=4096)), 2)
+    seen = []
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_after_one(done, total, record):
+        seen.append(record)
+        raise Interrupted
+
+    options = {"work": tmp_path, "yardsticks": False}
+    with pytest.raises(Interrupted):
+        sweep.run(planned, tmp_path / "out", progress=stop_after_one, **options)
+    first = (tmp_path / "out" / "runs.jsonl").read_text()
+    records = sweep.run(planned, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "runs.jsonl").read_text().startswith(first)
+    assert len(records.runs) == 4
+    assert len({(run.round, run.cell.hash) for run in records.runs}) == 4
+    assert read(tmp_path / "out" / "records.parquet") == read(tmp_path / "out")
+    again = sweep.run(planned, tmp_path / "out", **options)
+    assert again == records
+
+
+def test_a_folder_of_another_machine_is_refused(tmp_path):
+    import json
+
+    other = dataclasses.replace(this_machine(), cpu="Another")
+    (tmp_path / "machine.json").write_text(json.dumps({"schema": 1, "machine": other.to_json()}))
+    with pytest.raises(RecordsError, match="Another"):
+        sweep.run(sweep.Sweep((SMALL,), 1), tmp_path)
+
+
+def test_a_budget_of_nothing_measures_nothing(tmp_path):
+    ticks = iter(range(100))
+    records = sweep.run(sweep.Sweep((SMALL,), 3), tmp_path, budget=0.5, clock=lambda: float(next(ticks)))
+    assert records.runs == ()
+
+
+class Hands:
+    """A clock that only sleeping moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def clock(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def service(home):
+    return open_service(home)
+
+
+def test_a_shaped_kms_has_its_mean_latency(service):
+    hands = Hands()
+    key = service.create_key()["KeyMetadata"]["KeyId"]
+    kms = ShapedKms(service, latency=0.02, seed=4, clock=hands.clock, sleep=hands.sleep)
+    for _ in range(300):
+        kms.generate_data_key(KeyId=key, KeySpec="AES_256")
+    assert sum(kms.samples) / 300 == pytest.approx(0.02, rel=0.05)
+    assert kms.waited == pytest.approx(sum(kms.samples))
+    assert kms.calls == {"generate_data_key": 300}
+
+
+def test_a_shaped_kms_keeps_its_quota(service):
+    hands = Hands()
+    key = service.create_key()["KeyMetadata"]["KeyId"]
+    kms = ShapedKms(service, quota=10, clock=hands.clock, sleep=hands.sleep)
+    answered = 0
+    codes = set()
+    for _ in range(100):  # ten seconds at ten questions a second more than the bucket holds
+        for _ in range(2):
+            try:
+                kms.generate_data_key(KeyId=key, KeySpec="AES_256")
+                answered += 1
+            except KmsError as error:
+                codes.add(error.code)
+        hands.sleep(0.1)
+    assert codes == {"ThrottlingException"}
+    assert 105 <= answered <= 111
+    assert kms.throttled == 200 - answered
+
+
+def test_closed_loop_latency():
+    result = latency.measure("local", latency=0.01, threads=2, seconds=0.5)
+    assert result["loop"] == "closed"
+    assert result["calls"] > 10
+    assert 5 < result["service_ms"]["p50"] < 40
+    assert result["failed"] == 0
+
+
+def test_an_open_loop_shows_what_a_closed_one_omits():
+    """One slow service, asked faster than it answers: service time stays, response time grows."""
+    lock = threading.Lock()
+
+    class OneAtATime:
+        def generate_data_key(self, **_):
+            with lock:
+                threading.Event().wait(0.02)
+
+    one = OneAtATime().generate_data_key
+    closed = latency.drive(one, threads=1, seconds=0.6)
+    opened = latency.drive(one, rate=100, seconds=0.6)
+    assert closed["response_ms"]["p99"] < 60
+    assert opened["response_ms"]["p99"] > 4 * closed["response_ms"]["p50"]
+
+
+def test_a_hard_stop_of_calls():
+    assert latency.measure("local", seconds=5, max_calls=8)["calls"] == 7  # and the first, which opens
+
+
+def test_moto_answers():
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    result = latency.measure("moto", threads=1, seconds=0.3)
+    assert result["calls"] > 3
+    assert result["failed"] == 0
+
+
+def test_a_kms_that_is_none_is_refused():
+    with pytest.raises(latency.LatencyError, match="not a KMS"):
+        latency.measure("nothing")
+    with pytest.raises(latency.LatencyError, match="--key"):
+        latency.measure("aws", max_calls=1)
