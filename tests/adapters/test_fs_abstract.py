@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("fsspec", reason="FSSPEC IS MISSING: pip install 'streamcrypt[fsspec]'")
 
+from families.datasets import make_key
 from fsspec.tests.abstract import (
     AbstractCopyTests,
     AbstractFixtures,
@@ -19,7 +20,6 @@ from fsspec.tests.abstract import (
     AbstractPutTests,
 )
 
-from families.datasets import make_key
 from streamcrypt.fs import CryptFileSystem
 
 
