@@ -193,7 +193,7 @@ class _Connection(asyncio.Protocol):
         self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)
+        self._server.forget(self)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -203,6 +203,9 @@ class _Connection(asyncio.Protocol):
     def close_when_idle(self) -> None:
         if not self._busy:
             self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def _serve_buffered(self) -> None:
         """Answer every whole request in the buffer; stop at one that is answered later."""
@@ -360,6 +363,7 @@ class Server:
         self.executor = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="kms")
         self.loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
+        self._drained: asyncio.Event
         self._context: ssl.SSLContext | None = None
         if certificate is not None:
             self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -385,7 +389,7 @@ class Server:
 
     async def _run(self, ready: Callable[[str], None] | None, signals: bool) -> None:
         self.loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
+        self._stop, self._drained = asyncio.Event(), asyncio.Event()
         if signals:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.loop.add_signal_handler(number, self._stop.set)
@@ -402,7 +406,20 @@ class Server:
             await asyncio.wait(self.tasks, timeout=10)
         for connection in list(self.connections):
             connection.close_when_idle()
+        if self.connections:
+            try:
+                await asyncio.wait_for(self._drained.wait(), 5)
+            except TimeoutError:  # a TLS peer that does not answer the closing alert
+                for connection in list(self.connections):
+                    connection.abort()
+                await asyncio.sleep(0)
         self.executor.shutdown(wait=True)
+
+    def forget(self, connection: _Connection) -> None:
+        """A connection is gone."""
+        self.connections.discard(connection)
+        if self.stopping and not self.connections:
+            self._drained.set()
 
 
 def is_loopback(host: str) -> bool:
