@@ -349,6 +349,7 @@ def run(
     timeout: float = 120.0,
     yardsticks: bool = True,
     budget: float | None = None,
+    attempts: int = ATTEMPTS,
     progress: Callable[[int, int, Record], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Records:
@@ -383,7 +384,7 @@ def run(
                         continue
                     if budget is not None and clock() - started > budget:
                         return read_folder(folder)
-                    record = _quietest(bench, cell, session, round_number)
+                    record = _quietest(bench, cell, session, round_number, attempts)
                     append_line(lines, record)
                     done.add((round_number, cell.hash))
                     if progress is not None:
@@ -393,9 +394,9 @@ def run(
     return records
 
 
-def _quietest(bench: Bench, cell: Cell, session: str, round_number: int) -> Record:
-    """The first run without noise, or the last of three."""
-    for _ in range(ATTEMPTS):
+def _quietest(bench: Bench, cell: Cell, session: str, round_number: int, attempts: int) -> Record:
+    """The first run without noise, or the last of so many."""
+    for _ in range(attempts):
         record = bench.run(cell, session=session, round_number=round_number)
         if not record.noise or record.error is not None:
             break

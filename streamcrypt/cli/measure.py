@@ -117,6 +117,7 @@ def _add_bench(subparsers: Any) -> None:
     run.add_argument(
         "--work", type=Path, help="folder for test data of storage=disk (default: the temporary folder)"
     )
+    run.add_argument("--attempts", type=_count, default=3, help="tries of a run that other work disturbs")
     run.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
     run.add_argument("--budget", type=DURATION, help="stop after this time; the same command goes on")
     run.add_argument("--no-yardsticks", action="store_true", help="leave out copy, cipher and read alone")
@@ -133,6 +134,9 @@ def _add_bench(subparsers: Any) -> None:
     calibrate.add_argument("--rounds", type=_count, default=1, help="runs of every cell")
     calibrate.add_argument("--storage", default="disk", help="disk, memory, or disk,memory")
     calibrate.add_argument("--work", type=Path, help="folder for test data of storage=disk")
+    calibrate.add_argument(
+        "--attempts", type=_count, default=3, help="tries of a run that other work disturbs"
+    )
     calibrate.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
     _common(calibrate)
     calibrate.set_defaults(run=_bench_calibrate)
@@ -207,6 +211,7 @@ def _bench_run(args: argparse.Namespace) -> int:
             timeout=args.timeout,
             yardsticks=not args.no_yardsticks,
             budget=args.budget,
+            attempts=args.attempts,
             progress=None if args.quiet else _progress,
         )
     except sweep.SweepError as error:
@@ -258,6 +263,7 @@ def _bench_calibrate(args: argparse.Namespace) -> int:
                 work=args.work,
                 timeout=args.timeout,
                 yardsticks=False,
+                attempts=args.attempts,
                 progress=None if args.quiet else _progress,
             )
             write_json(args.out, records)

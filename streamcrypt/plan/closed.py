@@ -233,7 +233,7 @@ def _prepared(load: Load) -> Outcome:
         rest,
         seconds=rest.seconds + wait,
         worker_seconds=rest.worker_seconds + wait,
-        stall_seconds=rest.stall_seconds + wait,
+        stall_seconds=rest.stall_seconds + min(wait, keys * load.latency),
         quota_seconds=max(rest.quota_seconds, wait if wait > keys * load.latency * 1.01 else 0.0),
         peak_per_second=min(keys, 1 / load.latency if load.latency > 0 else keys, load.tokens + load.quota),
     )

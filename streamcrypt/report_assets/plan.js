@@ -135,7 +135,7 @@ function closedForm(load) {
       workerSeconds: ends, stallSeconds: waits, quotaSeconds: forced };
   }
   return { ...rest, seconds: rest.seconds + wait, workerSeconds: rest.workerSeconds + wait,
-    stallSeconds: rest.stallSeconds + wait,
+    stallSeconds: rest.stallSeconds + Math.min(wait, keys * load.latency),
     quotaSeconds: Math.max(rest.quotaSeconds, wait > keys * load.latency * 1.01 ? wait : 0) };
 }
 

@@ -1,0 +1,175 @@
+"""bench, plan and report as they are typed: one line for what is wrong, exit codes, one JSON object."""
+
+import json
+
+import pytest
+from families.measured import synthetic_records
+
+from streamcrypt.bench.records import Records, write_json
+from streamcrypt.cli import main
+from streamcrypt.plan import REFERENCE
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    path = tmp_path_factory.mktemp("records") / "machine.json"
+    write_json(path, synthetic_records())
+    return str(path)
+
+
+def run(capsys, *words):
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+PLAN = ("plan", "--bytes", "100TB", "--files", "1000000", "--workers", "16")
+
+
+def test_a_plan_finds_the_hosts_for_a_deadline(capsys, records):
+    code, out, _ = run(capsys, *PLAN, "--deadline", "6h", "--records", records, "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["hosts"] > 1
+    assert plan["deadline"]["met"]
+    assert plan["reference_records"] is False
+    assert not any("reference machine" in note for note in plan["notes"])
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="NO REFERENCE RECORDS: run bench calibrate")
+def test_a_plan_before_any_benchmark_says_whose_rates_it_used(capsys):
+    code, out, _ = run(capsys, "plan", "--bytes", "1TB", "--files", "1000", "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["reference_records"] is True
+    assert "reference machine" in plan["notes"][0]
+    code, out, _ = run(capsys, "plan", "--bytes", "1TB", "--files", "1000")
+    assert "reference machine" in out
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="NO REFERENCE RECORDS: run bench calibrate")
+@pytest.mark.parametrize("operation", ["encrypt", "decrypt", "verify", "rekey"])
+@pytest.mark.parametrize("storage", ["disk", "memory"])
+def test_the_reference_covers_every_operation(capsys, operation, storage):
+    words = (
+        "plan",
+        "--bytes",
+        "1TB",
+        "--files",
+        "1000",
+        "--operation",
+        operation,
+        "--storage",
+        storage,
+        "--json",
+    )
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert json.loads(out)["seconds"] > 0
+
+
+BAD = {
+    "negative size": (["--bytes", "-5", "--files", "3"], 2, "-5"),
+    "no files": (["--bytes", "5MB", "--files", "0"], 2, "at least 1"),
+    "nothing said": ([], 2, "--bytes"),
+    "quota of zero": (["--bytes", "5MB", "--files", "3", "--kms-quota", "0"], 2, "quota of 0"),
+    "no size": (["--bytes", "many", "--files", "3"], 2, "not a size"),
+    "deadline without hosts": (
+        ["--bytes", "5PB", "--files", "100", "--deadline", "1ms"],
+        1,
+        "no number of hosts",
+    ),
+    "deadline with hosts": (
+        ["--bytes", "5TB", "--files", "100", "--deadline", "1s", "--hosts", "2"],
+        1,
+        "met in 0%",
+    ),
+    "deadline of zero": (["--bytes", "5TB", "--files", "100", "--deadline", "0s"], 2, "above 0"),
+    "no listing": (["--listing", "no-such-folder"], 2, "no such folder"),
+    "share of the quota": (["--bytes", "5TB", "--files", "9", "--kms-quota-share", "7"], 2, "share"),
+    "solve without deadline": (["--bytes", "5TB", "--files", "9", "--solve", "hosts"], 2, "--deadline"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "said"), BAD.values(), ids=BAD)
+def test_what_cannot_be_planned_is_one_line(capsys, records, words, code, said):
+    got, _, err = run(capsys, "plan", *words, "--records", records)
+    assert got == code
+    errors = [line for line in err.splitlines() if line.startswith("streamcrypt: error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in err
+
+
+def test_records_of_another_version_are_refused(capsys, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"schema": 0, "machine": {}, "runs": []}')
+    code, _, err = run(capsys, "plan", "--bytes", "1TB", "--files", "9", "--records", path)
+    assert code == 2
+    assert "measure again" in err
+
+
+def test_an_empty_listing_is_refused_and_a_real_one_counted(capsys, tmp_path, records):
+    code, _, err = run(capsys, "plan", "--listing", tmp_path, "--records", records)
+    assert code == 2
+    assert "no files" in err
+    (tmp_path / "sub").mkdir()
+    for number in range(5):
+        (tmp_path / "sub" / f"{number}").write_bytes(bytes(1000 * number))
+    code, out, _ = run(capsys, "plan", "--listing", tmp_path, "--records", records, "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert (plan["files"], plan["bytes"]) == (5, 10_000)
+
+
+def test_a_finished_job_is_checked(capsys, tmp_path, records):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"seconds": 1.0, "kms": {"calls": {"GenerateDataKey": 1}}}))
+    words = ("plan", "--bytes", "1GB", "--files", "100", "--records", records, "--check", path)
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0
+    assert json.loads(out)["actual_seconds"] == 1.0
+    path.write_text("[]")
+    assert run(capsys, *words)[0] == 2
+
+
+def test_bench_compare_exit_codes(capsys, tmp_path, records):
+    assert run(capsys, "bench", "compare", records, records)[0] == 0
+    slower = synthetic_records()
+    import dataclasses
+
+    runs = tuple(dataclasses.replace(run, wall_s=run.wall_s * 1.5) for run in slower.runs)
+    write_json(tmp_path / "slower.json", Records(slower.machine, runs))
+    code, out, _ = run(capsys, "bench", "compare", records, tmp_path / "slower.json", "--json")
+    assert code == 1
+    assert {cell["verdict"] for cell in json.loads(out)["cells"]} == {"slower"}
+    write_json(tmp_path / "nothing.json", Records(slower.machine, ()))
+    assert run(capsys, "bench", "compare", records, tmp_path / "nothing.json")[0] == 5
+    assert run(capsys, "bench", "compare", records, tmp_path / "absent.json")[0] == 2
+
+
+def test_bench_run_and_report(capsys, tmp_path):
+    axes = ("--axis", "files=3", "--axis", "file_size=10KiB", "--axis", "workers=1,2")
+    words = ("bench", "run", *axes, "--axis", "storage=disk", "--rounds", "1", "--attempts", "1")
+    code, out, _ = run(capsys, *words, "--out", tmp_path / "out", "--work", tmp_path, "--quiet", "--json")
+    assert code == 0
+    assert len(json.loads(out)["cells"]) == 2
+    page = tmp_path / "page.html"
+    assert run(capsys, "report", tmp_path / "out", "--out", page)[0] == 0
+    assert page.read_text().startswith("<!doctype html>")
+    code, out, _ = run(capsys, *PLAN, "--records", tmp_path / "out")
+    assert code == 2  # two cells are too few to fit
+
+
+def test_a_plan_as_a_page(capsys, tmp_path, records):
+    _, out, _ = run(capsys, *PLAN, "--records", records, "--json")
+    (tmp_path / "plan.json").write_text(out)
+    assert run(capsys, "report", tmp_path / "plan.json", "--out", tmp_path / "plan.html")[0] == 0
+    assert "sliders" in (tmp_path / "plan.html").read_text()
+    assert run(capsys, "report", tmp_path / "absent.json", "--out", tmp_path / "x.html")[0] == 2
+
+
+def test_measuring_aws_needs_a_limit(capsys):
+    code, _, err = run(capsys, "bench", "kms", "--kms", "aws", "--key", "alias/x")
+    assert code == 2
+    assert "--max-calls" in err
