@@ -179,18 +179,19 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         if fs is None:
             fs = fsspec_filesystem(target_protocol or "file", **(target_options or {}))
         self.fs = fs
+        self.is_local = isinstance(fs, LocalFileSystem)
         self.root_marker = fs.root_marker
         self.sep = fs.sep
         self.no_plaintext_on_disk = no_plaintext_on_disk
         self.threads = threads or min(8, os.cpu_count() or 1)
         self._keys = keys
-        self._context = dict(context or {})
+        self.context = dict(context or {})
         self._authenticated_context = dict(authenticated_context or {})
-        check_caller_context({**self._context, **self._authenticated_context})
+        check_caller_context({**self.context, **self._authenticated_context})
         self._rules = ReadingRules(
             CommitmentPolicy(commitment_policy),
             max_encrypted_data_keys,
-            self._context,
+            self.context,
             self._authenticated_context,
             require_signed,
         )
@@ -481,7 +482,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
     def _spans(self, message: DecryptingFile, offset: int, view: memoryview) -> Iterator[Callable[[], None]]:
         """Calls that together fill ``view``; each may run in a thread of its own."""
         reader = message.frame_reader()
-        local = isinstance(self.fs, LocalFileSystem)
+        local = self.is_local
         if reader is None or len(view) < PARALLEL_LENGTH or (local and self.threads == 1):
             yield lambda: message.fill(offset, view)
             return
@@ -509,7 +510,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         return message
 
     def _source(self, path: str, info: Info | None = None) -> Source:
-        if isinstance(self.fs, LocalFileSystem):
+        if self.is_local:
             # A link that the caller names is followed; LocalTree itself follows none.
             folder, name = os.path.split(os.path.realpath(path))
             if not os.path.exists(path):
@@ -569,11 +570,11 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         materials = self._materials_for_writing()
 
         def begin(length: int | None) -> tuple[EncryptingFile, _LateTarget]:
-            full = {**self._context, **self._authenticated_context}
+            full = {**self.context, **self._authenticated_context}
             found = materials.for_encryption(self._suite, full, length)
             template = header_template(found, self._frame_length, self._authenticated_context)
             message = OutgoingMessage.begin(found, template, self._frame_length)
-            target = _LateTarget(self._target(path, overwrite=overwrite), autocommit=autocommit)
+            target = _LateTarget(self.target(path, overwrite=overwrite), autocommit=autocommit)
             file = EncryptingFile(target, message, overwrite=overwrite, durable=self._durable, name=path)
             return file, target
 
@@ -590,8 +591,9 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
                 )
             return self._writing
 
-    def _target(self, path: str, *, overwrite: bool) -> Target:
-        if isinstance(self.fs, LocalFileSystem):
+    def target(self, path: str, *, overwrite: bool) -> Target:
+        """An object below that is written as it is, and appears when it is published."""
+        if self.is_local:
             folder, name = os.path.split(path)
             tree = LocalTree(os.path.realpath(folder))
             try:
@@ -1081,6 +1083,60 @@ class CryptWriter(io.BufferedIOBase):
         raise TypeError("a file that is being written is not pickled")
 
 
+class TargetFile(io.BufferedIOBase):
+    """A file of the filesystem below, written as it is; it appears when it is closed cleanly.
+
+    For what encrypts itself, as modular Parquet files do.
+    """
+
+    mode = "wb"
+
+    def __init__(self, fs: CryptFileSystem, path: str) -> None:
+        super().__init__()
+        self._fs = fs
+        self._path = path
+        self._target: Target | None = fs.target(path, overwrite=True)
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any, /) -> int:
+        if self._target is None:
+            raise ValueError("I/O operation on closed file")
+        with memoryview(data) as view, view.cast("B") as octets:
+            self._target.write_at(self._position, octets)
+            self._position += len(octets)
+            return len(octets)
+
+    def close(self) -> None:
+        target, self._target = self._target, None
+        if target is not None:
+            try:
+                target.flush()
+                target.publish(overwrite=True)
+            finally:
+                target.discard()
+            self._fs.forget(self._path)
+        super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self._discard()
+        self.close()
+
+    def __del__(self) -> None:
+        self._discard()  # not close(): a file that was forgotten is not whole
+
+    def _discard(self) -> None:
+        target, self._target = getattr(self, "_target", None), None
+        if target is not None:
+            target.discard()
+
+
 class _LateTarget:
     """A target that appears when it is committed, at once or at the end of a transaction."""
 
@@ -1283,6 +1339,7 @@ __all__ = [
     "CryptFileSystem",
     "CryptWriter",
     "PlaintextOnDiskWarning",
+    "TargetFile",
     "crypt_filesystem",
     "filesystem",
 ]
