@@ -179,7 +179,7 @@ def test_encryption_sdk_multi_region(kms: Any, providers: Any):
 # -- the Amazon S3 Encryption Client ----------------------------------------------------------------------
 
 
-def test_s3_encryption_client(kms: Any, monkeypatch: pytest.MonkeyPatch):
+def test_s3_encryption_client(kms: Any, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("s3_encryption", reason="THE S3 ENCRYPTION CLIENT IS MISSING")
     moto = pytest.importorskip("moto", reason="moto IS MISSING: there is no S3 for the S3 client")
     from s3_encryption import S3EncryptionClient, S3EncryptionClientConfig
@@ -187,16 +187,23 @@ def test_s3_encryption_client(kms: Any, monkeypatch: pytest.MonkeyPatch):
 
     key = kms.create_key()["KeyMetadata"]
     kms.create_alias(AliasName="alias/s3", TargetKeyId=key["KeyId"])
-    address = re.escape(os.environ["AWS_ENDPOINT_URL_KMS"])
+    address = re.escape(environment["AWS_ENDPOINT_URL_KMS"])
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     # moto answers S3 only; requests to our server pass through it.
     with moto.mock_aws(config={"core": {"passthrough": {"urls": [f"{address}.*"]}}}):
-        passing = boto3.session.Session().client("kms", region_name="local")
+        passing = boto3.session.Session().client(
+            "kms",
+            region_name="local",
+            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],  # moto puts its own into the environment
+            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        )
         s3 = boto3.session.Session().client("s3", region_name="us-east-1")
-        s3.create_bucket(Bucket="b")
+        s3.create_bucket(Bucket="bucket")
         encrypting = S3EncryptionClient(s3, S3EncryptionClientConfig(KmsKeyring(passing, "alias/s3")))
-        encrypting.put_object(Bucket="b", Key="o", Body=io.BytesIO(b"plaintext"), EncryptionContext=CONTEXT)
-        stored = s3.get_object(Bucket="b", Key="o")["Body"].read()
+        encrypting.put_object(
+            Bucket="bucket", Key="o", Body=io.BytesIO(b"plaintext"), EncryptionContext=dict(CONTEXT)
+        )
+        stored = s3.get_object(Bucket="bucket", Key="o")["Body"].read()
         assert b"plaintext" not in stored
-        read = encrypting.get_object(Bucket="b", Key="o", EncryptionContext=CONTEXT)
+        read = encrypting.get_object(Bucket="bucket", Key="o", EncryptionContext=dict(CONTEXT))
         assert read["Body"].read() == b"plaintext"
