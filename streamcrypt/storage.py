@@ -28,7 +28,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import IO, Final, Protocol, TypeAlias
+from typing import IO, Final, NamedTuple, Protocol, TypeAlias
 
 from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
 
@@ -39,6 +39,8 @@ TEMPORARY_PREFIX: Final = ".streamcrypt-"
 TEMPORARY_SUFFIX: Final = ".tmp"
 # Our own objects within an encrypted tree: the manifest, a job's journal.
 RESERVED_FOLDER: Final = "_streamcrypt"
+# A target of more bytes than this has its length set before it is written.
+CLAIMED_LENGTH: Final = 2**20
 # A folder's descriptor is kept for the files that follow; a few are enough, since names come sorted.
 KEPT_FOLDERS: Final = 8
 
@@ -48,8 +50,7 @@ _FILE_MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o700
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One object of a tree: its name, and its size in bytes.
 
     ``problem`` says why the object cannot be read (a symbolic link, a device …); ``folder`` marks an
@@ -104,6 +105,9 @@ class Target(Protocol):
         """Drop the object; does nothing after ``publish``."""
 
 
+_NOT_A_NAME: Final = ("", ".", "..")
+
+
 def check_name(name: str) -> str:
     """``name`` if it is a relative path that stays below its root; StreamcryptError otherwise."""
     if (
@@ -123,9 +127,9 @@ def is_ours(name: str) -> bool:
     return first == RESERVED_FOLDER or (last.startswith(TEMPORARY_PREFIX) and last.endswith(TEMPORARY_SUFFIX))
 
 
-def sort_key(name: str) -> tuple[bytes, ...]:
-    """The order in which ``walk`` lists names."""
-    return tuple(os.fsencode(part) for part in name.split("/"))
+def sort_key(name: str) -> list[str]:
+    """The order in which ``walk`` lists names: part by part, by code points."""
+    return name.split("/")
 
 
 @dataclass(slots=True)
@@ -147,12 +151,12 @@ class LocalTree:
         self._folders.clear()
 
     def path(self, name: str) -> str:
-        return os.path.join(self.root, name)
+        return f"{self.root}/{name}"
 
     # -- reading
 
     def walk(self, filters: Filters | None = None) -> Iterator[Entry]:
-        """Every object, folder by folder, names ascending by their bytes; ours are left out."""
+        """Every object, folder by folder, names ascending; ours are left out."""
         yield from self._walk("", filters or Filters())
 
     def _walk(self, folder: str, filters: Filters) -> Iterator[Entry]:
@@ -163,7 +167,7 @@ class LocalTree:
         except OSError as error:
             yield Entry(folder, 0, problem=f"cannot be listed: {error.strerror}")
             return
-        names.sort(key=os.fsencode)
+        names.sort()
         prefix = folder + "/" if folder else ""
         if folder and not names:
             yield Entry(folder, 0, folder=True)
@@ -227,7 +231,8 @@ class LocalTree:
         path = self.path(name)
         try:
             parent = self._folder(folder, create=True)
-            if not overwrite and _exists(base, parent):
+            # A small file finds out when it is published; a large one had better know before.
+            if not overwrite and (size is None or size > CLAIMED_LENGTH) and _exists(base, parent):
                 raise DestinationError(f"{path}: exists already; overwrite must be asked for")
             return LocalTarget.create(path, parent, base, size)
         except OSError as error:
@@ -383,7 +388,7 @@ class LocalTarget(LocalPart):
                 break
             os.close(descriptor)
         try:
-            if size:
+            if size is not None and size > CLAIMED_LENGTH:
                 os.ftruncate(descriptor, size)
             return cls(descriptor, path, parent, base, temporary)
         except OSError:

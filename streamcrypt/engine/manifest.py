@@ -111,7 +111,7 @@ def read_manifest(file: Iterable[bytes]) -> Iterator[Listed]:
     lines = iter(file)
     _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
     files = total = 0
-    previous: tuple[bytes, ...] = ()
+    previous: list[str] = []
     for line in lines:
         record = _parse(line)
         if "name" not in record:

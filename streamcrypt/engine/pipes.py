@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from streamcrypt.engine.job import Job, Progress, Report
-from streamcrypt.errors import DestinationError, IntegrityError, SourceError
+from streamcrypt.engine.worker import located
+from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.storage import LocalTarget, Source
 from streamcrypt.streams import BATCH_LENGTH, MessageWriter, OutgoingMessage, header_template, open_stream
 
@@ -30,7 +31,8 @@ def run(job: Job) -> Report:
     with contextlib.ExitStack() as cleanup:
         readinto = _reader(job, report, cleanup)
         if job.reading is not None:
-            chunks = open_stream(readinto, job.reading, job.rules)
+            name = "standard input" if job.source.is_stream else job.source.path
+            chunks = _located(open_stream(readinto, job.reading, job.rules), name)
         else:
             chunks = _plain(readinto, job.frame_length)
         write, finish = _writer(job, report, cleanup)
@@ -44,6 +46,14 @@ def run(job: Job) -> Report:
     report.files = 1
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _located(chunks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
+    """The same chunks; an error says which message it is about."""
+    try:
+        yield from chunks
+    except StreamcryptError as error:
+        raise located(error, name) from error.__cause__
 
 
 def _plain(readinto: Callable[[memoryview], int], frame_length: int) -> Iterator[memoryview]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import getpass
+import io
 import os
 import resource
 import time
@@ -66,8 +67,8 @@ _SAMPLE: Final = 4096
 _INTERPRETER_PER_FILE: Final = 150e-6
 _INTERPRETER_PER_FRAME: Final = 4e-6
 _PROCESSES_PAY: Final = 0.4
-# Descriptors that are left to whatever else this process does.
-_OTHER_DESCRIPTORS: Final = 64
+# Descriptors that are left to whatever else this process opens meanwhile.
+_OTHER_DESCRIPTORS: Final = 32
 
 
 def encrypt(job: Job) -> Report:
@@ -211,7 +212,7 @@ class _Run:
             yield from ((entry, None) for entry in self.readable(entries))
             return
         with manifest:
-            for entry, line in _merge(entries, self._admitted(read_manifest(manifest))):
+            for entry, line in _merge(entries, self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))):
                 if line is None:
                     assert entry is not None
                     if not entry.folder:  # an empty folder that was added holds nothing
@@ -296,7 +297,7 @@ class _Run:
                 source.close()
         if job.dry_run:
             return FileTask(number, entry.name, None, length)
-        opening = Opening(header.serialize(), content_key, geometry, header.suite.signed)
+        opening = Opening(header.serialize(), header.message_id, content_key, geometry, header.suite.signed)
         return FileTask(
             number,
             entry.name,
@@ -388,7 +389,7 @@ class _Run:
         # and target each keep some folders open.
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if descriptors != resource.RLIM_INFINITY:
-            spare = descriptors - _OTHER_DESCRIPTORS - 2 * KEPT_FOLDERS * (workers + 1)
+            spare = descriptors - _used_descriptors() - 2 * KEPT_FOLDERS * (workers + 1)
             self._batch_files = max(1, min(self._batch_files, spare // (2 * workers)))
         return ThreadPool(setup, workers)
 
@@ -428,8 +429,7 @@ class _Run:
         source = self.job.source.tree.open(task.source)
         try:
             if task.opening is not None and task.opening.geometry is not None:
-                header = source_header(source, max_encrypted_data_keys=None)
-                cipher = FrameCipher(task.opening.content_key, header.message_id)
+                cipher = FrameCipher(task.opening.content_key, task.opening.message_id)
                 FrameReader(source, cipher, task.opening.geometry).open_final()  # it proves the length
             target = None
             if task.target is not None:
@@ -630,6 +630,13 @@ def _merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[
         else:
             yield entry, line
             entry, line = next(entries, None), next(lines, None)
+
+
+def _used_descriptors() -> int:
+    try:
+        return len(os.listdir("/dev/fd")) + _OTHER_DESCRIPTORS
+    except OSError:  # there is none left to look with
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @functools.cache

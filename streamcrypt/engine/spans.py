@@ -51,6 +51,7 @@ class Opening(NamedTuple):
     """
 
     header: bytes
+    message_id: bytes
     content_key: bytes
     geometry: Geometry | None
     signed: bool = False

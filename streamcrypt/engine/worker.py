@@ -10,6 +10,7 @@ others' metadata with it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,15 +154,15 @@ class Worker:
 
     def _copy(self, task: FileTask, source: Source, target: Target | None) -> None:
         """All of one file, from its source to where it goes."""
-        writing = self._writing(task, target)
-        if task.opening is not None and task.opening.in_order:
-            self._copy_in_order(task, task.opening, source, writing)
-        else:
-            reading = self._reading(task, source)
-            if isinstance(reading, FrameReader):
-                reading.open_final()  # first of all: it proves the length of the message
-            self._loop(task, reading, writing, 0, task.length)
-        writing.finish()
+        with contextlib.closing(self._writing(task, target)) as writing:
+            if task.opening is not None and task.opening.in_order:
+                self._copy_in_order(task, task.opening, source, writing)
+            else:
+                reading = self._reading(task, source)
+                if isinstance(reading, FrameReader):
+                    reading.open_final()  # first of all: it proves the length of the message
+                self._loop(task, reading, writing, 0, task.length)
+            writing.finish()
 
     def _copy_in_order(self, task: FileTask, opening: Opening, source: Source, writing: Writing) -> None:
         """A message that must be read in order: its signature, or its one tag, comes at the end."""
@@ -194,9 +195,8 @@ class Worker:
                 assert file.target is not None
                 part = self._target_tree.open_part(file.target, task.temporary)
             try:
-                self._loop(
-                    file, self._reading(file, source), self._writing(file, part), task.start, task.stop
-                )
+                with contextlib.closing(self._writing(file, part)) as writing:
+                    self._loop(file, self._reading(file, source), writing, task.start, task.stop)
                 source.check_unchanged()
             except StreamcryptError as error:
                 raise located(error, path) from error.__cause__
@@ -222,13 +222,12 @@ class Worker:
         opening = task.opening
         if opening is None or opening.geometry is None:
             return _PlainReading(source, self._source_tree.path(task.source))
-        message_id = parse_header(opening.header, max_encrypted_data_keys=None)[0].message_id
         geometry = opening.geometry
         frames = min(max(1, BATCH_LENGTH // (geometry.frame_length + REGULAR_OVERHEAD)), geometry.frames)
         # A frame length is what the header says; no more room is made than the message has bytes.
         room = frames * (geometry.frame_length + REGULAR_OVERHEAD) + FINAL_OVERHEAD
         scratch = self._room("_sealed", min(room, geometry.body_end - geometry.header_length))
-        return FrameReader(source, FrameCipher(opening.content_key, message_id), geometry, scratch=scratch)
+        return FrameReader(source, FrameCipher(opening.content_key, opening.message_id), geometry, scratch=scratch)
 
     def _writing(self, task: FileTask, target: Writable | None) -> Writing:
         if task.against is not None:
@@ -278,6 +277,9 @@ class Writing:
         pass
 
     def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -347,12 +349,11 @@ class _Comparing(Writing):
             count = self._source.read_at(position, view)
         # A bytearray compares with memcmp; two memoryviews would compare item by item.
         if count < len(data) or self._buffer != data:
-            self._source.close()
             raise IntegrityError(
                 f"differs from {self._path} within bytes {position} to {position + len(data)}"
             )
 
-    def finish(self) -> None:
+    def close(self) -> None:
         self._source.close()
 
 
