@@ -84,7 +84,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{command + ': ' if command else ''}{message}; see `{self.prog} --help`")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(self._spread(sys.argv[1:] if args is None else args), namespace)
+        words = self._spread(sys.argv[1:] if args is None else args)
+        parsed, unknown = super().parse_known_args(words, namespace)
+        if unknown:  # said here, by the command that does not know them, and not by the parser above it
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
     def _spread(self, words: Sequence[str]) -> list[str]:
         positional = [action for action in self._actions if not action.option_strings]
