@@ -144,7 +144,9 @@ class Pace:
 
     _LEAST_CUT: Final = 0.97
     _MOST_CUT: Final = 0.5
+    _FIRST_GROWTH: Final = 3.0  # factor a second, until a rate is known that is too much
     _FAST_GROWTH: Final = 1.5  # factor a second
+    _RISING_GROWTH: Final = 1.1  # factor a second, above every rate that was too much
     _SLOW_GROWTH: Final = 0.01  # of the ceiling, a second
     _LEAST_RATE: Final = 0.5
     _PROBES_PER_SECOND: Final = 2.0
@@ -161,72 +163,78 @@ class Pace:
         self._successes = 0
         self._failures = 0
         self._down_since: float | None = None
-        self._recoveries = 0
+        self._turnstile = threading.Lock()
         self._condition = threading.Condition(threading.Lock())
 
     def wait(self, give_up_at: float) -> bool:
         """Wait for a turn to call; False when none comes before ``give_up_at``."""
         with self._condition:
-            while True:
-                slot = self._reserve()
-                now = self._clock()
-                if slot <= now:
-                    return True
-                if self._down_since is not None and now - self._down_since > DEADLINE:
-                    return False  # it has been away for long: only the probes go on
-                recoveries = self._recoveries
-                while recoveries == self._recoveries:
-                    if slot > give_up_at:
+            if self.slot() <= self._clock():
+                self.take()
+                return True
+        # One thread at a time waits for the next turn, so that a new rate holds for it at once; the
+        # others wait behind it.
+        if not self._turnstile.acquire(timeout=max(0.0, give_up_at - self._clock())):
+            return False
+        try:
+            with self._condition:
+                while (slot := self.slot()) > (now := self._clock()):
+                    away_for_long = self._down_since is not None and now - self._down_since > DEADLINE
+                    if slot > give_up_at or away_for_long:  # then only the probes go on
                         return False
                     self._condition.wait(slot - now)
-                    now = self._clock()
-                    if now >= slot:
-                        return True
+                self.take()
+                return True
+        finally:
+            self._turnstile.release()
 
-    def _reserve(self) -> float:
-        """The time from which the caller may start."""
-        now = self._clock()
+    def slot(self) -> float:
+        """The time from which the next call may start."""
+        return -math.inf if self._interval() == 0 else self._next
+
+    def take(self) -> None:
+        """Take the next turn."""
+        interval = self._interval()
+        if interval:
+            self._next = max(self._clock(), self._next) + interval
+
+    def _interval(self) -> float:
         if self._down_since is not None:
-            interval = 1 / self._PROBES_PER_SECOND
-        elif self.rate == math.inf:
-            return now
-        else:
-            interval = 1 / self.rate
-        slot = max(now, self._next)
-        self._next = slot + interval
-        return slot
+            return 1 / self._PROBES_PER_SECOND
+        return 1 / self.rate  # 0 while unlimited
 
-    def succeeded(self) -> None:
-        """An answer came that was not a throttle."""
+    def succeeded(self, started: float) -> None:
+        """An answer that was not a throttle came to a call that began at ``started``."""
         with self._condition:
-            self._attempts += 1
-            self._successes += 1
             self._failures = 0
             if self._down_since is not None:
                 self._down_since = None
                 self._next = self._clock()
-                self._recoveries += 1
                 self._condition.notify_all()
-            if self.rate != math.inf:
-                self._grow(self._clock())
+            if started >= self._changed_at:
+                self._attempts += 1
+                self._successes += 1
+                if self.rate != math.inf:
+                    self._grow(self._clock())
 
     def throttled(self, started: float) -> None:
         """The service throttled a call that began at ``started``."""
         with self._condition:
             self._failures = 0
-            self._attempts += 1
             if started < self._changed_at:
-                return  # sent before the last cut: it says nothing about the rate since
+                return  # it began before the last cut: it says nothing about the rate since
+            self._attempts += 1
             now = self._clock()
             if self.rate == math.inf:
-                self.rate = self._successes / max(now - self._changed_at, 0.02)
+                self.rate = (self._successes + 1) / max(now - self._changed_at, 0.02)
             else:
                 self._ceiling = self.rate
-                granted = self._successes / self._attempts
+                # As if one more had succeeded: a few calls don't say much.
+                granted = (self._successes + 1) / (self._attempts + 1)
                 self.rate *= min(max(granted, self._MOST_CUT), self._LEAST_CUT)
             self.rate = max(self.rate, self._LEAST_RATE)
-            self._changed_at = self._grown_at = now
             self._attempts = self._successes = 0
+            self._changed_at = self._grown_at = now
             self._next = now + 1 / self.rate
 
     def unreachable(self) -> None:
@@ -238,15 +246,16 @@ class Pace:
                 self._next = self._down_since + 1 / self._PROBES_PER_SECOND
 
     def _grow(self, now: float) -> None:
-        seconds = min(now - self._grown_at, 1.0)
-        self._grown_at = now
-        if self.rate < 0.95 * self._ceiling:
+        seconds = min(max(now - self._grown_at, 0.0), 1.0)
+        self._grown_at = max(now, self._grown_at)
+        if self._ceiling == math.inf:
+            self.rate *= self._FIRST_GROWTH**seconds
+        elif self.rate < 0.95 * self._ceiling:
             self.rate *= self._FAST_GROWTH**seconds
         elif self.rate < 1.05 * self._ceiling:
             self.rate += self._SLOW_GROWTH * self._ceiling * seconds
         else:  # nothing was throttled where it was before: the quota has risen
-            self._ceiling = self.rate
-            self.rate *= self._FAST_GROWTH**seconds
+            self.rate *= self._RISING_GROWTH**seconds
 
 
 # The quota is the service's, so clients of one endpoint share a pace.
@@ -355,14 +364,19 @@ class KmsCalls:
                 elif unreachable:
                     pace.unreachable()
                 else:
-                    pace.succeeded()
+                    pace.succeeded(started)
                     raise self.refusal(error, operation, key, request.get("EncryptionContext")) from error
                 reason = error
             else:
-                latency_ms = (self._clock() - started) * 1000
+                # botocore gives nothing but its metadata for an answer that broke off.
+                whole = response.keys() > {"ResponseMetadata"} or "ResponseMetadata" not in response
+                latency_ms = (self._clock() - started) * 1000 if whole else None
                 self.stats.count(operation, latency_ms, throttled=False, retry=retries > 0)
-                pace.succeeded()
-                return response
+                if whole:
+                    pace.succeeded(started)
+                    return response
+                pace.unreachable()
+                reason = ConnectionError("the answer broke off")
             retries += 1
             # Full jitter (M. Brooker, "Exponential Backoff And Jitter", AWS, 2015).
             delay = random.uniform(0, min(2.0, 0.05 * 2**retries))  # noqa: S311 - timing, no secret
