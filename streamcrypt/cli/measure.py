@@ -117,7 +117,9 @@ def _add_bench(subparsers: Any) -> None:
     run.add_argument(
         "--work", type=Path, help="folder for test data of storage=disk (default: the temporary folder)"
     )
-    run.add_argument("--attempts", type=_count, default=3, help="tries of a run that other work disturbs")
+    run.add_argument(
+        "--attempts", type=_count, help="tries of a run that other work disturbs (default 3; quick 1)"
+    )
     run.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
     run.add_argument("--budget", type=DURATION, help="stop after this time; the same command goes on")
     run.add_argument("--no-yardsticks", action="store_true", help="leave out copy, cipher and read alone")
@@ -211,7 +213,7 @@ def _bench_run(args: argparse.Namespace) -> int:
             timeout=args.timeout,
             yardsticks=not args.no_yardsticks,
             budget=args.budget,
-            attempts=args.attempts,
+            attempts=args.attempts or (1 if args.preset == "quick" else sweep.ATTEMPTS),
             progress=None if args.quiet else _progress,
         )
     except sweep.SweepError as error:
@@ -508,6 +510,10 @@ def _plan(args: argparse.Namespace) -> int:
             return _fail(str(error), 1 if job.deadline is not None else USAGE_ERROR)
     except (planner.PlanError, RecordsError, ModelError, ValueError) as error:
         return _fail(str(error), USAGE_ERROR)
+    from streamcrypt.bench.records import this_machine
+
+    if not shipped and records.machine.id != this_machine().id:
+        found.notes.insert(0, f"the records are of another machine than this one: {records.machine.name}")
     if shipped:
         found.notes.insert(
             0,
@@ -550,6 +556,7 @@ def _check(args: argparse.Namespace, job: Any, records: Any) -> int:
 
 def _validate(args: argparse.Namespace, records: Any) -> int:
     from streamcrypt.bench import measure, sweep
+    from streamcrypt.bench.records import RecordsError
     from streamcrypt.plan import validate
 
     try:
@@ -562,6 +569,8 @@ def _validate(args: argparse.Namespace, records: Any) -> int:
             budget=args.budget,
             progress=None if args.quiet else _progress,
         )
+    except RecordsError as error:
+        return _fail(str(error), USAGE_ERROR)
     except (sweep.SweepError, measure.MeasureError, OSError) as error:
         return _fail(str(error), 1)
     _out(json.dumps(result) if args.json else validate.table(result))

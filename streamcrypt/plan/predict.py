@@ -580,6 +580,12 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
             f"{workers} workers are {workers / rates.largest_workers:.3g} times the most that was measured "
             f"({rates.largest_workers}); the interval is widened {widen:.2g} times and may still be too narrow"
         )
+    disturbed = sum(1 for run in records.usable() if run.noise)
+    if disturbed > len(records.usable()) / 5:
+        notes.append(
+            f"{disturbed} of the {len(records.usable())} runs behind these rates were disturbed by other work: "
+            "the time is likely too long; measure again on a quiet machine"
+        )
     if job.hosts > 1:
         notes.append("hosts are assumed equal and independent; only the KMS quota is shared")
     estimate = point(job, workers, exact=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamcrypt.bench import data, sweep
-from streamcrypt.bench.records import Cell, Record, Records, by_cell, median
+from streamcrypt.bench.records import Cell, Record, Records, RecordsError, by_cell, median, this_machine
 from streamcrypt.plan import predict as planner
 from streamcrypt.plan.model import best_rate, nearest, work_of
 
@@ -87,15 +87,23 @@ def validate(
     *,
     work: Path | None = None,
     budget: float = 600.0,
+    repeats: int = REPEATS,
+    rounds: int = ROUNDS,
     progress: Callable[[int, int, Record], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Measure the cells within ``budget`` seconds and judge the plan by them; ``out`` goes on where it was.
 
-    The records must be of this machine: RecordsError from the sweep otherwise is what tells.
+    RecordsError when the records are of another machine.
     """
     import tempfile
 
+    here = this_machine()
+    if here.id != records.machine.id:
+        raise RecordsError(
+            f"the records are of {records.machine.name}, this is {here.name}: a plan is validated where its rates "
+            "were measured; run `streamcrypt bench calibrate --storage disk,memory` here and give it as --records"
+        )
     cores = records.machine.cores
     with tempfile.TemporaryDirectory(prefix="streamcrypt-validate-") as scratch:
         folder = out or Path(scratch)
@@ -104,10 +112,10 @@ def validate(
         options: dict[str, Any] = {"work": work, "yardsticks": False, "progress": progress}
         middle = sorted(cells, key=lambda cell: cell.files * cell.file_size)[len(cells) // 2]
         floor_runs = sweep.run(
-            sweep.Sweep((middle,), REPEATS), folder / "floor", budget=budget / 4, **options
+            sweep.Sweep((middle,), repeats), folder / "floor", budget=budget / 4, **options
         ).usable()
         left = max(1.0, budget - (clock() - started))
-        measured = sweep.run(sweep.Sweep(tuple(cells), ROUNDS), folder / "cells", budget=left, **options)
+        measured = sweep.run(sweep.Sweep(tuple(cells), rounds), folder / "cells", budget=left, **options)
     return judge(measured, records, [run.wall_s for run in floor_runs], planned=len(cells), cores=cores)
 
 

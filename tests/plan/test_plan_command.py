@@ -1,13 +1,15 @@
 """bench, plan and report as they are typed: one line for what is wrong, exit codes, one JSON object."""
 
+import dataclasses
 import json
 
 import pytest
 from families.measured import synthetic_records
 
-from streamcrypt.bench.records import Records, write_json
+from streamcrypt.bench.records import Cell, Records, this_machine, write_json
+from streamcrypt.bench.sweep import held_out
 from streamcrypt.cli import main
-from streamcrypt.plan import REFERENCE
+from streamcrypt.plan import REFERENCE, validate
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +138,6 @@ def test_a_finished_job_is_checked(capsys, tmp_path, records):
 def test_bench_compare_exit_codes(capsys, tmp_path, records):
     assert run(capsys, "bench", "compare", records, records)[0] == 0
     slower = synthetic_records()
-    import dataclasses
-
     runs = tuple(dataclasses.replace(run, wall_s=run.wall_s * 1.5) for run in slower.runs)
     write_json(tmp_path / "slower.json", Records(slower.machine, runs))
     code, out, _ = run(capsys, "bench", "compare", records, tmp_path / "slower.json", "--json")
@@ -173,3 +173,30 @@ def test_measuring_aws_needs_a_limit(capsys):
     code, _, err = run(capsys, "bench", "kms", "--kms", "aws", "--key", "alias/x")
     assert code == 2
     assert "--max-calls" in err
+
+
+def test_validating_needs_records_of_this_machine(capsys, tmp_path, records):
+    validate.write_held_out(tmp_path / "cells.json", held_out(1), 1)
+    code, _, err = run(capsys, "plan", "--validate", tmp_path / "cells.json", "--records", records)
+    assert code == 2
+    assert "bench calibrate" in err
+
+
+def test_validating_measures_and_judges(tmp_path):
+    """Records of a known law, said to be of this machine: far off, and the table says how far."""
+    law = synthetic_records()
+    records = Records(this_machine(), law.runs)
+    cells = [
+        Cell(files=4, file_size=1000, storage="disk", cache_max_messages=limit) for limit in (1, 2, None)
+    ]
+    result = validate.validate(cells, records, tmp_path / "out", work=tmp_path, repeats=2, rounds=1)
+    assert result["planned"] == result["measured"] == 3
+    assert result["floor"]["runs"] == 2
+    # Four files and the manifest.
+    assert [row["calls_measured"] for row in sorted(result["rows"], key=lambda row: row["label"])] == [
+        1,
+        5,
+        3,
+    ]
+    assert result["summary"]["calls_exact"] == 1.0
+    assert "noise floor" in validate.table(result)
