@@ -64,6 +64,20 @@ def _rate(text: str) -> float:
     return value
 
 
+def _needing_extras(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, with one line instead of a traceback where the bench extra is not installed."""
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("scipy", "psutil"):
+                raise
+            return _fail(f"this needs {error.name}: pip install 'streamcrypt[bench]'", 1)
+
+    return run
+
+
 def _fail(what: str, code: int) -> int:
     print(f"streamcrypt: error: {what}", file=sys.stderr)  # noqa: T201
     return code
@@ -124,7 +138,7 @@ def _add_bench(subparsers: Any) -> None:
     run.add_argument("--budget", type=DURATION, help="stop after this time; the same command goes on")
     run.add_argument("--no-yardsticks", action="store_true", help="leave out copy, cipher and read alone")
     _common(run)
-    run.set_defaults(run=_bench_run)
+    run.set_defaults(run=_needing_extras(_bench_run))
 
     calibrate = commands.add_parser(
         "calibrate",
@@ -141,7 +155,7 @@ def _add_bench(subparsers: Any) -> None:
     )
     calibrate.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
     _common(calibrate)
-    calibrate.set_defaults(run=_bench_calibrate)
+    calibrate.set_defaults(run=_needing_extras(_bench_calibrate))
 
     compare = commands.add_parser(
         "compare",
@@ -152,7 +166,7 @@ def _add_bench(subparsers: Any) -> None:
     compare.add_argument("new", type=Path, help="folder or file of records")
     compare.add_argument("--cross-machine", action="store_true", help="compare records of two machines")
     _common(compare)
-    compare.set_defaults(run=_bench_compare)
+    compare.set_defaults(run=_needing_extras(_bench_compare))
 
     kms = commands.add_parser(
         "kms",
@@ -173,7 +187,7 @@ def _add_bench(subparsers: Any) -> None:
     kms.add_argument("--seconds", type=DURATION, default=5.0, help="length of the measurement")
     kms.add_argument("--max-calls", type=_count, help="hard stop; must be given for aws")
     _common(kms)
-    kms.set_defaults(run=_bench_kms)
+    kms.set_defaults(run=_needing_extras(_bench_kms))
 
 
 def _sweep_of(args: argparse.Namespace) -> Any:
@@ -404,7 +418,7 @@ def _add_plan(subparsers: Any) -> None:
     what.add_argument("--work", type=Path, help="folder for test data of --validate")
     what.add_argument("--budget", type=DURATION, default=600.0, help="time for --validate (default 10m)")
     _common(parser)
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(run=_needing_extras(_plan))
 
 
 def _records_of(path: Path | None) -> tuple[Any, bool]:
@@ -589,7 +603,7 @@ def _add_report(subparsers: Any) -> None:
     parser.add_argument("source", type=Path, help="a sweep's folder, records, or the JSON of `plan --json`")
     parser.add_argument("--out", type=Path, required=True, help="the HTML file")
     _common(parser)
-    parser.set_defaults(run=_report)
+    parser.set_defaults(run=_needing_extras(_report))
 
 
 def _report(args: argparse.Namespace) -> int:
