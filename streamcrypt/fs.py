@@ -28,7 +28,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from streamcrypt.engine.manifest import Listed, read_manifest
 from streamcrypt.errors import DestinationError, FormatError, IntegrityError, StreamcryptError
@@ -45,6 +45,7 @@ from streamcrypt.storage import (
     TEMPORARY_PREFIX,
     TEMPORARY_SUFFIX,
     Buffer,
+    FileObjectSource,
     LocalTree,
     Source,
     Target,
@@ -57,6 +58,7 @@ from streamcrypt.streams import (
     OutgoingMessage,
     ReadingRules,
     header_template,
+    open_stream,
     read_bytes,
     source_geometry,
     source_header,
@@ -508,6 +510,26 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             message.close()
             raise
         return message
+
+    def open_object(self, file: IO[bytes]) -> CryptFile:
+        """The message in a binary file that seeks, by the rules of this filesystem; no manifest is asked."""
+        source = FileObjectSource(file)
+        name = str(getattr(file, "name", ""))
+        message = _SourceOfFile(source, self._materials_for_reading(), self._rules, name=name)
+        return CryptFile(self, name, message)
+
+    def open_in_order(self, file: IO[bytes]) -> Iterator[memoryview]:
+        """The plaintext of a message that arrives in order; see ``streams.open_stream``."""
+        readinto = getattr(file, "readinto", None)
+
+        def read_into(view: memoryview) -> int:
+            if readinto is not None:
+                return readinto(view) or 0
+            data = file.read(len(view))
+            view[: len(data)] = data
+            return len(data)
+
+        return open_stream(read_into, self._materials_for_reading(), self._rules)
 
     def _source(self, path: str, info: Info | None = None) -> Source:
         if self.is_local:
