@@ -15,7 +15,7 @@ frame is given out only when it has been authenticated.
 from __future__ import annotations
 
 import io
-import secrets
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,6 +77,7 @@ class OutgoingMessage:
     header: bytes
     message_id: bytes
     content_key: bytes
+    cipher: FrameCipher
     frame_length: int
     signing_key: ec.EllipticCurvePrivateKey | None
     materials: EncryptionMaterials
@@ -86,15 +87,13 @@ class OutgoingMessage:
         cls, materials: EncryptionMaterials, template: HeaderTemplate, frame_length: int
     ) -> OutgoingMessage:
         # 256 random bits: the salt of the derivation, so that no two messages share a content key.
-        message_id = secrets.token_bytes(materials.suite.message_id_length)
+        message_id = os.urandom(materials.suite.message_id_length)
         keys = derive_keys(materials.suite, materials.data_key, message_id)
         cipher = FrameCipher(keys.content_key, message_id)
         header = template.seal(message_id, keys.commitment, cipher.aead)
-        return cls(header, message_id, keys.content_key, frame_length, materials.signing_key, materials)
-
-    @property
-    def cipher(self) -> FrameCipher:
-        return FrameCipher(self.content_key, self.message_id)
+        return cls(
+            header, message_id, keys.content_key, cipher, frame_length, materials.signing_key, materials
+        )
 
     def geometry(self, plaintext_length: int) -> Geometry:
         return Geometry.for_plaintext(

@@ -73,6 +73,8 @@ References = str | Keyring | Sequence[str | Keyring]
 
 def encrypting_keyring(references: References, *, stats: KmsStats | None = None) -> Keyring:
     """The keyring to encrypt with: the first key makes the data key, every one wraps it."""
+    if (kept := _kept_keyring(references, encrypting=True)) is not None:
+        return kept
     keyrings = [_from(reference, encrypting=True, stats=stats) for reference in _as_list(references)]
     if not keyrings:
         raise ValueError(f"encrypting needs a key: {_FORMS}")
@@ -88,6 +90,8 @@ def decrypting_keyring(references: References | None, *, stats: KmsStats | None 
     """
     if references is None:
         return _discovery("local and AWS", stats, {})
+    if (kept := _kept_keyring(references, encrypting=False)) is not None:
+        return kept
     keyrings = [_from(reference, encrypting=False, stats=stats) for reference in _as_list(references)]
     if not keyrings:
         raise ValueError(
@@ -127,9 +131,9 @@ def _from(reference: str | Keyring, *, encrypting: bool, stats: KmsStats | None)
         if kind == "hierarchy":
             return _hierarchy(reference, rest, stats=stats)
         if kind == "raw-aes":
-            return _raw_aes(reference, rest)
+            return _keep(reference, encrypting, lambda: _raw_aes(reference, rest))
         if kind == "raw-rsa":
-            return _raw_rsa(reference, rest, encrypting=encrypting)
+            return _keep(reference, encrypting, lambda: _raw_rsa(reference, rest, encrypting=encrypting))
     raise ValueError(f"{printable(reference)!r} is not a key reference; write {_FORMS}")
 
 
@@ -441,6 +445,36 @@ def _is_loopback(host: str) -> bool:
 
 
 # Key files
+
+
+def _kept_keyring(references: References, *, encrypting: bool) -> Keyring | None:
+    """A single key that is at hand already: a Keyring, or a key file that has not changed since it was read."""
+    if isinstance(references, str):
+        kept = _raw_keyrings.get((references, encrypting))
+        return kept[2] if kept is not None and _file_state(kept[0]) == kept[1] else None
+    return references if isinstance(references, Keyring) else None
+
+
+def _keep(reference: str, encrypting: bool, read: Callable[[], Keyring]) -> Keyring:
+    """Reading a key file costs more than sealing a small message, so its keyring is kept."""
+    path = reference.partition("@")[2].partition("?")[0]
+    state = _file_state(path)
+    keyring = read()
+    if state is not None and len(_raw_keyrings) < _KEPT_KEYRINGS:
+        _raw_keyrings[reference, encrypting] = (path, state, keyring)
+    return keyring
+
+
+def _file_state(path: str) -> tuple[int, int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+_KEPT_KEYRINGS: Final = 64
+_raw_keyrings: dict[tuple[str, bool], tuple[str, tuple[int, int, int, int], Keyring]] = {}
 
 
 def _raw_aes(reference: str, rest: str) -> Keyring:
