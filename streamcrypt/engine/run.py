@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
 from streamcrypt.engine.manifest import Listed, ManifestWriter, read_manifest
@@ -40,7 +39,7 @@ from streamcrypt.engine.spans import (
     unit_length,
 )
 from streamcrypt.engine.worker import Outcome, Setup, Worker, located
-from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
+from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.keyring import describe_wrapped_key
 from streamcrypt.keys.materials import EncryptionMaterials
 from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
@@ -116,7 +115,8 @@ class _Run:
         self._feeds: list[Iterator[Tasks]] = []  # the last one is served first
         self._listings: dict[int, Listed | None] = {}  # finished, and waiting for those before them
         self._next_listing = 0
-        self._folders: set[str] = set()
+        self._folders: set[str] = set()  # that were looked through for leftovers
+        self._written_folders: set[str] = set()
         self._template: tuple[EncryptionMaterials, HeaderTemplate, bytes | None] | None = None
         self._done_bytes = 0
         self._deaths = False
@@ -156,9 +156,11 @@ class _Run:
 
     def _finish(self, destination: Place) -> None:
         """Names first, manifest last: what was reported as done is durable."""
-        if self.job.durable:
-            for folder in sorted(self._folders):
+        for folder in sorted(self._written_folders) if self.job.durable else ():
+            try:
                 destination.tree.sync_folder(folder)
+            except DestinationError as error:
+                self.report.failed.append(Failure(folder or ".", error))
         if self._manifest is not None:
             self._manifest.publish()
             if self.job.durable:
@@ -330,6 +332,8 @@ class _Run:
             self.report.data_keys += 1
             key, encoded = materials.signing_key, None
             if key is not None:
+                from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
                 encoded = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
             template = header_template(materials, self.job.frame_length, self.job.authenticated_context)
             self._template = (materials, template, encoded)
@@ -531,6 +535,8 @@ class _Run:
         report.files += 1
         report.bytes_in += outcome.bytes_in
         report.bytes_out += outcome.bytes_out
+        if task.target is not None:
+            self._written_folders.add(task.target.rpartition("/")[0])
         listed = None
         if task.sealing is not None:
             sealing = task.sealing

@@ -40,7 +40,7 @@ SIZES = [0, 1, F - 1, F, F + 1, 2 * F, 5 * F + 3]
 FILES = {f"d{i % 3}/{'x' * (i % 4)}file{i}": size for i, size in enumerate(SIZES * 3)}
 # So many frames that the engine takes worker processes by itself (run._PROCESSES_PAY).
 MANY_FRAMES = {"frame_size": 128}
-MANY_FRAMES_FILES = {f"f{i}": 9 * 2**17 for i in range(16)}
+MANY_FRAMES_FILES = {f"f{i}": 9 * 2**17 for i in range(12)}
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_twenty_kills_of_the_parent(heavy, tmp_path):
         )
         process = run_cli(operation, source, destination, "overwrite", stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "started\n"
-        time.sleep(rng.uniform(0.0, 1.6))
+        time.sleep(rng.uniform(0.0, 1.2))
         children = child_processes(process.pid)
         process.kill()
         process.wait()
@@ -445,7 +445,9 @@ def test_twenty_kills_of_workers(heavy, tmp_path):
     root, contents = heavy
     rng = random.Random(13)
     killed = 0
-    for trial in range(10):
+    for trial in range(16):
+        if killed >= 20:
+            break
         target = tmp_path / f"enc{trial}"
         stop = threading.Event()
 
@@ -453,7 +455,7 @@ def test_twenty_kills_of_workers(heavy, tmp_path):
             nonlocal killed
             deadline = time.monotonic() + 8
             kills = 0
-            while not stop.is_set() and time.monotonic() < deadline and kills < 2:
+            while not stop.is_set() and time.monotonic() < deadline and kills < 3:
                 children = child_processes()
                 if not children:
                     stop.wait(0.002)
@@ -475,7 +477,7 @@ def test_twenty_kills_of_workers(heavy, tmp_path):
         assert assert_nothing_partial(target, contents, KEYS) == len(contents)
         assert not leftovers(target)
         sc.verify(target, against=root, keys=KEYS)
-    assert killed >= 10
+    assert killed >= 10, "too few kills met a running worker"
     assert not child_processes()
 
 
@@ -605,8 +607,8 @@ MEMORY_PROGRAM = PROGRAM.replace(
 
 @pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
 def test_memory_does_not_grow_with_the_file(tmp_path, sign):
-    """A file of 1.5 GiB (sparse) under an address space of 1 GiB."""
-    size = 3 * 2**29
+    """A file of 1.1 GiB (sparse) under an address space of 1 GiB."""
+    size = 2**30 + 2**27
     with (tmp_path / "large").open("wb") as file:
         file.truncate(size)
     program = MEMORY_PROGRAM.replace("overwrite=", f"sign={sign}, fsync=False, overwrite=", 1)
