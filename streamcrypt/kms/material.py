@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -156,6 +156,8 @@ def _post_quantum_class(spec: KeySpec) -> Any:
 
 def private_der(key: Any) -> bytes:
     """PKCS#8 in DER, not encrypted: for the store, which seals it, and for data key pairs."""
+    from cryptography.hazmat.primitives import serialization
+
     der: bytes = key.private_bytes(
         serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -164,6 +166,8 @@ def private_der(key: Any) -> bytes:
 
 def public_der(key: Any) -> bytes:
     """SubjectPublicKeyInfo in DER of a private key's public half."""
+    from cryptography.hazmat.primitives import serialization
+
     der: bytes = key.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -171,11 +175,15 @@ def public_der(key: Any) -> bytes:
 
 
 def load_private(material: bytes) -> Any:
+    from cryptography.hazmat.primitives import serialization
+
     return serialization.load_der_private_key(material, password=None, unsafe_skip_rsa_key_validation=True)
 
 
 def import_material(spec: KeySpec, material: bytes) -> bytes:
     """Imported bytes as material; InvalidCiphertextException unless they are a key of this spec."""
+    from cryptography.hazmat.primitives import serialization
+
     if spec.kind == "symmetric" or spec.kind == "hmac":
         if len(material) != (spec.parameter or _SYMMETRIC_LENGTH):
             refuse("InvalidCiphertextException")
@@ -430,6 +438,8 @@ def verify_mac(algorithm: str, material: bytes, message: bytes, given: bytes) ->
 
 def derive_shared_secret(key: Any, public_key: bytes) -> bytes:
     """The raw x coordinate (SP 800-56A, cofactor ECDH; the cofactor of these curves is 1)."""
+    from cryptography.hazmat.primitives import serialization
+
     try:
         other = serialization.load_der_public_key(public_key)
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -179,13 +179,14 @@ class _Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._busy = False
         self._transport: Any = None
-        self._tls = False
+        self._tls: bool | str = False
         self._peer = ""
         self._callers: dict[tuple[str, str], tuple[AccessKey, Caller]] = {}
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
-        self._tls = transport.get_extra_info("sslcontext") is not None
+        secured = transport.get_extra_info("ssl_object")
+        self._tls = secured.version() if secured is not None else False
         peer = transport.get_extra_info("peername")
         self._peer = peer[0] if peer else ""
         if len(self._server.connections) >= self._server.max_connections:
@@ -408,7 +409,7 @@ class Server:
             connection.close_when_idle()
         if self.connections:
             try:
-                await asyncio.wait_for(self._drained.wait(), 5)
+                await asyncio.wait_for(self._drained.wait(), 1)
             except TimeoutError:  # a TLS peer that does not answer the closing alert
                 for connection in list(self.connections):
                     connection.abort()

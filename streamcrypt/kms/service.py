@@ -122,13 +122,13 @@ class Service:
         caller: Caller = ROOT,
         region: str | None = None,
         request_id: str | None = None,
-        tls: bool = False,
+        tls: bool | str = False,
         wait: bool = True,
     ) -> dict[str, Any]:
         """Run one operation, by AWS's CamelCase name, in boto3's shapes (bytes, datetime).
 
         ``region`` is the Region that is asked (default: the service's own), ``request_id`` the
-        id under which the audit knows the call, ``tls`` whether it came over TLS; ``wait=False``
+        id under which the audit knows the call, ``tls`` the version of TLS over which it came; ``wait=False``
         leaves a simulated latency to the door.  Raises KmsError as AWS would answer, and
         TypeError for an argument of a wrong type.
         """
@@ -218,7 +218,7 @@ def _row(
     response: Mapping[str, Any] | None,
     *,
     error: KmsError | None = None,
-    tls: bool = False,
+    tls: bool | str = False,
 ) -> audit.Row:
     return audit.row(
         call.now,

@@ -437,10 +437,13 @@ class Store:
     def key(self, account: str, region: str, key_id: str) -> Key | None:
         """The key as it was at the last refresh()."""
         with self._lock:
+            if self._depth:
+                # A writer changes what it reads: its own copy, never one that others hold.
+                return self._load_key(account, region, key_id)
             key = self._keys.get((account, region, key_id))
             if key is None:
                 key = self._load_key(account, region, key_id)
-                if key is not None and not self._depth:
+                if key is not None:
                     self._keys[account, region, key_id] = key
             return key
 
@@ -596,7 +599,7 @@ class Store:
         """The id of the key that ``alias/…`` names, as it was at the last refresh()."""
         with self._lock:
             place = (account, region, name)
-            if place in self._alias_targets:
+            if not self._depth and place in self._alias_targets:
                 return self._alias_targets[place]
             rows = self.query(
                 "SELECT target FROM aliases WHERE account = ? AND region = ? AND name = ?", place

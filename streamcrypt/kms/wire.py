@@ -36,7 +36,7 @@ def answer(
     *,
     caller: Caller,
     region: str,
-    tls: bool = False,
+    tls: bool | str = False,
     wait: bool = True,
 ) -> Answer:
     """Run the operation that ``target`` names on a JSON body."""

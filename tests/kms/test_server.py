@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from families.kms import FakeClock, refusal
 
-from streamcrypt.kms import Service, principals
+from streamcrypt.kms import Service, audit, principals
 from streamcrypt.kms.server import Server, authenticate, is_loopback
 from streamcrypt.kms.simulation import Simulation, constant, lognormal, observed, parse_latency
 from streamcrypt.kms.store import AccessKey, Store
@@ -219,6 +219,8 @@ def test_tls(service: Service, tmp_path: Path):
         key = principals.access_key(service.store, ROOT)
         trusting = client(server.url, key, verify=str(certificate))
         assert trusting.list_keys()["Keys"] == []
+        (row,) = service.store.query(*audit.Filter(operation="ListKeys").select())
+        assert audit.event(row)["tlsDetails"]["tlsVersion"].startswith("TLSv1.")
         context = ssl.create_default_context()
         with pytest.raises(ssl.SSLError), socket.create_connection(("127.0.0.1", server.port)) as plain:
             context.wrap_socket(plain, server_hostname="127.0.0.1")

@@ -1,0 +1,257 @@
+"""``streamcrypt kms …`` as a user types it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamcrypt.cli.kms import add_kms_commands
+from streamcrypt.errors import KeyAccessError, KeyUnavailableError, StreamcryptError, WrappedKeyError
+from streamcrypt.kms import open_service
+from streamcrypt.kms.simulation import Simulation
+
+INTERFACE = (
+    "create-key", "list-keys", "describe-key", "create-alias", "list-aliases", "update-alias", "delete-alias",
+    "enable-key", "disable-key", "enable-key-rotation", "rotate-key-on-demand", "schedule-key-deletion",
+    "cancel-key-deletion", "put-key-policy", "get-key-policy", "create-grant", "list-grants", "revoke-grant",
+    "encrypt", "decrypt", "generate-data-key", "re-encrypt", "sign", "verify", "get-public-key",
+    "derive-shared-secret", "serve", "env", "audit", "cost", "backup", "restore",
+)  # fmt: skip
+
+Run = Callable[..., str]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="streamcrypt")
+    add_kms_commands(made.add_subparsers(required=True))
+    return made
+
+
+@pytest.fixture
+def run(home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``kms …`` and give what it printed."""
+
+    def run_words(*words: str, code: int = 0) -> str:
+        args = parser().parse_args(["kms", *words])
+        assert args.run(args) == code
+        return capsys.readouterr().out
+
+    return run_words
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    (kms,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (found,) = (a for a in kms.choices["kms"]._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def test_every_command_of_the_interface_is_there_with_help_and_an_example():
+    found = commands()
+    assert set(INTERFACE) <= found.keys()
+    for name, command in found.items():
+        text = command.format_help()
+        assert "example: " in text, name
+        assert "--json" in text, name
+        assert "--quiet" in text, name
+
+
+def test_a_session(run: Run, tmp_path: Path):
+    made = json.loads(run("create-key", "--alias", "alias/ml", "--description", "KMS key for ML models"))
+    key_id = made["KeyMetadata"]["KeyId"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d.*\+00:00", made["KeyMetadata"]["CreationDate"])
+    plain, sealed = tmp_path / "plain", tmp_path / "sealed"
+    plain.write_bytes(bytes(range(256)))
+    encrypt = [
+        "encrypt",
+        "--key-id",
+        "alias/ml",
+        "--plaintext",
+        f"fileb://{plain}",
+        "--encryption-context",
+        "a=b,c=d",
+    ]
+    blob = run(*encrypt, "--output", "text", "--query", "CiphertextBlob")
+    sealed.write_bytes(base64.b64decode(blob))
+    decrypt = [
+        "decrypt",
+        "--ciphertext-blob",
+        f"fileb://{sealed}",
+        "--encryption-context",
+        '{"a": "b", "c": "d"}',
+    ]
+    assert base64.b64decode(run(*decrypt, "--output", "text", "--query", "Plaintext")) == bytes(range(256))
+    assert run("describe-key", "--key-id", "alias/ml", "--query", "KeyMetadata.KeyId") == f'"{key_id}"\n'
+    assert run("disable-key", "--key-id", key_id) == ""
+    assert json.loads(run("disable-key", "--key-id", key_id, "--json")) == {}
+    with pytest.raises(KeyAccessError, match=r"DisabledException.*enable-key") as caught:
+        run(*decrypt)
+    assert caught.value.code == "DisabledException"
+
+
+def test_inline_blobs_are_base64(run: Run):
+    run("create-key", "--alias", "alias/ml", "--quiet")
+    inline = ["encrypt", "--key-id", "alias/ml", "--query", "CiphertextBlob", "--output", "text"]
+    for words in (
+        ["--plaintext", "aGVsbG8="],
+        ["--plaintext", "hello", "--cli-binary-format", "raw-in-base64-out"],
+    ):
+        blob = run(*inline, *words).strip()
+        opened = run("decrypt", "--ciphertext-blob", blob, "--query", "Plaintext", "--output", "text")
+        assert base64.b64decode(opened) == b"hello"
+    with pytest.raises(StreamcryptError, match="not Base64"):
+        run(*inline, "--plaintext", "hello!")
+
+
+def test_structures_and_lists(run: Run):
+    key_id = json.loads(run("create-key", "--tags", "TagKey=team,TagValue=ml", "TagKey=x,TagValue=y"))[
+        "KeyMetadata"
+    ]["KeyId"]
+    assert len(json.loads(run("list-resource-tags", "--key-id", key_id))["Tags"]) == 2
+    for operations in (["Decrypt", "Encrypt"], ["Decrypt,Encrypt"], ['["Decrypt", "Encrypt"]']):
+        run(
+            "create-grant", "--key-id", key_id, "--grantee-principal", "arn:aws:iam::000000000000:user/a",
+            "--operations", *operations, "--constraints", "EncryptionContextSubset={a=b,c=d}",
+        )  # fmt: skip
+    grants = json.loads(run("list-grants", "--key-id", key_id))["Grants"]
+    assert {tuple(grant["Operations"]) for grant in grants} == {("Decrypt", "Encrypt")}
+    assert all(grant["Constraints"] == {"EncryptionContextSubset": {"a": "b", "c": "d"}} for grant in grants)
+    lines = run("list-keys", "--output", "text").splitlines()
+    assert lines == ["False", f"KEYS\tarn:aws:kms:local:000000000000:key/{key_id}\t{key_id}"]
+
+
+ERRORS: dict[str, tuple[list[str], type[StreamcryptError], str]] = {
+    "no such key": (
+        ["describe-key", "--key-id", "alias/none"],
+        KeyAccessError,
+        "NotFoundException.*list-aliases",
+    ),
+    "altered blob": (["decrypt", "--ciphertext-blob", "AAAA"], WrappedKeyError, "does not open"),
+    "bad request": (
+        ["generate-data-key", "--key-id", "alias/ml"],
+        StreamcryptError,
+        "Please specify either number of bytes or key spec",
+    ),
+    "no file": (
+        ["encrypt", "--key-id", "x", "--plaintext", "fileb:///none"],
+        StreamcryptError,
+        "cannot be read",
+    ),
+    "unknown KMS": (["list-keys", "--kms", "remote"], StreamcryptError, "is no KMS"),
+    "no number": (["list-keys", "--limit", "many"], StreamcryptError, "not a whole number"),
+}
+
+
+@pytest.mark.parametrize(("words", "error", "text"), ERRORS.values(), ids=ERRORS)
+def test_errors(run: Run, words: list[str], error: type[StreamcryptError], text: str):
+    with pytest.raises(error, match=text):
+        run(*words)
+
+
+def test_a_throttle_is_temporary(run: Run):
+    open_service().simulation = Simulation(rate=1e-9)
+    run("list-keys")
+    with pytest.raises(KeyUnavailableError, match="Reduce the frequency"):
+        run("list-keys")
+
+
+def test_env(run: Run, home: Path):
+    lines = run("env", "--user", "alice", "--port", "9999").splitlines()
+    variables = dict(re.fullmatch(r"export (\w+)=(\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
+    assert variables["AWS_ENDPOINT_URL_KMS"] == "http://127.0.0.1:9999"
+    assert variables["AWS_DEFAULT_REGION"] == "local"
+    again = json.loads(run("env", "--user", "alice", "--port", "9999", "--json"))
+    assert again == {name: value.strip("'") for name, value in variables.items()}
+    assert json.loads(run("env", "--json"))["AWS_ACCESS_KEY_ID"] != again["AWS_ACCESS_KEY_ID"]
+    assert run("env", "--user", "no such name!", code=2) == ""
+
+
+def test_audit_and_cost(run: Run):
+    run("create-key", "--alias", "alias/ml")
+    run("encrypt", "--key-id", "alias/ml", "--plaintext", "aGVsbG8=", "--encryption-context", "Stage=train")
+    (event,) = (
+        json.loads(line) for line in run("audit", "--operation", "Encrypt", "--since", "1h").splitlines()
+    )
+    assert event["requestParameters"]["encryptionContext"] == {"Stage": "train"}
+    assert run("audit", "--context", "Stage=test") == ""
+    assert len(json.loads(run("audit", "--json"))["Records"]) == 3
+    bill = json.loads(run("cost", "--json"))
+    assert bill["requests"] == 3
+    assert "total" in run("cost")
+
+
+def test_backup_and_restore(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run("create-key", "--alias", "alias/ml")
+    blob = run(
+        "encrypt",
+        "--key-id",
+        "alias/ml",
+        "--plaintext",
+        "aGVsbG8=",
+        "--query",
+        "CiphertextBlob",
+        "--output",
+        "text",
+    )
+    (tmp_path / "words").write_text("correct horse\n")
+    words = ["--passphrase-file", str(tmp_path / "words")]
+    run("backup", str(tmp_path / "backup"), *words)
+    monkeypatch.setenv("STREAMCRYPT_HOME", str(tmp_path / "restored"))
+    run("restore", str(tmp_path / "backup"), *words)
+    opened = run("decrypt", "--ciphertext-blob", blob.strip(), "--query", "Plaintext", "--output", "text")
+    assert base64.b64decode(opened) == b"hello"
+
+
+def test_a_reminder_until_the_backup(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def create() -> str:
+        args = parser().parse_args(["kms", "create-key"])
+        args.run(args)
+        return capsys.readouterr().err
+
+    assert "kms backup" in create()
+    run("backup", str(tmp_path / "backup"), "--root-key-in-clear", "--quiet")
+    assert create() == ""
+
+
+def test_serve_refuses_another_address(run: Run, capsys: pytest.CaptureFixture[str]):
+    assert run("serve", "--host", "0.0.0.0", "--port", "0", code=2) == ""
+
+
+def test_serve_prints_its_url_and_answers(home: Path, tmp_path: Path):
+    program = (
+        "import argparse, sys\n"
+        "from streamcrypt.cli.kms import add_kms_commands\n"
+        "made = argparse.ArgumentParser()\n"
+        "add_kms_commands(made.add_subparsers())\n"
+        "args = made.parse_args(['kms', 'serve', '--port', '0'])\n"
+        "sys.exit(args.run(args))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    server = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert server.stdout is not None
+    try:
+        url = server.stdout.readline().strip()
+        args: Any = parser().parse_args(
+            ["kms", "create-key", "--kms", f"local@{url}", "--alias", "alias/far"]
+        )
+        assert args.run(args) == 0
+        assert open_service().describe_key(KeyId="alias/far")["KeyMetadata"]["Enabled"]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        server.stdout.close()
