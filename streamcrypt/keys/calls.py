@@ -25,6 +25,9 @@ from array import array
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final, NamedTuple
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
 from streamcrypt.errors import IntegrityError, KeyAccessError, KeyUnavailableError, WrappedKeyError
 from streamcrypt.keys.keyring import printable
 
@@ -519,6 +522,16 @@ def _translate_local(error: Exception, operation: str, key: str) -> KeyAccessErr
     else:
         hint = printable(str(error))
     return KeyAccessError(f"{key}: cannot call KMS ({kind}): {hint}", **details)
+
+
+def require_public_key(response: Mapping[str, Any], key: str) -> Any:
+    """The public key in KMS's answer to GetPublicKey, or IntegrityError."""
+    try:
+        return load_der_public_key(require_bytes(response, "PublicKey", key, "GetPublicKey"))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise IntegrityError(
+            f"{key}: KMS's answer to GetPublicKey holds no public key; it is refused"
+        ) from error
 
 
 def require_bytes(response: Mapping[str, Any], member: str, key: str, operation: str) -> bytes:

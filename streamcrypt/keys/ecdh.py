@@ -29,10 +29,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.kbkdf import KBKDFHMAC, CounterLocation, Mode
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, WrappedKeyError
-from streamcrypt.keys.calls import KmsCalls, KmsStats, require_bytes
+from streamcrypt.keys.calls import KmsCalls, KmsStats, require_bytes, require_public_key
 from streamcrypt.keys.keyring import KMS_ECDH_PROVIDER, RAW_ECDH_PROVIDER, Keyring, printable
 from streamcrypt.keys.raw import fingerprint
 from streamcrypt.message.context import serialize_context
@@ -325,8 +325,7 @@ class KmsEcdhKeyring(_EcdhKeyring):
     def _get_public_key(self) -> ec.EllipticCurvePublicKey:
         response = self._calls.call("GetPublicKey", self._label, KeyId=self._key_id, **self._grants)
         self._check_key(response, "GetPublicKey")
-        der = require_bytes(response, "PublicKey", self._label, "GetPublicKey")
-        public_key = load_der_public_key(der)
+        public_key = require_public_key(response, self._label)
         if (
             not isinstance(public_key, ec.EllipticCurvePublicKey)
             or response.get("KeyUsage") != "KEY_AGREEMENT"

@@ -18,10 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, WrappedKeyError
-from streamcrypt.keys.calls import KmsCalls, KmsStats, require_bytes
+from streamcrypt.keys.calls import KmsCalls, KmsStats, require_bytes, require_public_key
 from streamcrypt.keys.keyring import (
     KMS_PROVIDER,
     KMS_RSA_PROVIDER,
@@ -402,9 +401,8 @@ class KmsRsaKeyring(Keyring):
             response = self._calls.call("GetPublicKey", self._key_arn, KeyId=self._key_arn)
             if response.get("KeyId") != self._key_arn:
                 raise IntegrityError(f"{self._key_arn}: KMS answered GetPublicKey for another key; refused")
-            public_key = load_der_public_key(
-                require_bytes(response, "PublicKey", self._key_arn, "GetPublicKey")
-            )
+
+            public_key = require_public_key(response, self._key_arn)
             if not isinstance(public_key, RSAPublicKey):
                 raise KeyAccessError(f"{self._key_arn}: not an RSA key", key=self._key_arn)
             self._public_key = public_key

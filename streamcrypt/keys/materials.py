@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from streamcrypt.errors import IntegrityError, LimitExceededError
 from streamcrypt.keys.cache import DataKeyCache
@@ -143,6 +142,8 @@ class Materials:
 
 def encode_public_key(public_key: ec.EllipticCurvePublicKey) -> str:
     """The value of ``aws-crypto-public-key``: Base64 of the compressed SEC 1 point."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     point = public_key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
     return base64.b64encode(point).decode()
 

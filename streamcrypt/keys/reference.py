@@ -26,38 +26,28 @@ an asymmetric key.
 
 from __future__ import annotations
 
-import ipaddress
-import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import urlsplit
-
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.errors import KeyAccessError, StreamcryptError
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsCalls, KmsStats
-from streamcrypt.keys.ecdh import EphemeralEcdhKeyring, KmsEcdhKeyring, RawEcdhKeyring
-from streamcrypt.keys.hierarchy import (
-    DEFAULT_TTL,
-    BranchKeyStore,
-    BranchKeyTable,
-    DynamoBranchKeyTable,
-    HierarchyKeyring,
-    SqliteBranchKeyTable,
-)
 from streamcrypt.keys.keyring import Keyring, MultiKeyring, printable
 from streamcrypt.keys.kms import KeyArn, KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring, is_multi_region
-from streamcrypt.keys.raw import AES_KEY_LENGTHS, DEFAULT_RSA_PADDING, RawAesKeyring, RawRsaKeyring
 from streamcrypt.kms import default_home, kms_client, open_service
 from streamcrypt.kms.redaction import withhold_secrets_from_logs
 from streamcrypt.units import parse_duration
+
+# A command uses one kind of key: the others' modules are imported by the functions that need them
+# (benchmarks/README.md, "start-up").
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+    from streamcrypt.keys.hierarchy import BranchKeyStore, BranchKeyTable
 
 LOCAL_REGION: Final = "local"
 PLAINTEXT_HTTP_VARIABLE: Final = "STREAMCRYPT_ALLOW_PLAINTEXT_HTTP"
@@ -66,7 +56,6 @@ _FORMS: Final = (
     "local:alias/NAME, a KMS key ARN, aws:alias/NAME, raw-aes:NAMESPACE/NAME@FILE "
     "or raw-rsa:NAMESPACE/NAME@FILE.pem"
 )
-_log = logging.getLogger("streamcrypt.keys")
 
 References = str | Keyring | Sequence[str | Keyring]
 
@@ -222,6 +211,8 @@ def _discovery(where: str, stats: KmsStats | None, options: Mapping[str, str]) -
 
 
 def _kms_rsa(rest: str, *, stats: KmsStats | None) -> Keyring:
+    from streamcrypt.keys.raw import DEFAULT_RSA_PADDING
+
     text, options = _split_options(rest, ("padding",))
     key, _, file = text.partition("@")
     padding = options.get("padding", DEFAULT_RSA_PADDING)
@@ -234,6 +225,10 @@ def _kms_rsa(rest: str, *, stats: KmsStats | None) -> Keyring:
 
 
 def _ecdh(reference: str, rest: str, *, encrypting: bool, stats: KmsStats | None) -> Keyring:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+    from streamcrypt.keys.ecdh import EphemeralEcdhKeyring, KmsEcdhKeyring, RawEcdhKeyring
+
     own, *items = rest.split("&")
     names = dict(item.partition("=")[::2] for item in items)
     if set(names) - {"recipient"}:
@@ -258,6 +253,8 @@ def _ecdh(reference: str, rest: str, *, encrypting: bool, stats: KmsStats | None
 
 
 def _ec_public_key(path: Path, reference: str) -> EllipticCurvePublicKey:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
     pem = _read_key_file(path, reference, private=False)
     if b"PRIVATE KEY" in pem:
         raise KeyAccessError(f"{path}: a private key; &recipient= takes the other's public key")
@@ -268,6 +265,8 @@ def _ec_public_key(path: Path, reference: str) -> EllipticCurvePublicKey:
 
 
 def _hierarchy(reference: str, rest: str, *, stats: KmsStats | None) -> Keyring:
+    from streamcrypt.keys.hierarchy import HierarchyKeyring
+
     branch_key_id, at, place = rest.partition("@")
     if not (branch_key_id and at and place):
         raise ValueError(
@@ -291,6 +290,13 @@ def branch_key_store(
 def _branch_key_store(
     place: str, stats: KmsStats | None, kms_key_arn: str | None = None
 ) -> tuple[BranchKeyStore, float]:
+    from streamcrypt.keys.hierarchy import (
+        DEFAULT_TTL,
+        BranchKeyStore,
+        DynamoBranchKeyTable,
+        SqliteBranchKeyTable,
+    )
+
     text, options = _split_options(place, ("logical", "region", "kms", "ttl"))
     ttl = parse_duration(options["ttl"]) if "ttl" in options else DEFAULT_TTL
     kms_key_arn = kms_key_arn or options.get("kms")
@@ -422,6 +428,8 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 def check_endpoint(url: str, *, plaintext_allowed: bool = False) -> None:
     """ValueError for a KMS over plain HTTP outside this machine: data keys would cross the net in clear."""
+    from urllib.parse import urlsplit
+
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(
@@ -438,6 +446,8 @@ def check_endpoint(url: str, *, plaintext_allowed: bool = False) -> None:
 
 
 def _is_loopback(host: str) -> bool:
+    import ipaddress
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -478,6 +488,8 @@ _raw_keyrings: dict[tuple[str, bool], tuple[str, tuple[int, int, int, int], Keyr
 
 
 def _raw_aes(reference: str, rest: str) -> Keyring:
+    from streamcrypt.keys.raw import AES_KEY_LENGTHS, RawAesKeyring
+
     namespace, name, file = _raw_name(reference, rest)
     key = _read_key_file(Path(file), reference, private=True)
     if len(key) not in AES_KEY_LENGTHS:
@@ -489,6 +501,10 @@ def _raw_aes(reference: str, rest: str) -> Keyring:
 
 
 def _raw_rsa(reference: str, rest: str, *, encrypting: bool) -> Keyring:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
+
+    from streamcrypt.keys.raw import DEFAULT_RSA_PADDING, RawRsaKeyring
+
     text, options = _split_options(rest, ("padding",))
     namespace, name, file = _raw_name(reference, text)
     padding = options.get("padding", DEFAULT_RSA_PADDING)
@@ -509,6 +525,8 @@ def _raw_rsa(reference: str, rest: str, *, encrypting: bool) -> Keyring:
 
 
 def _rsa_public_key(path: Path, reference: str) -> RSAPublicKey:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
     pem = _read_key_file(path, reference, private=False)
     public_key = load_public_key(pem, path)
     if not isinstance(public_key, RSAPublicKey):
@@ -552,20 +570,30 @@ def _warn_if_readable_by_all(path: Path) -> None:
         return  # opening it says why
     if mode & 0o004 and path not in _warned:
         _warned.add(path)
-        _log.warning("%s: this key file is readable by everyone on this machine; chmod 600 it", path)
+        import logging
+
+        logging.getLogger("streamcrypt.keys").warning(
+            "%s: this key file is readable by everyone on this machine; chmod 600 it", path
+        )
 
 
 def load_private_key(pem: bytes, path: Path) -> Any:
     """The private key in ``pem``; KeyAccessError, without a word of its content, when there is none."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     return _load(lambda: load_pem_private_key(pem, password=None), path, "private key")
 
 
 def load_public_key(pem: bytes, path: Path) -> Any:
     """The public key in ``pem``, or KeyAccessError."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     return _load(lambda: load_pem_public_key(pem), path, "public key")
 
 
 def _load(load: Callable[[], Any], path: Path, what: str) -> Any:
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         return load()
     except TypeError as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import heapq
 import io
+import ipaddress
 import itertools
 import json
 import logging
+import multiprocessing
+import os
 import pickle
 import socket
 import threading
@@ -15,6 +19,10 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from families.clock import Clock
 from families.keyring import CONTEXT, UNSIGNED
 
@@ -23,6 +31,7 @@ from streamcrypt.keys.calls import KmsCalls, KmsStats, Pace, pace_of
 from streamcrypt.keys.kms import KmsKeyring
 from streamcrypt.keys.reference import aws_calls, encrypting_keyring
 from streamcrypt.kms import KmsError, open_service
+from streamcrypt.kms.server import Server
 from streamcrypt.kms.service import Service
 from streamcrypt.kms.simulation import Simulation, constant
 
@@ -358,6 +367,69 @@ def test_a_wrong_secret(served, monkeypatch):
     with pytest.raises(KeyAccessError, match="credentials") as caught:
         encrypting_keyring(f"local:alias/one@{served}").generate(UNSIGNED, {})
     assert caught.value.code == "UnrecognizedClientException"
+
+
+def certificate(folder):
+    """A certificate for 127.0.0.1 that signs itself, and its key, as files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "streamcrypt test")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "certificate.pem").write_bytes(signed.public_bytes(Encoding.PEM))
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return folder / "certificate.pem", folder / "key.pem"
+
+
+def test_a_certificate_that_nobody_vouches_for(home, tmp_path, monkeypatch):
+    service = open_service(home)
+    service.create_alias(AliasName="alias/one", TargetKeyId=service.create_key()["KeyMetadata"]["KeyId"])
+    chain, key = certificate(tmp_path)
+    server = Server(service, port=0, certificate=chain, private_key=key)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, kwargs={"ready": lambda url: ready.set()})
+    thread.start()
+    assert ready.wait(20)
+    try:
+        with pytest.raises(KeyAccessError, match="certificate") as caught:
+            encrypting_keyring(f"local:alias/one@{server.url}").generate(UNSIGNED, {})
+        assert not isinstance(caught.value, KeyUnavailableError)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(chain))
+        encrypting_keyring(f"local:alias/one@{server.url}").generate(UNSIGNED, {})
+    finally:
+        server.stop()
+        thread.join(20)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_makes_its_own_client(home):
+    made = []
+
+    def connect():
+        made.append(os.getpid())
+        return open_service(home)
+
+    arn = open_service(home).create_key()["KeyMetadata"]["Arn"]
+    keyring = KmsKeyring(KmsCalls(connect), arn)
+    data_key, encrypted = keyring.generate(UNSIGNED, {})
+
+    def child(queue) -> None:
+        queue.put((keyring.unwrap(UNSIGNED, {}, encrypted) == data_key, made[-1] == os.getpid()))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    assert queue.get(timeout=60) == (True, True)
+    process.join(60)
+    assert made == [os.getpid()]
 
 
 def test_nothing_secret_in_a_debug_log(served, home):

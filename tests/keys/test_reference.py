@@ -110,16 +110,18 @@ def test_aws(aws):
         round_trip(forms[0], "local:discovery")
 
 
-def test_multi_region(aws):
-    kms = aws_client("kms")
-    arn = kms.create_key(MultiRegion=True)["KeyMetadata"]["Arn"]
-    replica = arn.replace("eu-central-1", "us-east-1")
+def test_multi_region(home):
+    arn = open_service(home).create_key(MultiRegion=True)["KeyMetadata"]["Arn"]
     round_trip(arn, arn)
-    round_trip(arn, "aws:discovery?mrk=yes&region=eu-central-1")
-    with pytest.raises(ValueError, match="given twice"):
-        encrypting_keyring([arn, replica])
-    with pytest.raises(ValueError, match="given twice"):
-        decrypting_keyring([replica, arn])
+    round_trip(arn, None)
+    one = "arn:aws:kms:eu-central-1:111122223333:key/mrk-00000000000000000000000000000001"
+    replica = one.replace("eu-central-1", "us-east-1")
+    for references in ([one, replica], [replica, "local:alias/x", one]):
+        with pytest.raises(ValueError, match="given twice"):
+            encrypting_keyring(references)
+        with pytest.raises(ValueError, match="given twice"):
+            decrypting_keyring(references)
+    decrypting_keyring("aws:discovery?mrk=yes&region=eu-west-1&accounts=111122223333")
 
 
 def test_kms_rsa(home, files):
