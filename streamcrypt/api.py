@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import IO, Any, Literal, overload
 
-from streamcrypt.engine import pipes, run
+from streamcrypt.engine import run
 from streamcrypt.engine.job import Job, Place, Progress, Report, default_workers
+from streamcrypt.engine.journal import JOURNAL
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsStats
@@ -70,6 +71,7 @@ def encrypt(
     cache: Cache = None,
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
     overwrite: bool = False,
+    resume: bool = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     files: Iterable[str] | None = None,
@@ -96,12 +98,14 @@ def encrypt(
         _source(source),
         _destination(destination),
         writing=calls.writing(keys, max_encrypted_data_keys),
+        resuming=calls.reading(keys, None) if resume else None,
         context=_own_context(context, authenticated_context),
         authenticated_context=dict(authenticated_context or {}),
         suite=SIGNED if sign else UNSIGNED,
         frame_length=_frame_length(frame_size),
         workers=_workers(workers),
         overwrite=overwrite,
+        resume=resume,
         durable=fsync,
         filters=Filters(tuple(include), tuple(exclude)),
         names=tuple(files) if files is not None else None,
@@ -126,6 +130,7 @@ def decrypt(
     workers: int | None = None,
     cache: Cache = None,
     overwrite: bool = False,
+    resume: bool = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     files: Iterable[str] | None = None,
@@ -152,6 +157,7 @@ def decrypt(
         ),
         workers=_workers(workers),
         overwrite=overwrite,
+        resume=resume,
         durable=fsync,
         require_manifest=require_manifest,
         filters=Filters(tuple(include), tuple(exclude)),
@@ -225,6 +231,7 @@ def rekey(
     workers: int | None = None,
     cache: Cache = None,
     overwrite: bool = False,
+    resume: bool = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     files: Iterable[str] | None = None,
@@ -246,6 +253,7 @@ def rekey(
         _destination(destination),
         reading=calls.reading(from_keys, max_encrypted_data_keys),
         writing=calls.writing(keys, max_encrypted_data_keys),
+        resuming=calls.reading(keys, None) if resume else None,
         rules=_rules(
             context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed
         ),
@@ -254,6 +262,7 @@ def rekey(
         frame_length=_frame_length(frame_size),
         workers=_workers(workers),
         overwrite=overwrite,
+        resume=resume,
         durable=fsync,
         require_manifest=require_manifest,
         filters=Filters(tuple(include), tuple(exclude)),
@@ -475,6 +484,8 @@ class _Calls:
         """Run the job and complete its report; raises the gravest failure."""
         job = _placed(job)
         if job.source.is_stream or (job.destination is not None and job.destination.is_stream):
+            from streamcrypt.engine import pipes
+
             work = pipes.run
         report = work(job)
         report.kms = self.stats.to_json()
@@ -598,9 +609,11 @@ def _placed(job: Job) -> Job:
         if os.path.lexists(destination.path):
             raise DestinationError(f"{destination.path}: is not a folder, and the source is one")
         destination = Place(LocalTree(destination.path))
-    elif not job.overwrite and os.listdir(destination.path):
+    elif not (job.overwrite or job.resume) and os.listdir(destination.path):
+        interrupted = os.path.lexists(destination.tree.path(JOURNAL))
+        reason = "holds an interrupted job; resume goes on with it" if interrupted else "is not empty"
         raise DestinationError(
-            f"{destination.path}: exists already and is not empty; overwrite must be asked for"
+            f"{destination.path}: exists already and {reason}; overwrite must be asked for"
         )
     inner, outer = destination.path + "/", source.path + "/"
     if inner.startswith(outer) or outer.startswith(inner):

@@ -15,24 +15,26 @@ another worker takes its place.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import queue
 import signal
-import socket
-import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from streamcrypt.engine.spans import FileTask, SpanTask
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker
 from streamcrypt.errors import StreamcryptError
+
+if TYPE_CHECKING:
+    pass
+
+# What only processes need is imported where they are made: a small job runs in threads, and must not
+# wait for it (benchmarks/README.md, "start-up").
 
 Tasks: TypeAlias = Sequence[FileTask | SpanTask]
 
@@ -128,6 +130,10 @@ class _Process:
     """One worker process and the lists that it holds."""
 
     def __init__(self, setup: Setup) -> None:
+        import socket
+        import subprocess
+        from multiprocessing.connection import Connection
+
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from streamcrypt.engine.pool import serve; serve()"
         with theirs:
@@ -182,6 +188,8 @@ class ProcessPool:
             worker.connection.send(tasks)
 
     def collect(self) -> list[Outcome | Lost]:
+        from multiprocessing.connection import wait
+
         results: list[Outcome | Lost] = []
         by_connection = {worker.connection: worker for worker in self._processes if worker.held}
         for ready in wait(list(by_connection)):
@@ -213,6 +221,8 @@ class ProcessPool:
 
 def serve() -> None:
     """The main function of a worker process; its argument is the descriptor of its socket."""
+    from multiprocessing.connection import Connection
+
     _die_with_parent()
     connection = Connection(int(sys.argv[1]))
     try:
@@ -226,6 +236,8 @@ def serve() -> None:
 def _die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it ends (Linux)."""
     if sys.platform == "linux":
+        import ctypes
+
         pr_set_pdeathsig = 1
         parent = os.getppid()
         with contextlib.suppress(OSError, AttributeError):

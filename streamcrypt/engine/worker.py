@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_der_private_key
 
 from streamcrypt.engine.spans import FileTask, Opening, Sealing, SpanTask, unit_length
 from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
@@ -26,7 +25,7 @@ from streamcrypt.message.footer import Signer
 from streamcrypt.message.frames import FINAL_OVERHEAD, REGULAR_OVERHEAD, FrameCipher
 from streamcrypt.message.header import Buffer, parse_header
 from streamcrypt.message.suites import suite_by_id
-from streamcrypt.storage import LocalTree, Source, Target
+from streamcrypt.storage import LocalTree, Source, State, Target
 from streamcrypt.streams import BATCH_LENGTH, FrameReader, SequentialReader, UnlockedMessage, seal_frames
 
 # Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
@@ -45,13 +44,18 @@ class Setup:
 
 
 class Outcome(NamedTuple):
-    """What became of one task: bytes read and written, or an error."""
+    """What became of one task: bytes read and written, or an error.
+
+    ``source_state`` is the source as it was read, ``made_state`` the file that was made of it.
+    """
 
     number: int
     bytes_in: int = 0
     bytes_out: int = 0
     plaintext_bytes: int = 0
     error: StreamcryptError | None = None
+    source_state: State | None = None
+    made_state: State | None = None
 
 
 class Cancelled(Exception):  # noqa: N818  (not an error of the job: it was told to stop)
@@ -102,9 +106,7 @@ class Worker:
         except StreamcryptError as error:
             return Outcome(task.number, error=error)
         except Exception as error:  # noqa: BLE001  (the outermost loop: the error goes home, not down)
-            return Outcome(
-                task.number, file.attempt, error=unexpected(self._source_tree.path(file.source), error)
-            )
+            return Outcome(task.number, error=unexpected(self._source_tree.path(file.source), error))
 
     def _publish(self, written: list[tuple[Target, Outcome]], outcomes: list[Outcome]) -> None:
         failed: dict[int, StreamcryptError] = {}
@@ -142,7 +144,10 @@ class Worker:
                 source.check_unchanged()
             except StreamcryptError as error:
                 raise located(error, path) from error.__cause__
-            outcome = Outcome(task.number, source.size, task.target_length or 0, task.length)
+            made = target.state() if target is not None else None
+            outcome = Outcome(
+                task.number, source.size, task.target_length or 0, task.length, None, source.state, made
+            )
             if target is not None:
                 written.append((target, outcome))
                 target = None
@@ -200,7 +205,7 @@ class Worker:
                 source.check_unchanged()
             except StreamcryptError as error:
                 raise located(error, path) from error.__cause__
-            return Outcome(task.number, plaintext_bytes=task.stop - task.start)
+            return Outcome(task.number, plaintext_bytes=task.stop - task.start, source_state=source.state)
         finally:
             source.close()
             if part is not None:
@@ -227,7 +232,9 @@ class Worker:
         # A frame length is what the header says; no more room is made than the message has bytes.
         room = frames * (geometry.frame_length + REGULAR_OVERHEAD) + FINAL_OVERHEAD
         scratch = self._room("_sealed", min(room, geometry.body_end - geometry.header_length))
-        return FrameReader(source, FrameCipher(opening.content_key, opening.message_id), geometry, scratch=scratch)
+        return FrameReader(
+            source, FrameCipher(opening.content_key, opening.message_id), geometry, scratch=scratch
+        )
 
     def _writing(self, task: FileTask, target: Writable | None) -> Writing:
         if task.against is not None:
@@ -305,6 +312,8 @@ class _SealingInto(Writing):
         self._frames = frames
         self._signer: Signer | None = None
         if sealing.signing_key is not None:
+            from cryptography.hazmat.primitives.serialization import load_der_private_key
+
             key = load_der_private_key(sealing.signing_key, None)
             assert isinstance(key, ec.EllipticCurvePrivateKey)
             self._signer = Signer(suite_by_id(sealing.suite_id), key)

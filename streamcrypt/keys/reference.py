@@ -38,7 +38,6 @@ from streamcrypt.keys.calls import KmsCalls, KmsStats
 from streamcrypt.keys.keyring import Keyring, MultiKeyring, printable
 from streamcrypt.keys.kms import KeyArn, KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring, is_multi_region
 from streamcrypt.kms import default_home, kms_client, open_service
-from streamcrypt.kms.redaction import withhold_secrets_from_logs
 from streamcrypt.units import parse_duration
 
 # A command uses one kind of key: the others' modules are imported by the functions that need them
@@ -407,6 +406,8 @@ def _make_client(service: str, region: str | None, endpoint: str | None) -> Any:
         from botocore.config import Config
     except ImportError as error:
         raise ImportError("AWS keys need boto3: pip install boto3") from error
+    from streamcrypt.kms.redaction import withhold_secrets_from_logs
+
     withhold_secrets_from_logs()
     # Attempts at KMS are ours to count and to pace (calls.Pace): one throttle must reach all threads.
     retries: Any = {"total_max_attempts": 1, "mode": "standard"} if service == "kms" else None
