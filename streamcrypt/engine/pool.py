@@ -24,14 +24,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from streamcrypt.engine.spans import FileTask, SpanTask
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker
 from streamcrypt.errors import StreamcryptError
-
-if TYPE_CHECKING:
-    pass
 
 # What only processes need is imported where they are made: a small job runs in threads, and must not
 # wait for it (benchmarks/README.md, "start-up").
