@@ -11,6 +11,23 @@ ROOT = Path(__file__).resolve().parent.parent
 VECTORS = Path(os.environ.get("STREAMCRYPT_VECTORS", ROOT.parent / "shared" / "vectors"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("campaign", "reliability campaigns: pytest -m campaign (tests/README.md)")
+    group.addoption("--campaign-out", metavar="FILE", help="append a JSON line per trial and per summary")
+    group.addoption("--campaign-scale", type=float, default=1.0, help="this part of each campaign's trials")
+    group.addoption(
+        "--campaign-seed", type=int, default=20261124, help="what every random choice starts from"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Campaigns run only when they are asked for by their marker."""
+    if "campaign" not in config.getoption("-m"):
+        campaigns = [item for item in items if item.get_closest_marker("campaign")]
+        items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+        config.hook.pytest_deselected(items=campaigns)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh STREAMCRYPT_HOME: the embedded KMS of this test alone."""

@@ -45,6 +45,8 @@ def assert_nothing_partial(root: Path, contents: dict[str, bytes], keys: str | K
         if not path.is_file() or path.name.startswith(TEMPORARY):
             continue
         name = os.fspath(path.relative_to(root))
+        if name == "_streamcrypt/journal":  # a job that has not ended keeps one; it is no message
+            continue
         plaintext = sc.decrypt_bytes(path.read_bytes(), keys=keys)
         if name != "_streamcrypt/manifest":
             assert plaintext == contents[name], name
@@ -56,6 +58,8 @@ def assert_nothing_partial_decrypted(root: Path, contents: dict[str, bytes]) -> 
     """The same of a decrypted tree."""
     found = 0
     for path in root.rglob("*") if root.exists() else ():
+        if path == root / "_streamcrypt" / "journal":
+            continue
         if path.is_file() and not path.name.startswith(TEMPORARY):
             assert path.read_bytes() == contents[os.fspath(path.relative_to(root))]
             found += 1
