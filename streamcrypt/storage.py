@@ -33,6 +33,7 @@ from typing import IO, Final, NamedTuple, Protocol, TypeAlias
 from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+State: TypeAlias = tuple[int, int, int]
 
 # Leftovers of a killed job carry this name; whoever holds the lock on one is still writing it.
 TEMPORARY_PREFIX: Final = ".streamcrypt-"
@@ -77,9 +78,13 @@ class Filters:
 
 
 class Source(Protocol):
-    """An object that is read at offsets.  Errors are SourceError."""
+    """An object that is read at offsets.  Errors are SourceError.
+
+    ``state`` is what changes when the object does: size, modification time, identity.
+    """
 
     size: int
+    state: State
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         """Fill ``buffer`` from ``offset`` on; returns the bytes read, fewer only at the object's end."""
@@ -92,6 +97,9 @@ class Source(Protocol):
 
 class Target(Protocol):
     """An object that is being written.  Errors are DestinationError."""
+
+    def state(self) -> State:
+        """The object's size, modification time and identity, as a Source of it will have them."""
 
     def write_at(self, offset: int, data: Buffer) -> None: ...
 
@@ -199,6 +207,14 @@ class LocalTree:
         if not stat.S_ISREG(status.st_mode):
             return Entry(name, 0, problem=_kind_problem(status.st_mode))
         return Entry(name, status.st_size)
+
+    def state(self, name: str) -> State | None:
+        """The state of the object of that name; None when there is none."""
+        folder, _, base = check_name(name).rpartition("/")
+        try:
+            return _state(os.stat(base, dir_fd=self._folder(folder), follow_symlinks=False))
+        except OSError:
+            return None
 
     def exists(self, name: str) -> bool:
         folder, _, base = check_name(name).rpartition("/")
@@ -314,7 +330,7 @@ class LocalSource:
             raise SourceError(f"{path}: {_kind_problem(status.st_mode)}")
         self._parent = os.dup(parent)  # of its own, because the tree may close the one it keeps
         self.size = status.st_size
-        self._state = _state(status)
+        self.state = _state(status)
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         done = 0
@@ -331,7 +347,7 @@ class LocalSource:
     def check_unchanged(self) -> None:
         try:
             named = os.stat(self._base, dir_fd=self._parent, follow_symlinks=False)
-            unchanged = _state(os.fstat(self._descriptor)) == _state(named) == self._state
+            unchanged = _state(os.fstat(self._descriptor)) == _state(named) == self.state
         except OSError:
             unchanged = False
         if not unchanged:
@@ -356,6 +372,9 @@ class LocalPart:
                 done += os.pwrite(self._descriptor, memoryview(data)[done:], offset + done)
         except OSError as error:
             raise DestinationError(f"{self._path}: cannot be written: {error.strerror}") from error
+
+    def state(self) -> State:
+        return _state(os.fstat(self._descriptor))
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -443,6 +462,8 @@ class LocalTarget(LocalPart):
 class FileObjectSource:
     """A seekable binary file object as a source; it stays the caller's to close."""
 
+    state: State = (0, 0, 0)
+
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._lock = threading.Lock()
@@ -481,7 +502,7 @@ def _exists(base: str, parent: int) -> bool:
     return True
 
 
-def _state(status: os.stat_result) -> tuple[int, int, int]:
+def _state(status: os.stat_result) -> State:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 

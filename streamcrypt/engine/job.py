@@ -49,6 +49,8 @@ class Job:
 
     ``reading`` gives materials for the messages that are read, ``writing`` for those that are
     written; lengths are in bytes.  ``names`` limits the job to these names of the source.
+    ``resume`` goes on with an interrupted job on the same folders; ``resuming`` then opens the messages
+    that it had written.
     """
 
     operation: str
@@ -64,6 +66,8 @@ class Job:
     frame_length: int = DEFAULT_FRAME_LENGTH
     workers: int = field(default_factory=default_workers)
     overwrite: bool = False
+    resume: bool = False
+    resuming: Materials | None = None
     durable: bool = True
     require_manifest: bool = False
     filters: Filters = field(default_factory=Filters)

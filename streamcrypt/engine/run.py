@@ -18,13 +18,13 @@ import os
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, Final
 
-
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
+from streamcrypt.engine.journal import Finished, Journal
 from streamcrypt.engine.manifest import Listed, ManifestWriter, read_manifest
 from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
 from streamcrypt.engine.spans import (
@@ -43,14 +43,15 @@ from streamcrypt.errors import DestinationError, IntegrityError, SourceError, St
 from streamcrypt.keys.keyring import describe_wrapped_key
 from streamcrypt.keys.materials import EncryptionMaterials
 from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
-from streamcrypt.message.header import HeaderTemplate, parse_header
+from streamcrypt.message.header import Header, HeaderTemplate, parse_header
 from streamcrypt.message.suites import TAG_LENGTH
-from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, Source, sort_key
+from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, Source, State, sort_key
 from streamcrypt.streams import (
     DecryptingFile,
     EncryptingFile,
     FrameReader,
     OutgoingMessage,
+    ReadingRules,
     header_template,
     read_bytes,
     source_geometry,
@@ -94,7 +95,7 @@ class _Large:
     """A file that is cut into spans: its target, how many spans are out, and what went wrong."""
 
     task: FileTask
-    source_length: int
+    source_state: State
     target: LocalTarget | None
     spans_out: int = 0
     all_sent: bool = False
@@ -123,6 +124,17 @@ class _Run:
         self._pool: Pool | None = None
         self._manifest: ManifestWriter | None = None
         self._batch_files = BATCH_FILES
+        # A resumed job replaces what the interrupted one made; `_resumed` looks before it does.
+        self._may_replace = job.overwrite or job.resume
+        self._journal: Journal | None = None
+        self._before: dict[str, Finished] = {}
+        self._unlisted: set[int] = set()  # decrypted files that are there without a line in the journal
+        if self._whole_tree and job.destination is not None and not job.dry_run:
+            self._journal = Journal(job.destination.tree, job.operation, durable=job.durable)
+            if job.resume:
+                self._before = self._journal.read()
+            else:
+                self._journal.remove()
         if self._whole_tree and job.writing is not None and not job.dry_run:
             self._manifest = ManifestWriter(self._create_manifest)
 
@@ -146,6 +158,8 @@ class _Run:
                         destination.tree.remove_leftovers(folder)
                 if kind is None:
                     self._finish(destination)
+                elif self._journal is not None:
+                    self._journal.write()
             if kind is not None and self._manifest is not None:
                 self._manifest.discard()
         finally:
@@ -165,6 +179,11 @@ class _Run:
             self._manifest.publish()
             if self.job.durable:
                 destination.tree.sync_folder(MANIFEST.rpartition("/")[0])
+        if self._journal is not None:
+            if self.report.failed:
+                self._journal.write()  # what failed can be tried again
+            else:
+                self._journal.remove()
 
     # -- what there is to do
 
@@ -214,7 +233,9 @@ class _Run:
             yield from ((entry, None) for entry in self.readable(entries))
             return
         with manifest:
-            for entry, line in _merge(entries, self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))):
+            for entry, line in _merge(
+                entries, self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))
+            ):
                 if line is None:
                     assert entry is not None
                     if not entry.folder:  # an empty folder that was added holds nothing
@@ -266,11 +287,13 @@ class _Run:
 
     # -- one file into a task
 
-    def seal(self, entry: Entry) -> FileTask:
-        """The task that encrypts a file; a key that cannot be used ends the job."""
+    def seal(self, entry: Entry) -> FileTask | None:
+        """The task that encrypts a file, None when it is done already; a key that cannot be used ends the job."""
         number = self._take_number()
         if self.job.dry_run:
             return FileTask(number, entry.name, None, entry.size)
+        if self.job.resume and self._resumed(number, entry):
+            return None
         target = self._target_name(entry.name)
         return FileTask(number, entry.name, target, entry.size, sealing=self._sealing(entry.size))
 
@@ -284,6 +307,8 @@ class _Run:
             header = source_header(source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys)
             if listed is not None:
                 listed.check(header, source.size)
+            if job.resume and self._resumed(number, entry, header):
+                return None
             content_key = b"" if job.dry_run else unlock(header, job.reading, job.rules).content_key
             geometry = source_geometry(source, header) if header.framed else None
             if geometry is not None:
@@ -300,6 +325,11 @@ class _Run:
         if job.dry_run:
             return FileTask(number, entry.name, None, length)
         opening = Opening(header.serialize(), header.message_id, content_key, geometry, header.suite.signed)
+        if number in self._unlisted and not job.overwrite:
+            # A file that is there, but not in the journal, is the interrupted job's last or somebody
+            # else's: it stays if it is what the message holds, and is an error if not.
+            self._unlisted.remove(number)
+            return FileTask(number, entry.name, None, length, opening, against=entry.name)
         return FileTask(
             number,
             entry.name,
@@ -349,6 +379,86 @@ class _Run:
             self._folders.add(folder)
         return name
 
+    # -- a job that goes on
+
+    def _resumed(self, number: int, entry: Entry, header: Header | None = None) -> bool:
+        """Whether the interrupted job has finished this file; it is then taken over as it is.
+
+        ``header`` is the source's, where that is a message.  The journal only says where to look: a
+        message is taken over when it is the one that was listed and its final frame authenticates
+        under our keys; a decrypted file when neither it nor its message has changed since.  What is
+        there but not listed is replaced if it is a message under our keys, the remains of the moment
+        of the interruption; DestinationError if it is somebody else's.
+        """
+        destination = self.job.destination
+        assert destination is not None
+        finished = self._before.pop(entry.name, None)
+        made = destination.tree.state(entry.name)
+        if made is None:
+            return False
+        same = finished is not None and self.job.source.tree.state(entry.name) == finished.source
+        if self.job.writing is None:
+            return self._resumed_plaintext(number, entry, header, finished if same else None, made)
+        if not self._is_ours(entry.name, finished if same else None):
+            if finished is None and not self.job.overwrite and not self._is_ours(entry.name, None):
+                raise DestinationError(
+                    f"{destination.tree.path(entry.name)}: exists, and the interrupted job did not make it"
+                )
+            return False
+        if finished is None or not same:
+            return False
+        self.report.skipped += 1
+        self._list(
+            number,
+            Listed(
+                entry.name, finished.size, finished.message_length, finished.message_id, finished.header_tag
+            ),
+        )
+        return True
+
+    def _resumed_plaintext(
+        self, number: int, entry: Entry, header: Header | None, finished: Finished | None, made: State
+    ) -> bool:
+        assert header is not None
+        if (
+            finished is None
+            or finished.made != made
+            or finished.message_id != header.message_id.hex()
+            or finished.header_tag != header.tag.hex()
+        ):
+            if finished is None:
+                self._unlisted.add(number)
+            return False
+        self.report.skipped += 1
+        self._list(number, None)
+        return True
+
+    def _is_ours(self, name: str, finished: Finished | None) -> bool:
+        """Whether the destination holds a message that authenticates under our keys, and is the finished one."""
+        assert self.job.destination is not None
+        materials = self.job.resuming
+        assert materials is not None
+        try:
+            source = self.job.destination.tree.open(name)
+        except SourceError:
+            return False
+        try:
+            rules = ReadingRules(authenticated_context=self.job.authenticated_context)
+            header = source_header(source, max_encrypted_data_keys=None)
+            if finished is not None and (
+                header.message_id.hex() != finished.message_id
+                or header.tag.hex() != finished.header_tag
+                or source.size != finished.message_length
+            ):
+                return False
+            cipher = unlock(header, materials, replace(rules, max_encrypted_data_keys=None)).cipher
+            FrameReader(source, cipher, source_geometry(source, header)).open_final()
+        except (IntegrityError, SourceError):
+            return False
+        finally:
+            source.close()
+        return True
+
     # -- tasks to workers, outcomes back
 
     def drive(self, tasks: Iterator[FileTask | None]) -> None:
@@ -371,16 +481,15 @@ class _Run:
                     self._lost(outcome)
                 else:
                     self._take(outcome)
+            if self._journal is not None:
+                self._journal.write()
 
     def _choose_pool(self, sample: list[FileTask], *, complete: bool) -> Pool:
         job, workers = self.job, self.job.workers
-        setup = Setup(
-            job.source.tree,
-            job.destination.tree if job.destination is not None else None,
-            job.against.tree if job.against is not None else None,
-            job.overwrite,
-            job.durable,
-        )
+        target = job.destination.tree if job.destination is not None else None
+        # A resumed job compares what is there already with what it would have made.
+        compared = target if job.resume else job.against.tree if job.against is not None else None
+        setup = Setup(job.source.tree, target, compared, self._may_replace, job.durable)
         if complete:  # no more workers than there is work for, and every one of them gets some
             pieces = sum(len(cut(task, None)) if is_large(task) else 1 for task in sample)
             workers = max(1, min(workers, pieces))
@@ -439,11 +548,11 @@ class _Run:
             if task.target is not None:
                 assert self.job.destination is not None
                 target = self.job.destination.tree.create(
-                    task.target, size=task.target_length, overwrite=self.job.overwrite
+                    task.target, size=task.target_length, overwrite=self._may_replace
                 )
         finally:
             source.close()
-        large = self._large[task.number] = _Large(task, source.size, target)
+        large = self._large[task.number] = _Large(task, source.state, target)
         return large
 
     def _take(self, outcome: Outcome) -> None:
@@ -452,6 +561,11 @@ class _Run:
         large = self._large.get(outcome.number)
         if large is not None:
             large.error = large.error or outcome.error
+            if large.error is None and outcome.source_state != large.source_state:
+                path = self._path(large.task.source)
+                large.error = SourceError(
+                    f"{path}: changed while it was read; run again when nobody writes to it"
+                )
             large.spans_out -= 1
             self._end_large_if_done(large)
         elif outcome.error is not None:
@@ -471,14 +585,18 @@ class _Run:
             if large.lost is not None:
                 self._retry(task, large.lost)
                 return
+            made = None
             if target is not None:
                 if self.job.durable:
                     target.flush()
-                target.publish(overwrite=self.job.overwrite)
+                made = target.state()
+                target.publish(overwrite=self._may_replace)
         except StreamcryptError as error:
             self._fail(task.number, task.source, error)
         else:
-            self._finish_file(task, Outcome(task.number, large.source_length, task.target_length or 0))
+            size = large.source_state[0]
+            outcome = Outcome(task.number, size, task.target_length or 0, 0, None, large.source_state, made)
+            self._finish_file(task, outcome)
         finally:
             if target is not None:
                 target.discard()
@@ -547,9 +665,26 @@ class _Run:
                 sealing.message_id.hex(),
                 sealing.header[-TAG_LENGTH:].hex(),
             )
+        if self._journal is not None and outcome.source_state is not None and outcome.made_state is not None:
+            self._journal.add(self._journal_line(task, listed, outcome.source_state, outcome.made_state))
         self._list(task.number, listed)
         if self.job.audit is not None:
             self.job.audit(self._audit_line(task.source, task, None))
+
+    def _journal_line(self, task: FileTask, listed: Listed | None, source: State, made: State) -> Finished:
+        if listed is not None:
+            return Finished(task.source, source, made, *listed[1:5])
+        assert task.opening is not None
+        header = task.opening.header
+        return Finished(
+            task.source,
+            source,
+            made,
+            task.length,
+            source[0],
+            task.opening.message_id.hex(),
+            header[-TAG_LENGTH:].hex(),
+        )
 
     def _fail(self, number: int, name: str, error: StreamcryptError) -> None:
         self.report.failed.append(Failure(name, error))
@@ -583,9 +718,9 @@ class _Run:
         message = OutgoingMessage.begin(materials, template, job.frame_length)
         self.report.manifest_digest = f"{message.message_id.hex()}{message.header[-TAG_LENGTH:].hex()}"
         tree.remove_leftovers(MANIFEST.rpartition("/")[0])
-        target = tree.create(MANIFEST, overwrite=job.overwrite)
+        target = tree.create(MANIFEST, overwrite=self._may_replace)
         return EncryptingFile(
-            target, message, overwrite=job.overwrite, durable=job.durable, name=tree.path(MANIFEST)
+            target, message, overwrite=self._may_replace, durable=job.durable, name=tree.path(MANIFEST)
         )
 
     def _audit_line(self, name: str, task: FileTask | None, error: StreamcryptError | None) -> dict[str, Any]:
