@@ -204,8 +204,8 @@ def _prepared(load: Load) -> Outcome:
     keys = _shared(dataclasses.replace(instant, files=first)).calls
     wait = max(keys * load.latency, max(0.0, keys - load.tokens) / load.quota + load.latency)
     if first == load.files:
-        rest = _finish(load, keys, first / keys, 0.0, 0.0)
-        rest = dataclasses.replace(rest, quota_seconds=0.0)
+        # Every key was there before the work began: the quota has had its say.
+        rest = _finish(dataclasses.replace(load, quota=math.inf), keys, first / keys, 0.0, 0.0)
     else:
         share = max(1, round(load.data_keys * (1 - first / load.files))) if load.data_keys else 0
         later = dataclasses.replace(load, files=load.files - first, data_keys=share, prepared=0)

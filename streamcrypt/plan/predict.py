@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from streamcrypt.plan.model import Fit, Vector, Work, describe, fit
 from streamcrypt.plan.simulate import simulate
 from streamcrypt.units import format_size
 
-TRIALS: Final = 2000
+TRIALS: Final = 1000
 CONFIDENCE: Final = 0.9  # share of trials that must meet the deadline
 HEADER: Final = 400  # bytes: one KMS key and a few context pairs
 KNEE: Final = 8.0  # exponent of the norm that joins bounds; two equal ones come to 1.09 of one
@@ -119,6 +120,11 @@ class Sizes:
         return sum(spans) / len(self.points)
 
 
+@functools.lru_cache(maxsize=64)
+def _scaled(sizes: Sizes | None, mean: float) -> Sizes:
+    return sizes.scaled(mean) if sizes else Sizes.constant(mean)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What is to be planned.  Bytes, seconds, calls per second; bandwidths are per host.
@@ -196,8 +202,7 @@ class Job:
 
     @property
     def size_points(self) -> Sizes:
-        mean = self.bytes / self.files
-        return self.sizes.scaled(mean) if self.sizes else Sizes.constant(mean)
+        return _scaled(self.sizes, self.bytes / self.files)
 
     @property
     def kms_operation(self) -> str:
@@ -473,13 +478,14 @@ def _trials(
     rates_picked = rng.integers(0, max(1, len(rates.resampled)), trials)
     latencies = np.exp(rng.normal(0, 0.2, trials))
     seconds = []
-    # The model is smooth: as many evaluations as there are refits, the other draws scale them.
-    for chosen in sorted(set(rates_picked.tolist())):
+    for residual, chosen, slower in zip(
+        picked.tolist(), rates_picked.tolist(), latencies.tolist(), strict=True
+    ):
+        # The fit's own errors are errors of the host's work; waiting for the KMS has its own spread.
         coefficients = rates.resampled[chosen] if rates.resampled else rates.coefficients
-        rows = np.flatnonzero(rates_picked == chosen)
-        slower = dataclasses.replace(job, kms_latency=job.kms_latency * float(latencies[rows[0]]))
-        point = _estimate(slower, rates, coefficients, workers, cores, quota).seconds
-        seconds += [point * max(0.1, 1 + widen * residuals[picked[row]]) for row in rows.tolist()]
+        scaled = coefficients * max(0.1, 1 + widen * residuals[residual])
+        trial = dataclasses.replace(job, kms_latency=job.kms_latency * slower)
+        seconds.append(_estimate(trial, rates, scaled, workers, cores, quota).seconds)
     return sorted(seconds)
 
 

@@ -52,7 +52,7 @@ function finish(load, calls, perKey, stall, lastKey) {
     work = n * s / workers; tail = s * (longest(workers, load.variation) - (1 + square) / 2);
   }
   const workerSeconds = work + stall + tail;
-  const forced = Math.max(0, calls - tokensOf(load)) / load.quota;
+  const forced = load.quota === Infinity ? 0 : Math.max(0, calls - tokensOf(load)) / load.quota;
   const quotaSeconds = forced > 0 ? forced + load.latency + lastKey : 0;
   return { seconds: Math.max(workerSeconds, quotaSeconds), calls, messagesPerKey: perKey,
     workerSeconds, stallSeconds: stall, quotaSeconds };
@@ -120,7 +120,7 @@ function closedForm(load) {
   const wait = Math.max(keys * load.latency, Math.max(0, keys - tokensOf(load)) / load.quota + load.latency);
   let rest;
   if (first === load.files) {
-    rest = { ...finish(load, keys, first / keys, 0, 0), quotaSeconds: 0 };
+    rest = finish({ ...load, quota: Infinity }, keys, first / keys, 0, 0);
   } else {
     const share = load.dataKeys ? Math.max(1, roundEven(load.dataKeys * (1 - first / load.files))) : 0;
     const later = { ...load, files: load.files - first, dataKeys: share, prepared: 0 };
