@@ -113,7 +113,7 @@ def statements(
         if via_service:
             services = list(via_service) if len(via_service) > 1 else via_service[0]
             condition.setdefault("StringEquals", {})["kms:ViaService"] = services
-        statement = {
+        statement: dict[str, Any] = {
             "Sid": sids[sort],
             "Effect": "Allow",
             "Action": list(names),

@@ -150,6 +150,9 @@ def test_identity_policy_is_the_least(
     }
     assert {arn: set(found) for arn, found in told["actions"].items()} == actions
     policy = told["document"]
+    sids = [statement["Sid"] for statement in policy["Statement"]]
+    assert len(set(sids)) == len(sids)
+    assert all(sid.isalnum() for sid in sids)  # IAM: letters and digits, unique within a policy
     job(as_user(service, policy), keys, dataset, tmp_path / "done", CONTEXT)
     for arn, found in actions.items():
         for action in sorted(found):

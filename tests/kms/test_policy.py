@@ -947,7 +947,8 @@ def test_any_text_is_a_policy_or_refused(text: str) -> None:
 
 def test_unmet_conditions_name_the_statement_the_condition_and_what_is_there() -> None:
     policy = document(
-        P(ALICE, Sid="Team", Condition={"StringEquals": {"kms:EncryptionContext:Project": "Alpha", "kms:KeySpec": "SYMMETRIC_DEFAULT"}}),
+        P(ALICE, Sid="Team", Condition={
+            "StringEquals": {"kms:EncryptionContext:Project": "Alpha", "kms:KeySpec": "SYMMETRIC_DEFAULT"}}),
         P(BOB, Condition={"Bool": {"kms:MultiRegion": True}}),
         P(ALICE, "kms:Encrypt", Condition={"Bool": {"kms:MultiRegion": True}}),
     )  # fmt: skip
