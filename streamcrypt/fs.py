@@ -97,6 +97,8 @@ _MARKS: Final = (
     "created", "md5Hash", "content_md5", "VersionId",
 )  # fmt: skip
 
+_TEXT_OPTIONS: Final = ("encoding", "errors", "newline")
+
 Info = dict[str, Any]
 
 
@@ -401,6 +403,25 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         return CryptWriter(
             self, path, self._begin_writing(path, overwrite=mode == "wb", autocommit=autocommit)
         )
+
+    def open(
+        self,
+        path: str,
+        mode: str = "rb",
+        block_size: int | None = None,
+        compression: str | None = None,
+        **options: Any,
+    ) -> Any:
+        if compression is None or "r" in mode:
+            return super().open(path, mode, block_size=block_size, compression=compression, **options)
+        from fsspec.compression import compr
+        from fsspec.core import get_compression
+
+        text = {} if "b" in mode else {n: options.pop(n) for n in _TEXT_OPTIONS if n in options}
+        file = super().open(path, mode.replace("t", "").rstrip("b") + "b", block_size=block_size, **options)
+        method = get_compression(self._strip_protocol(path), compression)
+        whole = _CompressedWriter(file, compr[method](file, mode="w")) if method is not None else file
+        return whole if "b" in mode else io.TextIOWrapper(whole, **text)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         with self._open(path) as file:
@@ -1085,7 +1106,7 @@ class CryptWriter(io.BufferedIOBase):
         if file is not None:
             file.discard()
         if self._target is not None:
-            self._target.discard()
+            self._target.abandon()
         super().close()
 
     def __exit__(self, *error: object) -> None:
@@ -1159,6 +1180,37 @@ class TargetFile(io.BufferedIOBase):
             target.discard()
 
 
+class _CompressedWriter(io.BufferedIOBase):
+    """What is written is compressed; closing it closes the file, too, which compressors leave open."""
+
+    def __init__(self, file: CryptWriter, compressor: Any) -> None:
+        super().__init__()
+        self._file = file
+        self._compressor = compressor
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        return int(self._compressor.write(data))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._compressor.close()
+            self._file.close()
+            super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self._file.discard()
+            super().close()
+        self.close()
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self._file.discard()
+
+
 class _LateTarget:
     """A target that appears when it is committed, at once or at the end of a transaction."""
 
@@ -1169,6 +1221,9 @@ class _LateTarget:
 
     def write_at(self, offset: int, data: Buffer) -> None:
         self._target.write_at(offset, data)
+
+    def state(self) -> tuple[int, int, int]:
+        return self._target.state()
 
     def flush(self) -> None:
         self._target.flush()
@@ -1187,6 +1242,10 @@ class _LateTarget:
         if self._overwrite is None:  # else it is whole and waits for its commit
             self._target.discard()
 
+    def abandon(self) -> None:
+        """Drop it though it is whole."""
+        self._target.discard()
+
 
 class _RemoteSource:
     """An object of another filesystem, read by ranges; in each thread it reads ahead of one who reads on."""
@@ -1196,6 +1255,7 @@ class _RemoteSource:
         self._fs = fs
         self._path = path
         self._ahead = threading.local()
+        self.state = size, 0, 0
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         length = min(len(buffer), max(0, self.size - offset))
@@ -1213,7 +1273,10 @@ class _RemoteSource:
     def prefetch(self, offset: int, length: int) -> None:
         """Fetch a range in one request, for this thread's next reads."""
         end = min(offset + length, self.size)
-        self._ahead.window = offset, self._fs.cat_file(self._path, offset, end) if end > offset else b""
+        self._ahead.window = (
+            offset,
+            self._fs.cat_file(self._path, start=offset, end=end) if end > offset else b"",
+        )
 
     def check_unchanged(self) -> None:
         pass  # every frame that is read has been authenticated, and belongs to one message
@@ -1241,6 +1304,9 @@ class _RemoteTarget:
         assert offset == self._position
         self._file.write(data)
         self._position += len(data)
+
+    def state(self) -> tuple[int, int, int]:
+        return self._position, 0, 0
 
     def flush(self) -> None:
         pass  # closing an upload makes it durable

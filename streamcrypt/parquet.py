@@ -226,7 +226,7 @@ def _place(
 
 
 def _kind(fs: CryptFileSystem, path: str) -> str:
-    start = fs.fs.cat_file(path, 0, 4)
+    start = fs.fs.cat_file(path, start=0, end=4)
     if bytes(start) in _MODULAR_STARTS:
         return "modular"
     if start.startswith(_MESSAGE_STARTS):

@@ -12,8 +12,6 @@ import pyarrow as pa
 import pytest
 from families.datasets import KEY, flip, make_key, make_table
 
-pytest.importorskip("fsspec", reason="FSSPEC IS MISSING: pip install 'streamcrypt[fsspec]'")
-
 import streamcrypt as sc
 from streamcrypt import arrow
 from streamcrypt.fs import CryptFile
@@ -169,9 +167,9 @@ class through_pipe:
 
     @staticmethod
     def _write(descriptor: int, data: bytes) -> None:
-        with os.fdopen(descriptor, "wb") as file:
-            with contextlib.suppress(BrokenPipeError):  # the reader may stop at what was altered
-                file.write(data)
+        # The reader may stop at what was altered.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as file:
+            file.write(data)
 
     def __enter__(self) -> Any:
         self._writer.start()

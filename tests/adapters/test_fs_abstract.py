@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("fsspec", reason="FSSPEC IS MISSING: pip install 'streamcrypt[fsspec]'")
-
 from families.datasets import make_key
 from fsspec.tests.abstract import (
     AbstractCopyTests,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,12 @@ def make_table(rows: int = 10_000) -> Any:
             "when": pa.array(ids * 1_000_000, pa.timestamp("us")),
         }
     )
+
+
+def kms_calls(home: Path) -> Counter[str]:
+    """How often each operation of the home's KMS was called so far, by any process."""
+    with contextlib.closing(sqlite3.connect(home / "kms" / "kms.sqlite")) as database:
+        return Counter(dict(database.execute("SELECT operation, count(*) FROM audit GROUP BY operation")))
 
 
 def flip(path: Path, offset: int) -> None:

@@ -1,0 +1,595 @@
+"""The fsspec filesystem: paths of every form, plaintext sizes, whole files only, no keys in a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import multiprocessing
+import pickle
+import random
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import fsspec
+import pytest
+from families.datasets import KEY, flip, kms_calls, make_key
+
+import streamcrypt as sc
+from streamcrypt.fs import CryptFileSystem, PlaintextOnDiskWarning
+from streamcrypt.storage import LocalSource
+
+F = 4096
+SIZES = [0, 1, F - 1, F, F + 1, 3 * F, 3 * F + 500, 5 * 2**20 + 77]
+
+
+@pytest.fixture
+def fs(home: Path) -> CryptFileSystem:
+    make_key()
+    return CryptFileSystem(keys=KEY, frame_size=F, fsync=False)
+
+
+@pytest.fixture
+def memory() -> Iterator[None]:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def bytes_of(size: int, seed: int = 1) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+# -- reading and writing
+
+
+@pytest.mark.parametrize("target", ["local", "memory"])
+@pytest.mark.parametrize("size", SIZES)
+def test_round_trip(home: Path, memory: None, tmp_path: Path, size: int, target: str) -> None:
+    make_key()
+    url = f"crypt::file://{tmp_path}/a.bin" if target == "local" else "crypt::memory://tree/a.bin"
+    data = bytes_of(size)
+    with fsspec.open(url, "wb", keys=KEY, frame_size=F) as file:
+        for start in range(0, size, 100_000):
+            file.write(data[start : start + 100_000])
+    with fsspec.open(url) as file:
+        assert file.size == size
+        assert file.read() == data
+        for whence, offset in ((0, size // 2), (2, -(size // 3)), (0, size + 5)):
+            place = file.seek(offset, whence)
+            assert file.read(5000) == data[place : place + 5000]
+        file.seek(0)
+        assert b"".join(iter(lambda: file.read(7001), b"")) == data
+        file.seek(0)
+        room = bytearray(size + 3)
+        assert file.readinto(room) == size
+        assert room[:size] == data
+    fs, path = fsspec.url_to_fs(url)
+    assert fs.cat_file(path) == data
+    assert fs.cat_file(path, 10, -10) == data[10:-10]
+    assert fs.info(path)["size"] == fs.size(path) == size
+    if target == "local":
+        assert sc.decrypt_bytes((tmp_path / "a.bin").read_bytes()) == data  # a message like any other
+
+
+def test_text_lines_and_compression(fs: CryptFileSystem, tmp_path: Path) -> None:
+    path = f"{tmp_path}/a.csv.gz"
+    with fs.open(path, "wt", compression="gzip") as file:
+        file.writelines(f"{i},x\n" for i in range(20_000))
+    with fs.open(path, "rt", compression="infer") as file:
+        assert sum(1 for _ in file) == 20_000
+    assert fs.read_text(path, compression="gzip").splitlines()[-1] == "19999,x"
+
+
+def test_every_method_takes_every_form_of_a_path(home: Path, tmp_path: Path) -> None:
+    make_key()
+    path = f"{tmp_path}/tree/a.bin"
+    fs, _ = fsspec.url_to_fs(f"crypt::file://{path}", keys=KEY)
+    fs.pipe_file(path, b"abcdef")
+    forms = [
+        path,
+        f"file://{path}",
+        f"crypt://{path}",
+        f"crypt::file://{path}",
+        f"streamcrypt::file://{path}",
+    ]
+    for form in [*forms, f"crypt::{path}", f"crypt::simplecache::file://{path}", Path(path)]:
+        folder = str(form).removesuffix("/a.bin")
+        assert fs._strip_protocol(form) == path
+        assert fs.info(form)["size"] == 6
+        assert fs.cat_file(form) == fs.cat(form) == b"abcdef"
+        assert fs.cat_ranges([str(form)], [1], [3]) == [b"bc"]
+        assert fs.exists(form)
+        assert fs.isfile(form)
+        assert not fs.isdir(form)
+        assert fs.isdir(folder)
+        assert fs.ls(folder, detail=False) == fs.find(folder) == fs.glob(f"{folder}/*.bin") == [path]
+        assert [files for _, _, files in fs.walk(folder)] == [["a.bin"]]
+        assert fs.du(folder) == 6
+        assert fs.modified(form) == fs.fs.modified(path)
+        with fs.open(form) as file:
+            assert file.read() == b"abcdef"
+        fs.mv(str(form), f"{folder}/b.bin")
+        fs.copy(f"{folder}/b.bin", str(form))
+        fs.rm(f"{folder}/b.bin")
+        fs.touch(form, truncate=False)
+        assert fs.cat_file(form) == b"abcdef"
+    with fsspec.open(fs.unstrip_protocol(path)) as file:
+        assert file.read() == b"abcdef"
+
+
+@pytest.mark.usefixtures("memory")
+def test_unchained_with_a_target_protocol(home: Path) -> None:
+    make_key()
+    options = {"target_protocol": "memory", "keys": KEY}
+    with fsspec.open("crypt://tree/a.bin", "wb", **options) as file:
+        file.write(b"abc")
+    assert fsspec.filesystem("memory").cat_file("/tree/a.bin")[:1] == b"\x02"
+    with fsspec.open("crypt://tree/a.bin", target_protocol="memory") as file:
+        assert file.read() == b"abc"
+
+
+def test_many_files_by_glob(fs: CryptFileSystem, tmp_path: Path) -> None:
+    for i in range(5):
+        fs.pipe_file(f"{tmp_path}/p{i}.csv", b"%d" % i)
+    files = fsspec.open_files(f"crypt::file://{tmp_path}/p*.csv")
+    assert [file.open().read() for file in files] == [b"%d" % i for i in range(5)]
+
+
+# -- sizes and names
+
+
+def test_sizes_are_those_of_the_plaintext_and_are_remembered(
+    fs: CryptFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, size in enumerate(SIZES):
+        fs.pipe_file(f"{tmp_path}/d/{i}", bytes(size))
+    signed = CryptFileSystem(keys=KEY, frame_size=F, sign=True)
+    signed.pipe_file(f"{tmp_path}/d/signed", bytes(F))
+    expected = {f"{tmp_path}/d/{i}": size for i, size in enumerate(SIZES)} | {f"{tmp_path}/d/signed": F}
+    opened = []
+    real = fs._source
+    monkeypatch.setattr(fs, "_source", lambda *args: opened.append(args) or real(*args))
+    for _ in range(3):
+        assert {info["name"]: info["size"] for info in fs.ls(f"{tmp_path}/d")} == expected
+        found = fs.find(f"{tmp_path}/d", detail=True)
+        assert {name: info["size"] for name, info in found.items()} == expected
+        assert fs.sizes(list(expected)) == list(expected.values())
+        assert fs.du(f"{tmp_path}/d") == sum(expected.values())
+    assert len(opened) == len(expected)
+    fs.pipe_file(f"{tmp_path}/d/0", bytes(9))
+    assert fs.info(f"{tmp_path}/d/0")["size"] == 9
+
+
+def test_what_is_no_message_or_is_damaged(fs: CryptFileSystem, tmp_path: Path) -> None:
+    fs.pipe_file(f"{tmp_path}/d/cut", bytes(3 * F))
+    cut = tmp_path / "d" / "cut"
+    cut.write_bytes(cut.read_bytes()[:-F])
+    (tmp_path / "d" / "plain").write_bytes(b"hello")
+    sizes = {Path(info["name"]).name: info["size"] for info in fs.ls(f"{tmp_path}/d")}
+    assert sizes["plain"] == 5
+    with pytest.raises(sc.FormatError):
+        fs.cat_file(f"{tmp_path}/d/plain")
+    with pytest.raises(sc.IntegrityError):  # whether or not its length fits a number of frames
+        fs.cat_file(f"{tmp_path}/d/cut")
+    for call in (fs.info, fs.open, fs.cat_file):
+        with pytest.raises(FileNotFoundError):
+            call(f"{tmp_path}/d/none")
+    with pytest.raises(IsADirectoryError):
+        fs.open(f"{tmp_path}/d")
+
+
+def test_our_own_objects_are_not_listed(home: Path, tmp_path: Path) -> None:
+    make_key()
+    source = tmp_path / "plain"
+    (source / "sub").mkdir(parents=True)
+    (source / "a").write_bytes(b"a")
+    (source / "sub" / "b").write_bytes(b"b")
+    sc.encrypt(source, tmp_path / "enc", keys=KEY)
+    (tmp_path / "enc" / "sub" / ".streamcrypt-0123456789abcdef.tmp").write_bytes(b"half")
+    fs = CryptFileSystem()
+    root = str(tmp_path / "enc")
+    files = [f"{root}/a", f"{root}/sub/b"]
+    assert sorted(fs.find(root)) == files
+    assert sorted(fs.glob(f"{root}/**")) == sorted([root, f"{root}/sub", *files])
+    assert sorted(fs.ls(root, detail=False)) == [f"{root}/a", f"{root}/sub"]
+    for topdown in (True, False):
+        assert (
+            sorted(
+                f"{folder}/{name}" for folder, _, names in fs.walk(root, topdown=topdown) for name in names
+            )
+            == files
+        )
+    for folder, folders, _ in fs.walk(root):
+        assert folder == root
+        folders.clear()  # prunes the walk
+    assert fs.isfile(f"{root}/_streamcrypt/manifest")
+    fs.rm(root, recursive=True)
+    assert not (tmp_path / "enc").exists()
+
+
+# -- ranges
+
+
+def test_cat_ranges_opens_each_frame_once(
+    fs: CryptFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {f"{tmp_path}/{i}": bytes_of(40 * F + 7, i) for i in range(3)}
+    for path, data in contents.items():
+        fs.pipe_file(path, data)
+    rng = random.Random(5)
+    wanted = [(rng.choice(list(contents)), *sorted(rng.sample(range(20 * F), 2))) for _ in range(200)] + [
+        (f"{tmp_path}/0", -10, None),
+        (f"{tmp_path}/1", None, 3),
+        (f"{tmp_path}/1", 5, 5),
+    ]
+    reads: list[tuple[int, int]] = []
+    lock = threading.Lock()
+    read_at = LocalSource.read_at
+
+    def watched(self: LocalSource, offset: int, buffer: memoryview) -> int:
+        with lock:
+            reads.append((id(self), len(buffer)))
+        return read_at(self, offset, buffer)
+
+    monkeypatch.setattr(LocalSource, "read_at", watched)
+    results = fs.cat_ranges(*(list(column) for column in zip(*wanted, strict=True)))
+    assert results == [contents[path][start:end] for path, start, end in wanted]
+    covered = sum(
+        len(
+            {
+                f
+                for p, s, e in wanted
+                if p == path and s is not None and e is not None and s >= 0
+                for f in range(s // F, -(-e // F))
+            }
+        )
+        for path in contents
+    )
+    headers_and_final_frames = 3 * 2
+    assert sum(length for _, length in reads) < (covered + 2) * (F + 32) + headers_and_final_frames * F
+
+
+def test_cat_ranges_gives_errors_in_their_places(fs: CryptFileSystem, tmp_path: Path) -> None:
+    path = f"{tmp_path}/a"
+    data = bytes_of(10 * F)
+    fs.pipe_file(path, data)
+    flip(tmp_path / "a", (tmp_path / "a").stat().st_size // 2)
+    results = fs.cat_ranges([path, path, f"{tmp_path}/none", path], 0, [10, 9 * F, 5, 20])
+    good = fs.cat_ranges([path], 9 * F, 10 * F)
+    assert isinstance(results[1], sc.IntegrityError)
+    assert isinstance(results[2], FileNotFoundError)
+    assert good == [data[9 * F :]]
+    with pytest.raises(sc.IntegrityError):
+        fs.cat_ranges([path], 0, 9 * F, on_error="raise")
+
+
+def test_read_buffer_is_filled_in_threads(fs: CryptFileSystem, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    data = bytes_of(9 * 2**20 + 5)
+    fs.pipe_file(f"{tmp_path}/a", data)
+    with fs.open(f"{tmp_path}/a") as file, ThreadPoolExecutor(8) as pool:
+        assert file.read_buffer(100).to_pybytes() == data[:100]
+        assert file.read_buffer().to_pybytes() == data[100:]
+        assert file.read_buffer(5).size == 0
+        places = [(i * 1_100_003 % len(data), 3_000_000) for i in range(40)]
+        for (offset, length), buffer in zip(
+            places, pool.map(lambda p: file.buffer_at(*p), places), strict=True
+        ):
+            assert buffer.to_pybytes() == data[offset : offset + length]
+
+
+# -- writing
+
+
+def break_off(fs: CryptFileSystem, path: str, size: int) -> None:
+    """Write some of a file, and then fail."""
+    with contextlib.suppress(RuntimeError), fs.open(path, "wb") as file:
+        file.write(bytes(size))
+        raise RuntimeError
+
+
+def test_a_file_appears_when_it_is_closed(fs: CryptFileSystem, tmp_path: Path) -> None:
+    for size in (10, 9 * 2**20):  # held in memory, and written as it comes
+        path = tmp_path / f"{size}"
+        file = fs.open(str(path), "wb")
+        file.write(bytes(size))
+        assert not path.exists()
+        file.close()
+        assert fs.cat_file(str(path)) == bytes(size)
+        break_off(fs, str(path) + ".2", size)
+        forgotten = fs.open(str(path) + ".3", "wb")
+        forgotten.write(bytes(size))
+        del forgotten
+        gc.collect()
+        assert sorted(path.parent.glob(f"{size}*")) == [path]
+    assert not list(tmp_path.glob(".streamcrypt*"))
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_file_of_a_store_appears_when_it_is_closed(home: Path) -> None:
+    make_key()
+    fs = CryptFileSystem(target_protocol="memory", keys=KEY)
+    for size in (10, 9 * 2**20):
+        file = fs.open("/tree/a", "wb")
+        file.write(bytes(size))
+        assert fs.find("/tree") == []
+        assert not fs.exists("/tree/a")
+        file.discard()
+        assert fs.fs.find("/tree") == []
+        fs.pipe_file("/tree/a", bytes(size))
+        assert fs.fs.find("/tree") == ["/tree/a"]
+        fs.rm("/tree", recursive=True)
+
+
+def test_transaction(fs: CryptFileSystem, tmp_path: Path) -> None:
+    a, b = f"{tmp_path}/a", f"{tmp_path}/b"
+    with fs.transaction:
+        fs.pipe_file(a, b"1")
+        assert not fs.exists(a)
+    assert fs.cat_file(a) == b"1"
+    with contextlib.suppress(RuntimeError), fs.transaction:
+        fs.pipe_file(b, b"1")
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["a"]
+
+
+def test_writing_needs_a_key_and_a_mode(fs: CryptFileSystem, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keys="):
+        CryptFileSystem().open(f"{tmp_path}/a", "wb")
+    with pytest.raises(ValueError, match="mode"):
+        fs.open(f"{tmp_path}/a", "ab")
+    with pytest.raises(TypeError, match="key references"):
+        CryptFileSystem(keys=object())
+    with pytest.raises(ValueError, match="frame size"):
+        CryptFileSystem(keys=KEY, frame_size=0)
+
+
+def test_context_is_written_and_required(home: Path, tmp_path: Path) -> None:
+    make_key()
+    CryptFileSystem(keys=KEY, context={"Project": "Churn"}).pipe_file(f"{tmp_path}/a", b"x")
+    assert sc.inspect(tmp_path / "a").encryption_context == {"Project": "Churn"}
+    assert CryptFileSystem(context={"Project": "Churn"}).cat_file(f"{tmp_path}/a") == b"x"
+    with pytest.raises(sc.ContextMismatchError):
+        CryptFileSystem(context={"Project": "Other"}).cat_file(f"{tmp_path}/a")
+
+
+# -- what was altered
+
+
+@pytest.mark.parametrize("place", [0, 40, 200, 0.3, 0.6, 0.9, -20, -1])
+def test_a_flipped_bit_is_an_integrity_error(fs: CryptFileSystem, tmp_path: Path, place: float) -> None:
+    path = tmp_path / "a"
+    fs.pipe_file(str(path), bytes_of(20 * F))
+    flip(path, int(place * path.stat().st_size) if isinstance(place, float) else place)
+    for read in (
+        lambda: fs.cat_file(str(path)),
+        lambda: fs.cat_ranges([str(path)], 0, None, on_error="raise"),
+        lambda: fs.open(str(path)).read(),
+        lambda: [*fs.open(str(path))],
+        lambda: fs.open(str(path)).readinto(bytearray(20 * F)),
+    ):
+        with pytest.raises(sc.IntegrityError):
+            read()
+
+
+def encrypted_tree(tmp_path: Path) -> Path:
+    source = tmp_path / "plain"
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / name).write_bytes(name.encode() * 5000)
+    sc.encrypt(source, tmp_path / "enc", keys=KEY)
+    return tmp_path / "enc"
+
+
+def test_the_manifest_is_held_against_each_file(home: Path, tmp_path: Path) -> None:
+    make_key()
+    tree = encrypted_tree(tmp_path)
+    fs = CryptFileSystem(skip_instance_cache=True)
+    assert fs.cat_file(f"{tree}/a") == b"a" * 5000
+    (tree / "b").write_bytes((tree / "a").read_bytes())
+    with pytest.raises(sc.IntegrityError, match="swapped"):
+        fs.cat_file(f"{tree}/b")
+    (tree / "c").write_bytes((tree / "a").read_bytes())
+    with pytest.raises(sc.IntegrityError, match="not listed"):
+        fs.cat_file(f"{tree}/c")
+    assert CryptFileSystem(verify_manifest=False).cat_file(f"{tree}/b") == b"a" * 5000
+    flip(tree / "_streamcrypt" / "manifest", -1)
+    with pytest.raises(sc.IntegrityError, match="manifest"):
+        CryptFileSystem(skip_instance_cache=True).cat_file(f"{tree}/a")
+    (tree / "_streamcrypt" / "manifest").unlink()
+    with pytest.raises(sc.IntegrityError, match="no manifest"):
+        CryptFileSystem(require_manifest=True).cat_file(f"{tree}/a")
+
+
+def test_a_tree_that_is_encrypted_again_is_read_with_its_new_manifest(home: Path, tmp_path: Path) -> None:
+    make_key()
+    tree = encrypted_tree(tmp_path)
+    fs = CryptFileSystem(skip_instance_cache=True)
+    assert fs.cat_file(f"{tree}/a") == b"a" * 5000
+    sc.encrypt(tmp_path / "plain", tree, keys=KEY, overwrite=True)
+    assert fs.cat_file(f"{tree}/a") == b"a" * 5000
+
+
+# -- plaintext on disk
+
+
+@pytest.mark.parametrize("cache", ["simplecache", "filecache"])
+def test_a_cache_outside_warns_or_is_refused(fs: CryptFileSystem, tmp_path: Path, cache: str) -> None:
+    fs.pipe_file(f"{tmp_path}/a", b"secret")
+    url = f"{cache}::crypt::file://{tmp_path}/a"
+    store = {cache: {"cache_storage": f"{tmp_path}/store"}}
+    with pytest.warns(PlaintextOnDiskWarning, match="crypt::simplecache"), fsspec.open(url, **store) as file:
+        assert file.read() == b"secret"
+    with (
+        pytest.raises(sc.DestinationError, match="no_plaintext_on_disk"),
+        fsspec.open(url, crypt={"no_plaintext_on_disk": True}, **store) as file,
+    ):
+        file.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inside = f"crypt::{cache}::file://{tmp_path}/a"
+        with fsspec.open(
+            inside, no_plaintext_on_disk=True, **{cache: {"cache_storage": f"{tmp_path}/in"}}
+        ) as file:
+            assert file.read() == b"secret"
+    assert all(b"secret" not in kept.read_bytes() for kept in (tmp_path / "in").iterdir())
+
+
+def test_a_cache_that_is_given_the_filesystem(fs: CryptFileSystem, tmp_path: Path) -> None:
+    from fsspec.implementations.cached import SimpleCacheFileSystem
+
+    fs.pipe_file(f"{tmp_path}/a", b"secret")
+    strict = CryptFileSystem(no_plaintext_on_disk=True)
+    cache = SimpleCacheFileSystem(fs=strict, cache_storage=f"{tmp_path}/store")
+    with pytest.raises(sc.DestinationError, match="no_plaintext_on_disk"):
+        cache.open(f"{tmp_path}/a").read()
+    with pytest.raises(sc.DestinationError):
+        strict.get(f"{tmp_path}/a", f"{tmp_path}/plain")
+    assert strict.cat_file(f"{tmp_path}/a") == b"secret"
+
+
+# -- keys and processes
+
+
+def test_nothing_secret_in_a_pickle(fs: CryptFileSystem, tmp_path: Path) -> None:
+    for i in range(3):
+        fs.pipe_file(f"{tmp_path}/{i}", b"x" * 100)
+    with fs.open(f"{tmp_path}/0") as file:
+        file.seek(7)
+        data = pickle.dumps((fs, file))
+    assert len(data) < 1000
+    again, file = pickle.loads(data)
+    assert again.cat_file(f"{tmp_path}/1") == b"x" * 100
+    assert file.tell() == 7
+    assert again == fs
+    assert CryptFileSystem.from_json(fs.to_json()) == fs
+    with pytest.raises(TypeError):
+        pickle.dumps(fs.open(f"{tmp_path}/w", "wb"))
+
+
+def read_all(fs: Any, paths: list[str]) -> int:
+    return sum(len(fs.cat_file(path)) for path in paths)
+
+
+def read_all_and_report(fs: Any, paths: list[str], results: Any) -> None:
+    try:
+        results.put(read_all(fs, paths))
+    except BaseException as error:  # the parent shows it
+        results.put(repr(error))
+        raise
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_one_decrypt_per_data_key_and_process(home: Path, tmp_path: Path, method: str) -> None:
+    """Two trees, so two data keys; the manifest of each is under the tree's own."""
+    make_key()
+    paths = []
+    for tree in ("one", "two"):
+        source = tmp_path / "plain" / tree
+        source.mkdir(parents=True)
+        for i in range(6):
+            (source / f"{i}").write_bytes(bytes(5 * 2**20 if i == 0 else 1000))
+            paths.append(str(tmp_path / tree / f"{i}"))
+        sc.encrypt(source, tmp_path / tree, keys=KEY)
+    fs = CryptFileSystem(cache_max_age=299.0 + len(method))  # a cache that no other test has filled
+    total = read_all(fs, paths)
+    with ThreadPoolExecutor(4) as pool:  # fsspec makes an instance per thread
+        again = [
+            pool.submit(lambda: read_all(CryptFileSystem(cache_max_age=299.0 + len(method)), paths))
+            for _ in range(4)
+        ]
+        assert [one.result() for one in again] == [total] * 4
+    assert kms_calls(home)["Decrypt"] == 2
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    workers = [context.Process(target=read_all_and_report, args=(fs, paths, results)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        assert [results.get(timeout=60) for _ in workers] == [total] * 2
+    finally:
+        for worker in workers:
+            worker.join(30)
+    assert kms_calls(home)["Decrypt"] == 2 + 2 * 2
+
+
+def test_files_that_are_written_share_a_data_key_when_their_length_is_known(
+    home: Path, tmp_path: Path
+) -> None:
+    make_key()
+    fs = CryptFileSystem(keys=KEY, cache_max_age=298.0)
+    for i in range(10):
+        fs.pipe_file(f"{tmp_path}/{i}", bytes(1000))
+    assert kms_calls(home)["GenerateDataKey"] == 1
+    fs.pipe_file(f"{tmp_path}/large", bytes(9 * 2**20))
+    assert kms_calls(home)["GenerateDataKey"] == 2
+
+
+def test_another_home_is_another_filesystem(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_key()
+    CryptFileSystem(keys=KEY).pipe_file(f"{tmp_path}/a", b"one")
+    assert CryptFileSystem(keys=KEY).cat_file(f"{tmp_path}/a") == b"one"
+    monkeypatch.setenv("STREAMCRYPT_HOME", str(tmp_path / "other"))
+    make_key()
+    with pytest.raises(sc.KeyAccessError):
+        CryptFileSystem(keys=KEY).cat_file(f"{tmp_path}/a")
+
+
+def test_a_key_that_is_disabled_is_a_key_access_error(
+    fs: CryptFileSystem, home: Path, tmp_path: Path
+) -> None:
+    from streamcrypt.kms import open_service
+
+    fs.pipe_file(f"{tmp_path}/a", b"x")
+    service = open_service()
+    service.disable_key(KeyId=service.describe_key(KeyId="alias/ml")["KeyMetadata"]["KeyId"])
+    with pytest.raises(sc.KeyAccessError) as caught:
+        CryptFileSystem(cache_max_age=297.0).cat_file(f"{tmp_path}/a")
+    assert caught.value.code == "DisabledException"
+
+
+# -- an object store
+
+
+def test_s3(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs", reason="S3FS IS MISSING: the filesystem was not tested on an object store")
+    moto = pytest.importorskip("moto.server")
+    make_key()
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    try:
+        s3 = {"endpoint_url": f"http://{host}:{port}"}
+        plain = fsspec.filesystem("s3", **s3)
+        boto3.client("s3", region_name="us-east-1", **s3).create_bucket(Bucket="bucket")
+        fs = CryptFileSystem(target_protocol="s3", target_options=s3, keys=KEY, frame_size=F)
+        contents = {f"bucket/t/{i}": bytes_of(size, i) for i, size in enumerate([0, 10, 3 * F, 9 * 2**20])}
+        for path, data in contents.items():
+            fs.pipe_file(path, data)
+        assert {path: info["size"] for path, info in fs.find("bucket/t", detail=True).items()} == {
+            path: len(data) for path, data in contents.items()
+        }
+        for path, data in contents.items():
+            assert fs.cat_file(path) == data
+            with fsspec.open(f"crypt::s3://{path}", s3=s3) as file:
+                assert file.read() == data
+                file.seek(-5, io.SEEK_END) if data else None
+                assert file.read() == data[-5:]
+        break_off(fs, "bucket/t/none", 12 * 2**20)
+        plain.invalidate_cache()
+        assert not plain.exists("bucket/t/none")
+    finally:
+        server.stop()
