@@ -127,11 +127,12 @@ def chart(
     format_x: Callable[[float], str] = _number,
     x_ticks: Sequence[float] | None = None,
 ) -> str:
-    """Lines or points of several series as SVG; a point is (x, y, words for its tooltip)."""
+    """Lines or points of several series as SVG; a point is (x, y, words for its tooltip).
+    Nothing for no points."""
     points = [point for _, rows in series for point in rows]
     if not points:
-        return '<p class="note">Nothing was measured for this chart.</p>'
-    width, height, left, right, top, bottom = 640, 280, 58, 16, 14, 46
+        return ""
+    width, height, left, right, top, bottom = 640, 330, 72, 22, 30, 62
     xs, ys = [point[0] for point in points], [point[1] for point in points]
     low_x, high_x = min(xs), max(xs)
     if log_x:
@@ -158,15 +159,15 @@ def chart(
         parts.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{place:.1f}" y2="{place:.1f}"/>'
         )
-        parts.append(f'<text class="tick end" x="{left - 8}" y="{place + 4:.1f}">{_number(tick)}</text>')
+        parts.append(f'<text class="tick end" x="{left - 8}" y="{place + 5:.1f}">{_number(tick)}</text>')
     for tick in x_ticks if x_ticks is not None else _ticks(low_x, high_x, log=log_x):
         parts.append(
-            f'<text class="tick mid" x="{at_x(tick):.1f}" y="{height - bottom + 18}">{_text(format_x(tick))}</text>'
+            f'<text class="tick mid" x="{at_x(tick):.1f}" y="{height - bottom + 24}">{_text(format_x(tick))}</text>'
         )
     parts.append(
         f'<text class="axis mid" x="{(left + width - right) / 2}" y="{height - 6}">{_text(x)}</text>'
     )
-    parts.append(f'<text class="axis" x="4" y="{top - 2}">{_text(y)}</text>')
+    parts.append(f'<text class="axis" x="4" y="{top - 12}">{_text(y)}</text>')
     for number, (_, rows) in enumerate(series):
         color = _SERIES[number % len(_SERIES)]
         if lines and len(rows) > 1:
@@ -174,7 +175,7 @@ def chart(
             parts.append(f'<polyline class="line {color}" points="{path}"/>')
         for px, py, words in rows[:_MOST_POINTS]:
             parts.append(
-                f'<circle class="point {color}" cx="{at_x(px):.1f}" cy="{at_y(py):.1f}" r="4">'
+                f'<circle class="point {color}" cx="{at_x(px):.1f}" cy="{at_y(py):.1f}" r="5">'
                 f"<title>{_text(words)}</title></circle>"
             )
     parts.append("</svg>")
@@ -218,7 +219,7 @@ def records_page(records: Records) -> str:
     groups = by_cell(runs)
     noisy = sum(1 for run in runs if run.noise)
     failed = [run for run in records.runs if run.error is not None]
-    noise = median([spread([run.wall_s for run in group]) for group in groups.values() if len(group) > 1])
+    repeated = [spread([run.wall_s for run in group]) for group in groups.values() if len(group) > 1]
     best = max(runs, key=lambda run: run.rate)
     body = [
         "<header><h1>Measured on this machine</h1>",
@@ -227,7 +228,9 @@ def records_page(records: Records) -> str:
         '<section class="tiles">',
         _tile("configurations", str(len(groups)), f"{len(runs)} runs"),
         _tile("fastest", f"{best.rate / 1e9:.2f} GB/s", best.cell.label()),
-        _tile("noise", f"{noise:.1%}", "median absolute deviation of repeated runs"),
+        _tile("noise", f"{median(repeated):.1%}", "median absolute deviation of repeated runs")
+        if repeated
+        else _tile("noise", "unknown", "no configuration was run twice"),
         _tile("noisy runs", str(noisy), "kept and marked, never dropped"),
         _tile("failed runs", str(len(failed)), failed[0].error or "" if failed else ""),
         "</section>",
@@ -248,7 +251,7 @@ def records_page(records: Records) -> str:
 
 def _titled(title: str, drawing: str, note: str = "") -> str:
     words = f'<p class="note">{_text(note)}</p>' if note else ""
-    return f"<div><h2>{_text(title)}</h2>{words}{drawing}</div>"
+    return f"<div><h2>{_text(title)}</h2>{words}{drawing}</div>" if drawing else ""
 
 
 def _series_name(run: Record) -> str:
@@ -409,12 +412,13 @@ def _plan_page(plan: dict[str, Any]) -> str:
             f"in {deadline['share_of_trials']:.0%} of trials",
         )
     live = plan["page"]["live"]
+    noise = "unknown" if plan["records"]["noise"] is None else format(plan["records"]["noise"], ".1%")
     body = [
         f"<header><h1>Plan: {_text(plan['operation'])} {_text(format_size(plan['bytes']))}, "
         f"{plan['files']:,} files</h1>",
         f'<p class="note">From rates measured on {_text(plan["records"]["machine"])}, '
         f"{_text(plan['records']['date'])}; "
-        f"noise {plan['records']['noise']:.1%}.</p></header>",
+        f"noise {noise}.</p></header>",
         '<section class="tiles">',
         _tile("time", _seconds(plan["seconds"]), f"80 %: {_seconds(low)} – {_seconds(high)}", "seconds"),
         _tile("limit", plan["limit"], "the resource that decides", "limit"),

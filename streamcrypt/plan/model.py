@@ -104,7 +104,7 @@ class Fit:
     coefficients: Vector
     resampled: tuple[Vector, ...]  # refits to runs drawn with replacement
     residuals: tuple[float, ...]  # measured / predicted - 1, of cells left out of their own fit
-    noise: float  # spread of repeated runs of one cell
+    noise: float | None  # spread of repeated runs of one cell; None where none was repeated
     runs: int
     largest_workers: int
 
@@ -182,7 +182,7 @@ def fit(
         coefficients,
         tuple(resampled),
         tuple(sorted(residuals)),
-        median(repeated),
+        median(repeated) if repeated else None,
         len(runs),
         max(run.cell.workers for run in runs),
     )

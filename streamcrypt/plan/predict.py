@@ -676,7 +676,7 @@ def _cost(job: Job, estimate: Estimate, cores: int) -> dict[str, Any]:
 
 def _within(job: Job, records: Records) -> Prediction | None:
     """The prediction, if it meets the deadline."""
-    found = predict(job, records, trials=400)
+    found = predict(job, records)
     return found if found.feasible else None
 
 
@@ -811,7 +811,8 @@ def describe_plan(found: Prediction) -> str:
     lines.append(f"  elasticity   {', '.join(elasticities)}   (-1: twice as much halves the time)")
     records = found.records
     lines.append(
-        f"  basis        {records['machine']}, {records['date']}, {records['runs']} runs, noise {records['noise']:.0%}"
+        f"  basis        {records['machine']}, {records['date']}, {records['runs']} runs, "
+        f"noise {'unknown (no run was repeated)' if records['noise'] is None else format(records['noise'], '.0%')}"
     )
     lines += [f"  note         {note}" for note in found.notes]
     return "\n".join(lines)
