@@ -8,6 +8,7 @@ Texts are those that AWS sends, as recorded in the project's reference of AWS KM
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -349,6 +350,39 @@ class KmsTests(KmsBasics):
         assert kms.verify(Signature=signature, **request)["SignatureValid"]
         changed = signature[:-1] + bytes([signature[-1] ^ 1])
         assert refusal(kms.verify, Signature=changed, **request)[0] == "KMSInvalidSignatureException"
+
+    def test_ml_dsa_external_mu(self, kms):
+        """FIPS 204, 6.2: mu is SHAKE256(SHAKE256(public key, 64) | 0 | 0 | message, 64) without a context."""
+        key = kms.create_key(KeySpec="ML_DSA_44", KeyUsage="SIGN_VERIFY")["KeyMetadata"]
+        der = kms.get_public_key(KeyId=key["KeyId"])["PublicKey"]
+        public = serialization.load_der_public_key(der)
+        digest = hashlib.shake_256(public.public_bytes_raw()).digest(64)
+        mu = hashlib.shake_256(digest + b"\0\0" + b"message").digest(64)
+        request = {"KeyId": key["KeyId"], "SigningAlgorithm": "ML_DSA_SHAKE_256"}
+        signature = kms.sign(Message=mu, MessageType="EXTERNAL_MU", **request)["Signature"]
+        assert kms.verify(Message=b"message", Signature=signature, **request)["SignatureValid"]
+        raw = kms.sign(Message=b"message", **request)["Signature"]
+        assert kms.verify(Message=mu, MessageType="EXTERNAL_MU", Signature=raw, **request)["SignatureValid"]
+        short = refusal(kms.sign, Message=mu[:-1], MessageType="EXTERNAL_MU", **request)
+        assert short == (
+            "ValidationException",
+            400,
+            "Digest is invalid length for algorithm ML_DSA_SHAKE_256.",
+        )
+
+    @pytest.mark.parametrize(("spec", "length"), [("ML_KEM_768", 1088), ("ML_KEM_1024", 1568)])
+    def test_encapsulation(self, kms, spec, length):
+        if not hasattr(kms, "encapsulate"):
+            pytest.skip("THE INSTALLED BOTOCORE KNOWS NO ML-KEM")
+        key = kms.create_key(KeySpec=spec, KeyUsage="ENCAPSULATE_DECAPSULATE")["KeyMetadata"]
+        assert key["EncapsulationAlgorithms"] == ["ML_KEM"]
+        request = {"KeyId": key["KeyId"], "EncapsulationAlgorithm": "ML_KEM"}
+        made = kms.encapsulate(**request)
+        blob, secret = made["SharedSecretCiphertextBlob"], made["SharedSecret"]
+        assert (len(blob), len(secret)) == (length, 32)
+        assert kms.decapsulate(SharedSecretCiphertextBlob=blob, **request)["SharedSecret"] == secret
+        short = refusal(kms.decapsulate, SharedSecretCiphertextBlob=blob[:-1], **request)
+        assert short[:2] == ("InvalidCiphertextException", 400)
 
     @pytest.mark.parametrize("bits", [224, 256, 384, 512])
     def test_mac(self, kms, bits):
