@@ -1124,6 +1124,84 @@ def save_sharded(
 
 
 # ---------------------------------------------------------------------------------------------
+# Rows for a loader
+
+
+class RowDataset:
+    """The rows of an encrypted safetensors file as a map-style dataset, for a DataLoader or a sampler.
+
+        dataset = tensors.RowDataset("features.safetensors", ["x", "y"])
+        dataset[17]                                 # {"x": tensor, "y": tensor}
+        DataLoader(dataset, batch_size=256, shuffle=True, num_workers=2)
+
+    Row ``i`` is index ``i`` of the first dimension of each tensor in ``names`` (None: all), which
+    must agree in it.  The rows of a batch are fetched together, in the order in which they are
+    stored; only their frames are opened.  Options are those of ``safe_open``.
+
+    It pickles without keys and open files.  Every process opens the file itself: one KMS call each.
+    """
+
+    def __init__(
+        self,
+        filename: Path,
+        names: Sequence[str] | None = None,
+        *,
+        framework: str | None = None,
+        keys: References | None = None,
+        context: Mapping[str, str] | None = None,
+        threads: int | None = 1,
+        **options: Any,
+    ) -> None:
+        self._filename = filename
+        self._names = list(names) if names is not None else None
+        self._options = {
+            **options,
+            "framework": framework,
+            "keys": keys,
+            "context": context,
+            "threads": threads,
+        }
+        self._opened: tuple[int, safe_open, dict[str, TensorSlice]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __len__(self) -> int:
+        return next(iter(self._slices().values())).get_shape()[0]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        size = len(self)
+        position = _position(index, size)
+        return {name: part[position] for name, part in self._slices().items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Many rows at once; a DataLoader asks for a batch this way."""
+        size = len(self)
+        positions = [_position(index, size) for index in indices]
+        order = sorted(set(positions))
+        place = {position: row for row, position in enumerate(order)}
+        parts = {name: part[order] for name, part in self._slices().items()}
+        return [{name: part[place[position]] for name, part in parts.items()} for position in positions]
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+    def _slices(self) -> dict[str, TensorSlice]:
+        # A forked child opens the file itself: data keys are not taken along.
+        if self._opened is None or self._opened[0] != os.getpid():
+            file = safe_open(self._filename, **self._options)
+            slices = {name: file.get_slice(name) for name in self._names or file.keys()}
+            lengths = {tuple(part.get_shape()[:1]) for part in slices.values()}
+            if len(lengths) != 1 or () in lengths:
+                file.close()
+                raise ValueError(f"{self._filename}: its tensors do not agree in their first dimension")
+            self._opened = os.getpid(), file, slices
+        return self._opened[2]
+
+
+# ---------------------------------------------------------------------------------------------
 # numpy's own files
 
 

@@ -1,0 +1,554 @@
+"""torch's loaders over encrypted data: every row once, resumed epochs, workers of every kind, damage."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import signal
+import sqlite3
+import sys
+from multiprocessing import forkserver
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from families.datasets import KEY, flip, make_key, make_table
+
+import streamcrypt as sc
+from streamcrypt import tensors
+from streamcrypt.kms import default_home
+
+torch = pytest.importorskip("torch", reason="TORCH IS MISSING: its loaders were not tested")
+
+from torch.utils.data import DataLoader  # noqa: E402
+
+from streamcrypt.torch import ParquetDataset  # noqa: E402
+
+ROWS = 10_000
+CONTEXT = {"Project": "CustomerChurn"}
+METHODS = ["fork", "forkserver", "spawn"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_fork_server():
+    """The fork server keeps the environment, and so the home, of the test that started it."""
+    yield
+    forkserver._forkserver._stop()
+
+
+@pytest.fixture
+def data(tmp_path, home):
+    """A folder of four files with 3 to 5 row groups, plain and encrypted."""
+    make_key()
+    table = make_table(ROWS).select(["id", "day", "value", "flag", "name", "when"])
+    (tmp_path / "plain").mkdir()
+    bounds = [0, 2_500, 5_100, 7_400, ROWS]
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        part = table.slice(start, stop - start)
+        pq.write_table(
+            part, tmp_path / "plain" / f"part-{number}.parquet", row_group_size=(stop - start) // 4 + number
+        )
+    sc.encrypt(
+        tmp_path / "plain", tmp_path / "enc", keys=KEY, context=CONTEXT, frame_size="4KiB", fsync=False
+    )
+    return tmp_path
+
+
+def ids(batches):
+    return [int(i) for batch in batches for i in batch["id"]]
+
+
+def kms_calls(operation="Decrypt"):
+    (database,) = (default_home() / "kms").glob("kms.sqlite")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute("SELECT count(*) FROM audit WHERE operation = ?", (operation,)).fetchone()[
+            0
+        ]
+
+
+# ------------------------------------------------------------------------------ the same rows as plain
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 77, 2_500, 100_000])
+def test_batches_are_those_of_the_plain_files(data, shuffle, batch_size):
+    if batch_size == 1:
+        options = {"columns": ["id"]}
+    else:
+        options = {}
+    options |= {"batch_size": batch_size, "shuffle": shuffle, "shuffle_buffer": 1_000, "seed": 3}
+    encrypted = list(ParquetDataset(data / "enc", context=CONTEXT, **options))
+    plain = list(ParquetDataset(data / "plain", filesystem=fsspec.filesystem("file"), **options))
+    assert len(encrypted) == len(plain) == -(-ROWS // batch_size)
+    for ours, theirs in zip(encrypted, plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, column in ours.items():
+            if isinstance(column, list):
+                assert column == theirs[name]
+            else:
+                assert column.dtype == theirs[name].dtype
+                assert torch.equal(column.nan_to_num(-1), theirs[name].nan_to_num(-1))
+    assert sorted(ids(encrypted)) == list(range(ROWS))
+    assert (ids(encrypted) == list(range(ROWS))) is not shuffle
+
+
+def test_shuffling_depends_on_seed_and_epoch_alone(data):
+    def order(**options):
+        dataset = ParquetDataset(data / "enc", columns=["id"], shuffle=True, shuffle_buffer=3_000, **options)
+        return dataset, ids(dataset)
+
+    dataset, first = order(seed=1)
+    assert order(seed=1)[1] == first
+    assert order(seed=2)[1] != first
+    dataset.set_epoch(1)
+    second = ids(dataset)
+    assert second != first
+    assert sorted(second) == sorted(first) == list(range(ROWS))
+    dataset.set_epoch(0)
+    assert ids(dataset) == first
+    # Rows move far, not only within their row group.
+    assert np.mean(np.abs(np.diff(first)) > 700) > 0.5
+
+
+def test_what_columns_become(tmp_path, home):
+    make_key()
+    table = pa.table(
+        {
+            "i": pa.array([1, 2, 3], pa.int16()),
+            "u": pa.array([1, 2, 2**32 - 1], pa.uint32()),
+            "h": pa.array(np.array([1, 2, 3], np.float16)),
+            "f": pa.array([1.5, None, 3.0]),
+            "b": pa.array([True, False, True]),
+            "s": pa.array(["x", None, "z"]),
+            "c": pa.array(["x", "y", "x"]).dictionary_encode(),
+            "t": pa.array([1, 2, 3], pa.timestamp("us")),
+            "d": pa.array([1, 2, 3], pa.date32()),
+            "v": pa.FixedSizeListArray.from_arrays(pa.array(np.arange(6, dtype="f4")), 2),
+            "l": pa.array([[1], [], [2, 3]]),
+            "n": pa.array([1, None, 3], pa.int64()),
+        }
+    )
+    with sc.open(tmp_path / "a.parquet", "wb", keys=KEY) as file:
+        pq.write_table(table, file)
+    with pytest.raises(ValueError, match="column 'n' of type int64 has nulls"):
+        list(ParquetDataset(tmp_path / "a.parquet"))
+    (batch,) = ParquetDataset(tmp_path / "a.parquet", fill_nulls={"n": -1})
+    assert {name: column.dtype for name, column in batch.items() if isinstance(column, torch.Tensor)} == {
+        "i": torch.int16, "u": torch.uint32, "h": torch.float16, "f": torch.float64, "b": torch.bool,
+        "t": torch.int64, "d": torch.int32, "v": torch.float32, "n": torch.int64,
+    }  # fmt: skip
+    assert batch["n"].tolist() == [1, -1, 3]
+    assert batch["v"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert batch["s"] == ["x", None, "z"]
+    assert batch["c"] == ["x", "y", "x"]
+    assert batch["l"] == [[1], [], [2, 3]]
+    assert bool(batch["f"][1].isnan())
+
+    (arrays,) = ParquetDataset(tmp_path / "a.parquet", columns=["i", "t"], output="numpy")
+    assert arrays["i"].dtype == np.int16
+    (whole,) = ParquetDataset(tmp_path / "a.parquet", output="arrow")
+    assert whole.equals(pq.read_table(sc.open(tmp_path / "a.parquet")))
+    assert list(
+        ParquetDataset(tmp_path / "a.parquet", columns=["i"], transform=lambda b: int(b["i"].sum()))
+    ) == [6]
+    rows = list(ParquetDataset(tmp_path / "a.parquet", columns=["i", "s"], batch_size=None))
+    assert [(int(row["i"]), row["s"]) for row in rows] == [(1, "x"), (2, None), (3, "z")]
+
+
+def test_sources(data):
+    for source in (
+        data / "enc", str(data / "enc"), str(data / "enc" / "part-*.parquet"), f"crypt::file://{data / 'enc'}",
+        [data / "enc" / f"part-{n}.parquet" for n in range(4)],
+    ):  # fmt: skip
+        dataset = ParquetDataset(source, columns=["id"])
+        assert [os.path.basename(file.path) for file in dataset.plan()] == [
+            f"part-{n}.parquet" for n in range(4)
+        ]
+        assert ids(dataset) == list(range(ROWS))
+    assert ids(ParquetDataset(data / "enc" / "part-1.parquet", columns=["id"])) == list(range(2_500, 5_100))
+    (data / "none").mkdir()
+    with pytest.raises(sc.SourceError, match="no Parquet file"):
+        list(ParquetDataset(data / "none"))
+    with pytest.raises(FileNotFoundError):
+        list(ParquetDataset(data / "absent.parquet"))
+    with pytest.raises(ValueError, match="no column nothing"):
+        list(ParquetDataset(data / "enc", columns=["nothing"]))
+    with pytest.raises(sc.ContextMismatchError):
+        list(ParquetDataset(data / "enc", context={"Project": "other"}))
+    (data / "text").write_bytes(sc.encrypt_bytes(b"not Parquet", keys=KEY))
+    with pytest.raises(sc.SourceError, match="not a Parquet file"):
+        list(ParquetDataset(data / "text"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"shuffle_buffer": 0}, {"output": "list"}, {"output": "arrow", "batch_size": None},
+     {"rank": 1}, {"rank": 2, "world_size": 2}],
+)  # fmt: skip
+def test_bad_options(options):
+    with pytest.raises(ValueError):
+        ParquetDataset("nowhere", **options)
+    with pytest.raises(ValueError):
+        ParquetDataset([])
+
+
+def test_empty_files(tmp_path, home):
+    make_key()
+    empty = make_table(5).select(["id"]).slice(0, 0)
+    for name, table in (("a", empty), ("b", make_table(5).select(["id"])), ("c", empty)):
+        with sc.open(tmp_path / f"{name}.parquet", "wb", keys=KEY) as file:
+            pq.write_table(table, file)
+    for shuffle in (False, True):
+        assert sorted(ids(ParquetDataset(tmp_path, shuffle=shuffle))) == [0, 1, 2, 3, 4]
+        dataset = ParquetDataset(tmp_path / "a.parquet", shuffle=shuffle)
+        assert (len(dataset), list(dataset)) == (0, [])
+        assert (
+            list(ParquetDataset(tmp_path / "a.parquet", shuffle=shuffle, rank=1, world_size=3, pad=True))
+            == []
+        )
+
+
+# ------------------------------------------------------------------------------ ranks and workers
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [None, 100, 333])
+def test_ranks_and_workers_share_the_rows(data, world_size, batch_size, shuffle, monkeypatch):
+    if batch_size is None and world_size > 2:
+        pytest.skip("single rows are slow, and shared in the same way")
+    options = {"columns": ["id"], "batch_size": batch_size, "shuffle": shuffle, "world_size": world_size}
+
+    def run(rank, workers, **more):
+        """What each worker of a rank yields, one after the other."""
+        found = []
+        for worker in range(workers):
+            dataset = ParquetDataset(data / "enc", rank=rank, **options, **more)
+            at = (worker, workers)
+            dataset._at = at
+            batches = [batch["id"] for batch in dataset._iterate(at, 0)]
+            found.append([[int(b)] if batch_size is None else b.tolist() for b in batches])
+        batches = list(itertools.chain(*found))
+        assert len(batches) == len(dataset)
+        return batches
+
+    for workers in (1, 3):
+        exact = [run(rank, workers) for rank in range(world_size)]
+        rows = [[i for batch in batches for i in batch] for batches in exact]
+        assert sorted(itertools.chain(*rows)) == list(range(ROWS))
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        if batch_size is not None:
+            for batches in exact:
+                assert sum(len(batch) < batch_size for batch in batches) <= 1
+
+            dropped = [run(rank, workers, drop_last=True) for rank in range(world_size)]
+            assert {len(batch) for batches in dropped for batch in batches} == {batch_size}
+            assert {len(batches) for batches in dropped} == {ROWS // world_size // batch_size}
+            seen = [i for batches in dropped for batch in batches for i in batch]
+            assert len(seen) == len(set(seen))
+
+            padded = [run(rank, workers, pad=True) for rank in range(world_size)]
+            counts = {sum(map(len, batches)) for batches in padded}
+            assert counts == {-(-ROWS // world_size)}
+            seen = [i for batches in padded for batch in batches for i in batch]
+            assert set(seen) == set(range(ROWS))
+            assert len(seen) - ROWS < world_size
+
+
+def test_ranks_of_torch_distributed(data, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        dataset = ParquetDataset(data / "enc")
+        assert (dataset.rank, dataset.world_size) == (0, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_of_every_kind(data, method):
+    dataset = ParquetDataset(
+        data / "enc", columns=["id", "name"], batch_size=500, shuffle=True, context=CONTEXT
+    )
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=method)
+    assert len(loader) == 20
+    before = kms_calls()
+    first = ids(loader)
+    assert sorted(first) == list(range(ROWS))
+    # One data key for all files, and one call in each worker: the parent's own key does not travel.
+    assert kms_calls() - before == 2
+    assert before == 1
+
+
+def test_workers_that_stay_see_the_next_epoch(data):
+    dataset = ParquetDataset(data / "enc", columns=["id"], batch_size=500, shuffle=True, shuffle_buffer=500)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    epochs = []
+    before = kms_calls()
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        epochs.append(ids(loader))
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert kms_calls() - before == 2
+    loader._iterator._shutdown_workers()
+
+
+def test_a_loader_that_batches_single_rows(data):
+    dataset = ParquetDataset(data / "enc", columns=["id", "day"], batch_size=None)
+    batches = list(DataLoader(dataset, batch_size=1_000, num_workers=2))
+    assert sorted(ids(batches)) == list(range(ROWS))
+    assert {batch["day"].shape for batch in batches} == {(1_000,)}
+
+
+def test_nothing_secret_is_pickled(data):
+    dataset = ParquetDataset(data / "enc", columns=["id"], keys=KEY)
+    lazy = pickle.dumps(dataset)
+    dataset.plan()
+    planned = pickle.dumps(dataset)
+    ids(dataset)
+    used = pickle.dumps(dataset)
+    assert len(lazy) < 3_000
+    # The data key, as the embedded KMS unwraps it.
+    header = sc.open(data / "enc" / "part-0.parquet").header
+    from streamcrypt.keys.materials import Materials
+    from streamcrypt.keys.reference import decrypting_keyring
+
+    materials = Materials(decrypting_keyring(None))
+    data_key = materials.for_decryption(header.suite, header.context, header.encrypted_data_keys).data_key
+    for pickled in (lazy, planned, used):
+        assert data_key not in pickled
+        assert ids(pickle.loads(pickled)) == list(range(ROWS))
+
+
+# ------------------------------------------------------------------------------ resumed epochs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shuffle": True},
+        {"shuffle": True, "shuffle_buffer": 900},
+        {"drop_last": True},
+        {"batch_size": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stop", [0, 1, 7, 33])
+def test_a_resumed_epoch_yields_exactly_the_rest(data, options, stop):
+    options = {"batch_size": 300, "columns": ["id"], "rank": 1, "world_size": 2, "seed": 5, **options}
+
+    def flat(batches):
+        return [batch["id"].tolist() for batch in batches]
+
+    dataset = ParquetDataset(data / "enc", **options)
+    dataset.set_epoch(4)
+    whole = flat(dataset)
+    iterator = iter(dataset)
+    begun = flat(itertools.islice(iterator, stop))
+    state = dataset.state_dict()
+    iterator.close()
+
+    resumed = ParquetDataset(data / "enc", **options)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert begun + flat(resumed) == whole
+    assert flat(resumed) == whole  # the one after is a whole epoch again
+    assert resumed.state_dict()["next"] is None
+
+
+def test_a_resumed_epoch_reads_nothing_before_its_place(tmp_path, home):
+    make_key()
+    noise = np.random.default_rng(9).random(60_000)
+    for number in range(3):
+        part = slice(20_000 * number, 20_000 * (number + 1))
+        table = pa.table({"id": np.arange(60_000)[part], "noise": noise[part]})
+        with sc.open(tmp_path / f"part-{number}.parquet", "wb", keys=KEY, frame_size="4KiB") as file:
+            pq.write_table(table, file, row_group_size=5_000)
+    dataset = ParquetDataset(tmp_path, batch_size=1_000)
+    iterator = iter(dataset)
+    for _ in range(47):
+        next(iterator)
+    state = dataset.state_dict()
+    assert state["next"] == {
+        "file": str(tmp_path / "part-2.parquet"),
+        "message_id": sc.inspect(tmp_path / "part-2.parquet").message_id,
+        "row_group": 1,
+        "row": 2_000,
+    }
+    # What lies before the place is destroyed (but for the end of each file, where its footer is): the
+    # rest of the epoch does not need it.
+    for name, bound in (("part-0.parquet", 200_000), ("part-1.parquet", 200_000), ("part-2.parquet", 50_000)):
+        path = tmp_path / name
+        message = bytearray(path.read_bytes())
+        start = sc.inspect(path).header_length
+        message[start:bound] = bytes(bound - start)
+        path.write_bytes(message)
+    resumed = ParquetDataset(tmp_path, batch_size=1_000)
+    resumed.load_state_dict(state)
+    rest = list(resumed)
+    assert ids(rest) == list(range(47_000, 60_000))
+    assert np.array_equal(np.concatenate([batch["noise"] for batch in rest]), noise[47_000:])
+    with pytest.raises(sc.IntegrityError):
+        ids(resumed)
+
+
+def test_a_state_that_does_not_fit_is_refused(data):
+    options = {"columns": ["id"], "batch_size": 100}
+    dataset = ParquetDataset(data / "enc", **options)
+    next(iter(dataset))
+    state = dataset.state_dict()
+    for other in (
+        {"batch_size": 99}, {"shuffle": True}, {"seed": 1}, {"drop_last": True}, {"pad": True},
+        {"rank": 0, "world_size": 2},
+    ):  # fmt: skip
+        changed = ParquetDataset(data / "enc", **{**options, **other})
+        changed.load_state_dict(state)
+        with pytest.raises(ValueError, match="the state is of"):
+            next(iter(changed))
+    with pytest.raises(ValueError, match="version"):
+        dataset.load_state_dict({**state, "version": 9})
+    sc.encrypt(data / "plain" / "part-0.parquet", data / "enc" / "part-0.parquet", keys=KEY, overwrite=True)
+    rewritten = ParquetDataset(data / "enc", verify_manifest=False, **options)
+    rewritten.load_state_dict(state)
+    with pytest.raises(ValueError, match="other files"):
+        next(iter(rewritten))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_stateful_data_loader(data, workers, shuffle):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="TORCHDATA IS MISSING: not tested")
+
+    def loader():
+        dataset = ParquetDataset(
+            data / "enc", columns=["id"], batch_size=250, shuffle=shuffle, shuffle_buffer=1_000
+        )
+        return stateful.StatefulDataLoader(dataset, batch_size=None, num_workers=workers)
+
+    whole = [batch["id"].tolist() for batch in loader()]
+    for stop in (0, 1, 13, 39):
+        first = loader()
+        iterator = iter(first)
+        begun = [next(iterator)["id"].tolist() for _ in range(stop)]
+        state = first.state_dict()
+        del iterator
+        second = loader()
+        second.load_state_dict(state)
+        rest = [batch["id"].tolist() for batch in second]
+        assert begun + rest == whole, stop
+    data_key = b"data_key"
+    assert data_key not in pickle.dumps(state)
+    assert len(pickle.dumps(state)) < 3_000 * max(1, workers)
+
+
+# ------------------------------------------------------------------------------ damage and death
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_flipped_bit_is_an_integrity_error(data, method):
+    path = data / "enc" / "part-2.parquet"
+    flip(path, path.stat().st_size // 3)
+    dataset = ParquetDataset(data / "enc", columns=["id", "value", "name"], batch_size=500)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=2 if method else 0, multiprocessing_context=method
+    )
+    with pytest.raises(sc.IntegrityError, match="did not authenticate"):
+        ids(loader)
+
+
+def test_files_that_change_are_noticed(data):
+    dataset = ParquetDataset(data / "enc", columns=["id"], batch_size=100, verify_manifest=False)
+    dataset.plan()
+    sc.encrypt(data / "plain" / "part-1.parquet", data / "enc" / "part-3.parquet", keys=KEY, overwrite=True)
+    with pytest.raises(sc.SourceError, match="another message"):
+        ids(dataset)
+    # With the manifest, two files that were swapped do not pass at all.
+    with pytest.raises(sc.IntegrityError):
+        ids(ParquetDataset(data / "enc", columns=["id"]))
+
+
+def test_a_key_that_was_disabled_is_a_key_access_error_in_a_worker(data):
+    client = sc.kms_client("local")
+    client.disable_key(KeyId=client.describe_key(KeyId="alias/ml")["KeyMetadata"]["KeyId"])
+    loader = DataLoader(ParquetDataset(data / "enc", columns=["id"]), batch_size=None, num_workers=1)
+    with pytest.raises(sc.KeyAccessError):
+        next(iter(loader))
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(data):
+    dataset = ParquetDataset(data / "enc", columns=["id"], batch_size=10)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=2, timeout=30)
+    iterator = iter(loader)
+    next(iterator)
+    os.kill(iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+        for _ in iterator:
+            pass
+
+
+# ------------------------------------------------------------------------------ rows of tensors
+
+
+@pytest.fixture
+def features(tmp_path, home):
+    make_key()
+    rng = np.random.default_rng(8)
+    source = {"x": rng.random((1_000, 17), dtype=np.float32), "y": np.arange(1_000)}
+    tensors.save_file(source, tmp_path / "f.safetensors", keys=KEY, frame_size="4KiB")
+    return tmp_path / "f.safetensors", source
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_rows_of_tensors(features, method):
+    path, source = features
+    dataset = tensors.RowDataset(path)
+    assert len(dataset) == 1_000
+    assert torch.equal(dataset[-1]["x"], torch.from_numpy(source["x"][-1]))
+    calls = kms_calls()
+    loader = DataLoader(
+        dataset, batch_size=64, shuffle=True, num_workers=2 if method else 0, multiprocessing_context=method
+    )
+    seen = []
+    for batch in loader:
+        assert torch.equal(batch["x"], torch.from_numpy(source["x"][batch["y"].numpy()]))
+        seen += batch["y"].tolist()
+    assert sorted(seen) == list(range(1_000))
+    assert kms_calls() - calls == (2 if method else 0)
+
+
+def test_rows_of_tensors_that_do_not_fit(features, tmp_path):
+    path, _ = features
+    dataset = tensors.RowDataset(path, ["y"], framework="np")
+    assert [row["y"] for row in dataset.__getitems__([5, 3, 5, -1])] == [5, 3, 5, 999]
+    for bad in (1_000, -1_001):
+        with pytest.raises(IndexError):
+            dataset[bad]
+    with pytest.raises(KeyError):
+        tensors.RowDataset(path, ["z"])[0]
+    tensors.save_file({"a": np.zeros(3), "b": np.zeros(4)}, tmp_path / "odd", keys=KEY)
+    with pytest.raises(ValueError, match="do not agree"):
+        len(tensors.RowDataset(tmp_path / "odd"))
+    assert len(pickle.dumps(dataset)) < 1_000
+    dataset.close()
+    flip(path, 3_000)
+    with pytest.raises(sc.IntegrityError):
+        [tensors.RowDataset(path)[i] for i in range(1_000)]
+
+
+def test_streamcrypt_torch_without_torch():
+    import subprocess
+
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from streamcrypt import tensors, torch\n"
+        "try: torch.ParquetDataset\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "streamcrypt.torch needs torch: pip install 'streamcrypt[torch]'\n"
