@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +24,14 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def service(tmp_path: Path, clock: FakeClock) -> Iterator[Service]:
-    made = Service(Store(tmp_path / "home", clock=clock), clock=clock)
-    yield made
-    made.close()
+def service(clock: FakeClock) -> Iterator[Service]:
+    # In memory where there is such a folder: test_store.py is about the disk, and waiting for it
+    # would be most of the time here.
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        made = Service(Store(Path(folder) / "home", clock=clock), clock=clock)
+        yield made
+        made.close()
 
 
 class _Direct:
