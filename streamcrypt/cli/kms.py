@@ -770,7 +770,7 @@ def _add_backup(commands: Any) -> None:
         description="Write a consistent copy of the embedded KMS into one file, also while it is in use.",
         epilog="example: streamcrypt kms backup kms.backup --passphrase-file passphrase.txt",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the backup, which must not exist yet")
     parser.add_argument(
         "--passphrase-file", type=Path, metavar="FILE",
         help="the passphrase that opens the backup (default: the file in STREAMCRYPT_PASSPHRASE_FILE)",
@@ -811,7 +811,7 @@ def _add_restore(commands: Any) -> None:
         description="Make the embedded KMS of this home from a backup; there must be none yet.",
         epilog="example: STREAMCRYPT_HOME=~/restored streamcrypt kms restore kms.backup --passphrase-file p.txt",
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a backup")
     parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help="the passphrase of the backup")
     parser.add_argument(
         "--root-key", choices=("file", "passphrase", "keystore"), default="file",

@@ -362,7 +362,12 @@ def _add_plan(subparsers: Any) -> None:
     job.add_argument(
         "--sigma", type=float, help="file sizes are lognormal with this sigma (default: all equal)"
     )
-    job.add_argument("--operation", default="encrypt", choices=["encrypt", "decrypt", "verify", "rekey"])
+    job.add_argument(
+        "--operation",
+        default="encrypt",
+        choices=["encrypt", "decrypt", "verify", "rekey"],
+        help="default encrypt",
+    )
     job.add_argument(
         "--deadline", type=DURATION, help="how long it may take; finds the hosts unless they are given"
     )
@@ -371,18 +376,18 @@ def _add_plan(subparsers: Any) -> None:
         "--workers", type=_count, help="workers on each (default: as the records' machine has cores)"
     )
     job.add_argument("--cores", type=_count, help="cores of each machine")
-    job.add_argument("--frame-size", type=SIZE, default=1 << 20)
+    job.add_argument("--frame-size", type=SIZE, default=1 << 20, help="plaintext of a frame (default 1MiB)")
     job.add_argument("--sign", action="store_true", help="suite 0x0578")
-    job.add_argument("--no-fsync", action="store_true")
+    job.add_argument("--no-fsync", action="store_true", help="as for encrypt")
     job.add_argument(
         "--storage", default="disk", choices=["disk", "memory"], help="whose measured rates to use"
     )
     job.add_argument("--contexts", type=_count, default=1, help="distinct encryption contexts")
     cache = parser.add_argument_group("data-key cache")
-    cache.add_argument("--cache-max-age", type=DURATION)
-    cache.add_argument("--cache-max-messages", type=_count)
-    cache.add_argument("--cache-max-bytes", type=SIZE)
-    cache.add_argument("--no-cache", action="store_true")
+    cache.add_argument("--cache-max-age", type=DURATION, help="as for encrypt")
+    cache.add_argument("--cache-max-messages", type=_count, help="as for encrypt")
+    cache.add_argument("--cache-max-bytes", type=SIZE, help="as for encrypt")
+    cache.add_argument("--no-cache", action="store_true", help="as for encrypt")
     cache.add_argument(
         "--cache-sharing",
         default="shared",
