@@ -25,7 +25,7 @@ from typing import IO, Any, Literal, overload
 from streamcrypt.engine import run
 from streamcrypt.engine.job import Job, Place, Progress, Report, default_workers
 from streamcrypt.engine.journal import JOURNAL
-from streamcrypt.errors import DestinationError, IntegrityError, SourceError
+from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsStats
 from streamcrypt.keys.keyring import describe_wrapped_key
@@ -486,8 +486,15 @@ class _Calls:
         if job.source.is_stream or (job.destination is not None and job.destination.is_stream):
             from streamcrypt.engine import pipes
 
-            work = pipes.run
-        report = work(job)
+            report = pipes.run(job)
+        else:
+            try:
+                report = work(job)
+            except OSError as error:
+                # Reads and writes are translated where they are made.  What is left are calls that all
+                # but never fail, such as a close; whatever was not published by then never will be.
+                path = error.filename or job.source.path
+                raise StreamcryptError(f"{path}: the job was broken off: {error.strerror}") from error
         report.kms = self.stats.to_json()
         if self.cache is not None and self._before is not None:
             report.cache = _difference(self.cache.stats(), self._before)
