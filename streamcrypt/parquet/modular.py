@@ -1,0 +1,259 @@
+"""Keys of modular Parquet files, from key references.
+
+A modular file's data keys are wrapped twice: by a key encryption key, and that by ours, in the file's
+key material as Base64 of JSON
+
+    {"version": 1, "context": {...}, "keys": [[provider, info, ciphertext], ...]}
+
+which holds what a message's header holds.  What a file says never decides which key is asked or
+where: it is opened with the keys that the reader names, or those that its ARNs name.
+
+Source: Apache Parquet Modular Encryption, Encryption.md of parquet-format; the key material is that of
+parquet-java's and Arrow's key tools (PKMT1).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from streamcrypt.errors import ContextMismatchError, FormatError, IntegrityError, StreamcryptError
+from streamcrypt.keys.keyring import Keyring
+from streamcrypt.keys.reference import References, decrypting_keyring, encrypting_keyring
+from streamcrypt.message.context import check_caller_context
+from streamcrypt.message.header import EncryptedDataKey
+from streamcrypt.message.suites import SUITES, AlgorithmSuite
+
+if TYPE_CHECKING:
+    import pyarrow.parquet.encryption as pe
+
+
+def encryption_properties(
+    keys: References,
+    schema: pa.Schema,
+    column_keys: Mapping[str, str | Sequence[str]] | None = None,
+    *,
+    plaintext_footer: bool = False,
+    context: Mapping[str, str] | None = None,
+) -> Any:
+    """``encryption_properties=`` of ``pyarrow.parquet``'s writers, for one file of this schema."""
+    names, config = _encryption(keys, schema, column_keys, plaintext_footer)
+    factory = crypto_factory(names=names, context=context)
+    return factory.file_encryption_properties(_encryption_module().KmsConnectionConfig(), config)
+
+
+def decryption_properties(keys: References | None = None, *, context: Mapping[str, str] | None = None) -> Any:
+    """``decryption_properties=`` of ``pyarrow.parquet``'s readers."""
+    factory = crypto_factory(keys=keys, context=context)
+    return factory.file_decryption_properties(_encryption_module().KmsConnectionConfig())
+
+
+def encryption_config(
+    keys: References,
+    schema: pa.Schema,
+    column_keys: Mapping[str, str | Sequence[str]] | None = None,
+    *,
+    plaintext_footer: bool = False,
+    context: Mapping[str, str] | None = None,
+) -> Any:
+    """``encryption_config=`` of ``pyarrow.dataset.ParquetFileFormat.make_write_options``."""
+    names, config = _encryption(keys, schema, column_keys, plaintext_footer)
+    factory = crypto_factory(names=names, context=context)
+    connection = _encryption_module().KmsConnectionConfig()
+    return pyarrow.dataset.ParquetEncryptionConfig(factory, connection, config)
+
+
+def decryption_config(keys: References | None = None, *, context: Mapping[str, str] | None = None) -> Any:
+    """``decryption_config=`` of ``pyarrow.dataset.ParquetFragmentScanOptions``."""
+    module = _encryption_module()
+    factory = crypto_factory(keys=keys, context=context)
+    return pyarrow.dataset.ParquetDecryptionConfig(
+        factory, module.KmsConnectionConfig(), module.DecryptionConfiguration()
+    )
+
+
+def crypto_factory(
+    *,
+    keys: References | None = None,
+    names: Mapping[str, References] | None = None,
+    context: Mapping[str, str] | None = None,
+) -> pe.CryptoFactory:
+    """pyarrow's factory with our client in it.
+
+    ``keys`` may unwrap (None: those that the ARNs in a file name); ``names`` maps the master key
+    identifiers of a file that is written to the references that wrap under them.
+    """
+    client = key_client(keys=keys, names=names, context=context)
+    return _encryption_module().CryptoFactory(lambda connection: client)
+
+
+def key_client(
+    *,
+    keys: References | None = None,
+    names: Mapping[str, References] | None = None,
+    context: Mapping[str, str] | None = None,
+) -> pe.KmsClient:
+    """A ``pyarrow.parquet.encryption.KmsClient`` on key references; see ``crypto_factory``."""
+    wrapping = _Wrapping(keys, dict(names or {}), dict(context or {}))
+
+    class KeyClient(_encryption_module().KmsClient):  # type: ignore[misc]  # pyarrow is not annotated
+        """Wraps and unwraps key encryption keys by key references."""
+
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+            return wrapping.wrap(bytes(key_bytes), master_key_identifier)
+
+        def unwrap_key(self, wrapped_key: bytes | str, master_key_identifier: str) -> bytes:
+            return wrapping.unwrap(wrapped_key)
+
+    return KeyClient()
+
+
+class _Wrapping:
+    """Keys wrapped by keyrings, as text for a Parquet file's key material."""
+
+    def __init__(
+        self, keys: References | None, names: dict[str, References], context: dict[str, str]
+    ) -> None:
+        self._keys = keys
+        self._names = names
+        self._context = check_caller_context(context)
+        self._opening: Keyring | None = None
+
+    def wrap(self, key: bytes, name: str) -> bytes:
+        keyring = encrypting_keyring(self._names[name])
+        wrapped = keyring.wrap(_suite_for(len(key)), self._context, key)
+        record = {
+            "version": 1,
+            "context": self._context,
+            "keys": [[one.provider_id, _text(one.info), _text(one.ciphertext)] for one in wrapped],
+        }
+        return base64.b64encode(json.dumps(record, separators=(",", ":")).encode())
+
+    def unwrap(self, wrapped: bytes | str) -> bytes:
+        if self._opening is None:
+            self._opening = decrypting_keyring(self._keys)
+        context, encrypted = _parse_wrapped(wrapped)
+        for name, value in self._context.items():
+            if context.get(name) != value:
+                raise ContextMismatchError(
+                    f"the file's encryption context does not hold the pair {name}={value}"
+                )
+        failure: StreamcryptError | None = None
+        # The record does not say how long the key is; a keyring checks it against a suite.
+        for suite in _SUITES:
+            try:
+                return self._opening.unwrap(suite, context, encrypted)
+            except IntegrityError as error:
+                failure = failure or error
+        assert failure is not None
+        raise failure
+
+
+def _encryption(
+    keys: References,
+    schema: pa.Schema,
+    column_keys: Mapping[str, str | Sequence[str]] | None,
+    plaintext_footer: bool,
+) -> tuple[dict[str, References], Any]:
+    """Names for the references, as they will stand in the file, and pyarrow's configuration."""
+    names: dict[str, References] = {}
+    footer = _name(keys, names)
+    leaves = _leaves(schema)
+    columns: dict[str, list[str]] = {}
+    for reference, given in (column_keys or {}).items():
+        sealed = columns.setdefault(_name(reference, names), [])
+        for column in [given] if isinstance(given, str) else given:
+            below = [leaf for leaf in leaves if leaf == column or leaf.startswith(f"{column}.")]
+            if not below:
+                raise ValueError(f"column_keys: there is no column {column!r} to be sealed")
+            sealed += below
+            leaves = [leaf for leaf in leaves if leaf not in below]
+    if columns and leaves:
+        # pyarrow leaves a column in the clear when none or another has a key of its own.
+        columns.setdefault(footer, []).extend(leaves)
+    config = _encryption_module().EncryptionConfiguration(
+        footer_key=footer,
+        column_keys=columns or None,
+        uniform_encryption=not columns,
+        plaintext_footer=plaintext_footer,
+        double_wrapping=True,
+        data_key_length_bits=256,
+    )
+    return names, config
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The columns that a Parquet file of this schema has, by their dotted paths."""
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    columns = pq.read_metadata(pa.BufferReader(empty.getvalue())).schema
+    return [columns.column(index).path for index in range(len(columns))]
+
+
+def file_schema(data: Any, options: Mapping[str, Any]) -> pa.Schema:
+    """The schema of the files of a dataset: that of the data, less the columns that become folders."""
+    schema = options.get("schema") or getattr(data, "schema", None)
+    if schema is None:
+        if not isinstance(data, list | tuple) or not data:
+            raise ValueError("give schema=, so that every column is sealed")
+        schema = data[0].schema
+    partitioning = options.get("partitioning") or ()
+    folders = partitioning.schema.names if hasattr(partitioning, "schema") else list(partitioning)
+    return pa.schema([field for field in schema if field.name not in folders], metadata=schema.metadata)
+
+
+def _name(reference: References, names: dict[str, References]) -> str:
+    """What a file calls a key.  Nobody looks it up, and a path on this machine is nobody's business."""
+    text = reference if isinstance(reference, str) else "keys"
+    name = text if text.startswith(("local:", "aws:", "arn:")) else text.partition("@")[0]
+    name = quote(name, safe="/@=&?")  # pyarrow's configuration is one string with : ; , in it
+    while name in names and names[name] != reference:
+        name += "'"
+    names[name] = reference
+    return name
+
+
+_SUITES: Final[tuple[AlgorithmSuite, ...]] = (SUITES[0x0078], SUITES[0x0014], SUITES[0x0046])
+
+
+def _suite_for(length: int) -> AlgorithmSuite:
+    for suite in _SUITES:
+        if suite.key_length == length:
+            return suite
+    raise ValueError(f"a key of {length} bytes is no AES key")
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _parse_wrapped(wrapped: bytes | str) -> tuple[dict[str, str], list[EncryptedDataKey]]:
+    try:
+        record = json.loads(base64.b64decode(wrapped, validate=True))
+        if record["version"] != 1 or len(record["keys"]) > 10:
+            raise ValueError("of another version")
+        context = {str(name): str(value) for name, value in record["context"].items()}
+        encrypted = [
+            EncryptedDataKey(str(provider), base64.b64decode(info), base64.b64decode(ciphertext))
+            for provider, info, ciphertext in record["keys"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"the file's key material holds no key that streamcrypt wrapped: {error}"
+        ) from error
+    return context, encrypted
+
+
+def _encryption_module() -> Any:
+    try:
+        import pyarrow.parquet.encryption
+    except ImportError as error:
+        raise ImportError("this build of pyarrow has no Parquet encryption: pip install pyarrow") from error
+    return pyarrow.parquet.encryption
