@@ -8,6 +8,7 @@ In a closed loop they are one.  In an open loop a slow answer delays the calls b
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import tempfile
 import threading
@@ -60,6 +61,7 @@ def target(kms: str, *, key: str | None, latency: float, quota: float | None) ->
                 raise LatencyError("moto is not installed: pip install 'moto[server]'") from error
             import boto3
 
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each call costs time
             server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
             server.start()
             stack.callback(server.stop)
