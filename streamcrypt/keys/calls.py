@@ -26,7 +26,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final, NamedTuple
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, KeyUnavailableError, WrappedKeyError
 from streamcrypt.keys.keyring import printable
@@ -526,6 +525,8 @@ def _translate_local(error: Exception, operation: str, key: str) -> KeyAccessErr
 
 def require_public_key(response: Mapping[str, Any], key: str) -> Any:
     """The public key in KMS's answer to GetPublicKey, or IntegrityError."""
+    from cryptography.hazmat.primitives.serialization import load_der_public_key
+
     try:
         return load_der_public_key(require_bytes(response, "PublicKey", key, "GetPublicKey"))
     except (ValueError, UnsupportedAlgorithm) as error:

@@ -88,9 +88,15 @@ def run(steps: list[Step], folder: Path, environment: dict[str, str]) -> int:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     scripts = os.path.dirname(sys.executable)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "STREAMCRYPT_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "STREAMCRYPT_"))
+    }
     home = tmp_path / "home"
-    return kept | {"PATH": f"{scripts}{os.pathsep}{kept['PATH']}", "STREAMCRYPT_HOME": str(home), "LC_ALL": "C.UTF-8"}
+    return kept | {
+        "PATH": f"{scripts}{os.pathsep}{kept['PATH']}",
+        "STREAMCRYPT_HOME": str(home),
+        "LC_ALL": "C.UTF-8",
+    }
 
 
 @pytest.mark.parametrize("transcript", sorted(TRANSCRIPTS.glob("*.txt")), ids=lambda path: path.stem)
