@@ -190,16 +190,12 @@ def test_serve_against_moto(tmp_path: Path, record_property: Any, capsys: pytest
         "from streamcrypt.kms.server import Server; "
         "Server(open_service(Path(sys.argv[1])), port=0).run(ready=lambda url: print(url, flush=True), signals=True)"
     )
-    ours, reader, url = _listening(
+    ours, our_reader, url = _listening(
         [sys.executable, "-c", serve, str(home)],
         lambda line: line.strip() if line.startswith("http") else None,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    try:
-        served = requests_a_second(url, arn, (access.id, access.secret), "local")
-    finally:
-        _end(ours, reader)
-    moto, reader, moto_url = _listening(
+    moto, moto_reader, moto_url = _listening(
         [sys.executable, "-m", "moto.server", "-p", "0"],
         lambda line: line.split("Running on ")[1].strip() if "Running on http" in line else None,
     )
@@ -212,9 +208,17 @@ def test_serve_against_moto(tmp_path: Path, record_property: Any, capsys: pytest
             aws_secret_access_key="test",
         )
         moto_key = client.create_key()["KeyMetadata"]["KeyId"]
-        by_moto = requests_a_second(moto_url, moto_key, ("test", "test"), "us-east-1")
+        client.close()
+        served = by_moto = 0.0
+        # In turns, the best of each: the machine may have other things to do.
+        for _ in range(4):
+            credentials = (access.id, access.secret)
+            served = max(served, requests_a_second(url, arn, credentials, "local", seconds=1.5))
+            test = ("test", "test")
+            by_moto = max(by_moto, requests_a_second(moto_url, moto_key, test, "us-east-1", seconds=1.5))
     finally:
-        _end(moto, reader)
+        _end(ours, our_reader)
+        _end(moto, moto_reader)
     with capsys.disabled():
         print(f"\nkms serve {served:.0f}/s, moto {by_moto:.0f}/s: {served / by_moto:.1f} times")
     record_property("kms serve, requests a second", served)

@@ -130,10 +130,18 @@ def _what_is_missing(authorization: str) -> str:
     return "Credential must have the form KEYID/DATE/REGION/SERVICE/aws4_request."
 
 
-def _check_time(stamp: str, date: str, now: float) -> None:
+@lru_cache(maxsize=64)
+def _seconds(stamp: str) -> float | None:
+    """Unix seconds of ``20261124T081500Z``.  Requests of one second share it, and strptime is slow."""
     try:
-        signed_at = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
+        return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).timestamp()
     except ValueError:
+        return None
+
+
+def _check_time(stamp: str, date: str, now: float) -> None:
+    signed_at = _seconds(stamp)
+    if signed_at is None:
         refuse(
             "IncompleteSignatureException",
             f"Date must be in ISO-8601 'basic format'. Got '{stamp}'. See http://en.wikipedia.org/wiki/ISO_8601",
