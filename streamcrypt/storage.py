@@ -294,6 +294,10 @@ class LocalTree:
 
     # -- folders
 
+    def directory(self, folder: str, *, create: bool = False) -> int:
+        """A descriptor of a folder, which stays the tree's; OSError when there is none, or a link."""
+        return self._folder(folder, create=create)
+
     def _folder(self, folder: str, *, create: bool = False) -> int:
         """A descriptor of a folder below the root, reached without following a symbolic link."""
         descriptor = self._folders.get(folder)

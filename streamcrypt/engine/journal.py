@@ -17,13 +17,15 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from streamcrypt.errors import DestinationError
 from streamcrypt.storage import RESERVED_FOLDER, LocalTree
 
 _FLUSH_INTERVAL: Final = 5.0  # seconds
-JOURNAL: Final = f"{RESERVED_FOLDER}/journal"
+_NAME: Final = "journal"
+JOURNAL: Final = f"{RESERVED_FOLDER}/{_NAME}"
 
 
 class Finished(NamedTuple):
@@ -58,7 +60,7 @@ class Journal:
         """What an interrupted job of the same kind had finished, by name; empty when there was none."""
         finished: dict[str, Finished] = {}
         try:
-            with open(self._tree.path(JOURNAL), "rb") as file:
+            with self._folder() as folder, open(_NAME, "rb", opener=_opener(folder)) as file:
                 self._whole_length = 0
                 for line in file:
                     record = _parse(line)
@@ -86,9 +88,9 @@ class Journal:
         path = self._tree.path(JOURNAL)
         try:
             if self._descriptor is None:
-                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._descriptor = os.open(path, flags, 0o600)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+                with self._folder(create=True) as folder:
+                    self._descriptor = _opener(folder)(_NAME, flags)
                 if self._whole_length is not None:
                     os.ftruncate(self._descriptor, self._whole_length)
             os.write(self._descriptor, b"".join(self._lines))
@@ -109,11 +111,30 @@ class Journal:
         """The job has finished: nothing is left to resume."""
         self.close()
         try:
-            os.unlink(self._tree.path(JOURNAL))
-        except FileNotFoundError:
+            with self._folder() as folder:
+                os.unlink(_NAME, dir_fd=folder)
+        except (FileNotFoundError, NotADirectoryError):
             return
         with contextlib.suppress(OSError):  # the manifest is there
-            os.rmdir(self._tree.path(RESERVED_FOLDER))
+            os.rmdir(RESERVED_FOLDER, dir_fd=self._tree.directory(""))
+
+    @contextlib.contextmanager
+    def _folder(self, *, create: bool = False) -> Iterator[int]:
+        """A descriptor of our own folder, which is not followed if it is a symbolic link."""
+        root = self._tree.directory("", create=create)
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(RESERVED_FOLDER, 0o700, dir_fd=root)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(RESERVED_FOLDER, flags, dir_fd=root)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _opener(folder: int) -> Callable[[str, int], int]:
+    return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=folder)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

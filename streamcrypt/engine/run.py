@@ -158,11 +158,14 @@ class _Run:
                         destination.tree.remove_leftovers(folder)
                 if kind is None:
                     self._finish(destination)
-                elif self._journal is not None:
-                    self._journal.write()
-            if kind is not None and self._manifest is not None:
-                self._manifest.discard()
+                else:
+                    if self._manifest is not None:
+                        self._manifest.discard()
+                    if self._journal is not None:
+                        self._journal.write()
         finally:
+            if self._journal is not None:
+                self._journal.close()
             for place in (self.job.source, self.job.destination, self.job.against):
                 if place is not None:
                     place.tree.close()
@@ -180,8 +183,8 @@ class _Run:
             if self.job.durable:
                 destination.tree.sync_folder(MANIFEST.rpartition("/")[0])
         if self._journal is not None:
-            if self.report.failed:
-                self._journal.write()  # what failed can be tried again
+            if any(not isinstance(failure.error, IntegrityError) for failure in self.report.failed):
+                self._journal.write()  # what failed can be tried again, but what did not authenticate
             else:
                 self._journal.remove()
 
