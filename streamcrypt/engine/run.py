@@ -17,11 +17,11 @@ import io
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain, islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
 from streamcrypt.engine.journal import Finished, Journal
@@ -30,13 +30,14 @@ from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
 from streamcrypt.engine.spans import (
     BATCH_FILES,
     MANIFEST,
+    SPAN_LENGTH,
+    SPLIT_LENGTH,
     FileTask,
     Opening,
     Sealing,
     cut,
     in_batches,
     is_large,
-    unit_length,
 )
 from streamcrypt.engine.worker import Outcome, Setup, Worker, located
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
@@ -47,6 +48,7 @@ from streamcrypt.message.header import Header, HeaderTemplate, parse_header
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, Source, State, sort_key
 from streamcrypt.streams import (
+    DEFAULT_FRAME_LENGTH,
     DecryptingFile,
     EncryptingFile,
     FrameReader,
@@ -74,20 +76,28 @@ _OTHER_DESCRIPTORS: Final = 32
 def encrypt(job: Job) -> Report:
     """Encrypt every entry of the source; each becomes visible when it is whole."""
     with _Run(job) as run:
-        run.drive(run.seal(entry) for entry in run.readable(run.entries()))
+        run.drive(run.readable(run.entries()), run.seal)
     return run.report
 
 
 def decrypt(job: Job) -> Report:
     """Decrypt every message of the source, in the order of its manifest where it has one."""
     with _Run(job) as run:
-        run.drive(run.open(entry, listed) for entry, listed in run.listed(run.entries()))
+        run.drive(run.listed(run.entries()), run.open)
     return run.report
 
 
 # Verifying is decrypting to nowhere (or to a comparison); rekeying opens and seals in the worker.
 verify = decrypt
 rekey = decrypt
+
+
+class _Item(NamedTuple):
+    """A file of the job: its number in walk order, and its line of the manifest where there is one."""
+
+    number: int
+    entry: Entry
+    listed: Listed | None
 
 
 @dataclass(slots=True)
@@ -208,37 +218,32 @@ class _Run:
                         name, 0, problem=str(error).removeprefix(self.job.source.tree.path(name) + ": ")
                     )
 
-    def readable(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+    def readable(self, entries: Iterable[Entry], line: Listed | None = None) -> Iterator[_Item]:
         """The files among the entries; the others fail, or are made at once (empty folders)."""
         for entry in entries:
+            number = self._take_number()
             if entry.problem is not None:
-                self._fail(
-                    self._take_number(), entry.name, SourceError(f"{self._path(entry.name)}: {entry.problem}")
-                )
+                self._fail(number, entry.name, SourceError(f"{self._path(entry.name)}: {entry.problem}"))
             elif entry.folder:
                 if self.job.destination is not None and not self.job.dry_run:
                     self.job.destination.tree.make_folder(entry.name)
-                self._list(self._take_number(), Listed(entry.name, folder=True))
+                self._list(number, Listed(entry.name, folder=True))
             else:
-                yield entry
+                yield _Item(number, entry, line)
 
-    def listed(self, entries: Iterator[Entry]) -> Iterator[tuple[Entry, Listed | None]]:
+    def listed(self, entries: Iterator[Entry]) -> Iterator[_Item]:
         """The messages of a tree together with their lines of its manifest, both in walk order.
 
         What only one side has fails: a message that the manifest does not list was added, one that
         is not there was removed.
         """
-        if not self._whole_tree:
-            yield from ((entry, None) for entry in self.readable(entries))
-            return
-        manifest = None if self.job.dry_run else self._open_manifest()
+        manifest = self._open_manifest() if self._whole_tree and not self.job.dry_run else None
         if manifest is None:
-            yield from ((entry, None) for entry in self.readable(entries))
+            yield from self.readable(entries)
             return
         with manifest:
-            for entry, line in _merge(
-                entries, self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))
-            ):
+            lines = self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))
+            for entry, line in _merge(entries, lines):
                 if line is None:
                     assert entry is not None
                     if not entry.folder:  # an empty folder that was added holds nothing
@@ -250,17 +255,13 @@ class _Run:
                     )
                 elif entry is None:
                     if line.folder:
-                        yield from self._only(Entry(line.name, 0, folder=True))
+                        yield from self.readable((Entry(line.name, 0, folder=True),))
                     else:
                         self._fail_integrity(line.name, "is missing: the manifest lists it")
                 elif entry.folder != line.folder:
                     self._fail_integrity(entry.name, "is a folder in one place and a file in the other")
                 else:
-                    for readable in self.readable((entry,)):
-                        yield readable, line
-
-    def _only(self, entry: Entry) -> Iterator[tuple[Entry, Listed | None]]:
-        yield from ((readable, None) for readable in self.readable((entry,)))
+                    yield from self.readable((entry,), line)
 
     def _admitted(self, lines: Iterator[Listed]) -> Iterator[Listed]:
         names = frozenset(self.job.names) if self.job.names is not None else None
@@ -290,9 +291,9 @@ class _Run:
 
     # -- one file into a task
 
-    def seal(self, entry: Entry) -> FileTask | None:
+    def seal(self, item: _Item) -> FileTask | None:
         """The task that encrypts a file, None when it is done already; a key that cannot be used ends the job."""
-        number = self._take_number()
+        number, entry, _ = item
         if self.job.dry_run:
             return FileTask(number, entry.name, None, entry.size)
         if self.job.resume and self._resumed(number, entry):
@@ -300,9 +301,9 @@ class _Run:
         target = self._target_name(entry.name)
         return FileTask(number, entry.name, target, entry.size, sealing=self._sealing(entry.size))
 
-    def open(self, entry: Entry, listed: Listed | None) -> FileTask | None:
+    def open(self, item: _Item) -> FileTask | None:
         """The task that decrypts, verifies or rekeys a message; None when its header is refused."""
-        job, number = self.job, self._take_number()
+        job, (number, entry, listed) = self.job, item
         assert job.reading is not None
         source: Source | None = None
         try:
@@ -464,16 +465,24 @@ class _Run:
 
     # -- tasks to workers, outcomes back
 
-    def drive(self, tasks: Iterator[FileTask | None]) -> None:
-        """Keep the workers fed until every task has an outcome."""
-        wanted = (task for task in tasks if task is not None)
+    def drive(
+        self,
+        items: Iterator[_Item],
+        task_of: Callable[[_Item], FileTask | None],
+    ) -> None:
+        """Make a task of every entry, and keep the workers fed until each has an outcome."""
         if self.job.dry_run:
-            for task in wanted:
-                self._finish_file(task, Outcome(task.number, bytes_in=task.length))
+            for item in items:
+                if (task := task_of(item)) is not None:
+                    self._finish_file(task, Outcome(task.number, bytes_in=task.length))
             return
-        sample = list(islice(wanted, _SAMPLE))
-        pool = self._pool = self._choose_pool(sample, complete=len(sample) < _SAMPLE)
-        self._feeds = [self._lists(chain(sample, wanted))]
+        # Items, not tasks: nothing waits for data keys that are not needed yet.
+        sample = list(islice(items, _SAMPLE))
+        if not sample:
+            return
+        pool = self._pool = self._choose_pool([item.entry for item in sample])
+        tasks = (task_of(item) for item in chain(sample, items))
+        self._feeds = [self._lists(task for task in tasks if task is not None)]
         while True:
             while pool.has_room and (tasks_to_send := self._next_list()) is not None:
                 pool.submit(tasks_to_send)
@@ -487,17 +496,21 @@ class _Run:
             if self._journal is not None:
                 self._journal.write()
 
-    def _choose_pool(self, sample: list[FileTask], *, complete: bool) -> Pool:
+    def _choose_pool(self, sample: list[Entry]) -> Pool:
+        """Workers for a job that begins with these entries."""
         job, workers = self.job, self.job.workers
         target = job.destination.tree if job.destination is not None else None
         # A resumed job compares what is there already with what it would have made.
         compared = target if job.resume else job.against.tree if job.against is not None else None
         setup = Setup(job.source.tree, target, compared, self._may_replace, job.durable)
-        if complete:  # no more workers than there is work for, and every one of them gets some
-            pieces = sum(len(cut(task, None)) if is_large(task) else 1 for task in sample)
+        frame_length = job.frame_length if job.writing is not None else self._frame_length_of(sample[0])
+        if len(sample) < _SAMPLE:  # all: no more workers than there is work for, and every one gets some
+            pieces = sum(
+                1 + (entry.size // SPAN_LENGTH if entry.size > SPLIT_LENGTH else 0) for entry in sample
+            )
             workers = max(1, min(workers, pieces))
             self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * workers)))
-        frames = sum(task.length // unit_length(task) + 1 for task in sample)
+        frames = sum(entry.size // frame_length + 1 for entry in sample)
         interpreter_time = len(sample) * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME
         if workers > 1 and interpreter_time > _PROCESSES_PAY:
             return ProcessPool(setup, workers)
@@ -508,6 +521,19 @@ class _Run:
             spare = descriptors - _used_descriptors() - 2 * KEPT_FOLDERS * (workers + 1)
             self._batch_files = max(1, min(self._batch_files, spare // (2 * workers)))
         return ThreadPool(setup, workers)
+
+    def _frame_length_of(self, entry: Entry) -> int:
+        """The frame length of a message, to choose workers by; its task will say what is wrong with it."""
+        try:
+            source = self.job.source.tree.open(entry.name)
+        except SourceError:
+            return DEFAULT_FRAME_LENGTH
+        try:
+            return source_header(source, max_encrypted_data_keys=None).frame_length or DEFAULT_FRAME_LENGTH
+        except StreamcryptError:
+            return DEFAULT_FRAME_LENGTH
+        finally:
+            source.close()
 
     def _next_list(self) -> Tasks | None:
         while self._feeds:

@@ -371,8 +371,8 @@ def _questions(job: Job) -> int:
 
 # engine.pool: the lists of files that a worker holds, the one it works on included.
 LISTS_HELD: Final = 2
-# engine.run: the first files get their keys before the pool is chosen and the first one starts.
-PREPARED: Final = 4096
+# engine.run: the pool is chosen by names and sizes, so no file waits for the keys of others.
+PREPARED: Final = 0
 
 
 def _made_keys(job: Job, files: int) -> int:
