@@ -219,7 +219,10 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         def strip_protocol(path: Any) -> Any:
             path = of_class(path)
             if isinstance(path, list):
-                return [self.fs._strip_protocol(one) for one in path]
+                return [strip_protocol(one) for one in path]
+            if self.is_local and path and path[0] not in "/~" and not os.path.exists(path):
+                # Libraries that take URLs apart (Hugging Face) lose the third slash of crypt:///data.
+                path = f"/{path}" if os.path.exists(f"/{path}") else path
             return self.fs._strip_protocol(path)
 
         # The class does not know the filesystem below, whose forms of a path are to be taken as well.
@@ -239,12 +242,13 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             if text.startswith(f"{protocol}::"):
                 return _chained_path(text[len(protocol) + 2 :])
             if text.startswith(f"{protocol}://"):
-                text = text[len(protocol) + 3 :]
+                text = text[len(protocol) + 3 :].partition("::")[0]
                 break
         return text.rstrip("/") or ("/" if text.startswith("/") else "")
 
     def unstrip_protocol(self, name: str) -> str:
-        return f"{self.protocol[0]}::{self.fs.unstrip_protocol(self._strip_protocol(name))}"
+        # Not a chain: DuckDB and others look for "protocol://" and come back to this instance.
+        return f"{self.protocol[0]}://{self._strip_protocol(name)}"
 
     def _parent(self, path: str) -> str:  # type: ignore[override, unused-ignore]
         return str(self.fs._parent(self._strip_protocol(path)))
