@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Job, Progress, Report
 from streamcrypt.engine.worker import located
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
@@ -22,30 +23,57 @@ from streamcrypt.streams import BATCH_LENGTH, MessageWriter, OutgoingMessage, he
 
 _F_SETPIPE_SZ: Final = getattr(fcntl, "F_SETPIPE_SZ", None)
 _PIPE_LENGTH: Final = 2**20
+_BEGINNING_LENGTH: Final = 2**16  # of a message that is read; longer headers are left out of the audit line
 
 
 def run(job: Job) -> Report:
     """Do a job whose source or destination is a stream; the first failure ends it."""
     started = time.perf_counter()
     report = Report(job.operation, workers=1)
-    with contextlib.ExitStack() as cleanup:
-        readinto = _reader(job, report, cleanup)
-        if job.reading is not None:
-            name = "standard input" if job.source.is_stream else job.source.path
-            chunks = _located(open_stream(readinto, job.reading, job.rules), name)
-        else:
-            chunks = _plain(readinto, job.frame_length)
-        write, finish = _writer(job, report, cleanup)
-        done = 0
-        for chunk in chunks:
-            write(chunk)
-            done += len(chunk)
-            if job.progress is not None:
-                job.progress(Progress(0, done))
-        finish()
+    beginning = bytearray()
+    done = 0
+    try:
+        with contextlib.ExitStack() as cleanup:
+            readinto = _reader(job, report, cleanup)
+            if job.reading is not None:
+                if job.writing is None:
+                    readinto = _keeping(readinto, beginning)
+                name = "standard input" if job.source.is_stream else job.source.path
+                chunks = _located(open_stream(readinto, job.reading, job.rules), name)
+            else:
+                chunks = _plain(readinto, job.frame_length)
+            write, finish = _writer(job, report, cleanup, beginning)
+            for chunk in chunks:
+                write(chunk)
+                done += len(chunk)
+                if job.progress is not None:
+                    job.progress(Progress(0, done))
+            finish()
+    except StreamcryptError as error:
+        _audit(job, bytes(beginning), done, error)
+        raise
+    _audit(job, bytes(beginning), done, None)
     report.files = 1
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _audit(job: Job, beginning: bytes, done: int, error: StreamcryptError | None) -> None:
+    if job.audit is not None:
+        name = "-" if job.source.is_stream else str(job.source.name)
+        job.audit(audit_line(job.operation, name, beginning, done, error))
+
+
+def _keeping(readinto: Callable[[memoryview], int], beginning: bytearray) -> Callable[[memoryview], int]:
+    """The same, keeping the beginning of the message for the audit line."""
+
+    def read(view: memoryview) -> int:
+        count = readinto(view)
+        if len(beginning) < _BEGINNING_LENGTH:
+            beginning.extend(view[: min(count, _BEGINNING_LENGTH - len(beginning))])
+        return count
+
+    return read
 
 
 def _located(chunks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
@@ -99,9 +127,12 @@ def _reader(job: Job, report: Report, cleanup: contextlib.ExitStack) -> Callable
 
 
 def _writer(
-    job: Job, report: Report, cleanup: contextlib.ExitStack
+    job: Job, report: Report, cleanup: contextlib.ExitStack, beginning: bytearray
 ) -> tuple[Callable[[memoryview], None], Callable[[], None]]:
-    """Where plaintext goes, and what is to be done when all of it has been written."""
+    """Where plaintext goes, and what is to be done when all of it has been written.
+
+    ``beginning`` gets the header of a message that is made.
+    """
     emit, publish = _emitter(job, report, cleanup)
     if job.against is not None:
         return _comparer(job, cleanup)
@@ -112,7 +143,9 @@ def _writer(
     materials = job.writing.for_encryption(job.suite, context, length)
     report.data_keys = 1
     template = header_template(materials, job.frame_length, job.authenticated_context)
-    writer = MessageWriter(OutgoingMessage.begin(materials, template, job.frame_length), emit)
+    message = OutgoingMessage.begin(materials, template, job.frame_length)
+    beginning += message.header
+    writer = MessageWriter(message, emit)
 
     def finish() -> None:
         writer.finish()

@@ -11,18 +11,16 @@ fail every file.  A message whose worker died starts again under a new message i
 
 from __future__ import annotations
 
-import functools
-import getpass
 import io
 import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
+from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
 from streamcrypt.engine.journal import Finished, Journal
 from streamcrypt.engine.manifest import Listed, ManifestWriter, read_manifest
@@ -41,10 +39,9 @@ from streamcrypt.engine.spans import (
 )
 from streamcrypt.engine.worker import Outcome, Setup, Worker, located
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
-from streamcrypt.keys.keyring import describe_wrapped_key
 from streamcrypt.keys.materials import EncryptionMaterials
 from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
-from streamcrypt.message.header import Header, HeaderTemplate, parse_header
+from streamcrypt.message.header import Header, HeaderTemplate
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, Source, State, sort_key
 from streamcrypt.streams import (
@@ -753,28 +750,12 @@ class _Run:
         )
 
     def _audit_line(self, name: str, task: FileTask | None, error: StreamcryptError | None) -> dict[str, Any]:
-        line: dict[str, Any] = {
-            "time": datetime.now(UTC).isoformat(),
-            "caller": _caller(),
-            "operation": self.job.operation,
-            "path": name,
-            "outcome": "done" if error is None else type(error).__name__,
-        }
-        if error is not None:
-            line["error"] = str(error)
-        if task is not None:
-            header_bytes = task.sealing.header if task.sealing is not None else None
-            if header_bytes is None and task.opening is not None:
-                header_bytes = task.opening.header
-            if header_bytes is not None:
-                header, _ = parse_header(header_bytes, max_encrypted_data_keys=None)
-                line |= {
-                    "message_id": header.message_id.hex(),
-                    "context": dict(header.context),
-                    "keys": [describe_wrapped_key(key) for key in header.encrypted_data_keys],
-                    "bytes": task.length,
-                }
-        return line
+        header = None
+        if task is not None and task.sealing is not None:
+            header = task.sealing.header
+        elif task is not None and task.opening is not None:
+            header = task.opening.header
+        return audit_line(self.job.operation, name, header, task.length if task is not None else 0, error)
 
     # -- small things
 
@@ -807,11 +788,3 @@ def _used_descriptors() -> int:
         return len(os.listdir("/dev/fd")) + _OTHER_DESCRIPTORS
     except OSError:  # there is none left to look with
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-@functools.cache
-def _caller() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return str(os.getuid())
