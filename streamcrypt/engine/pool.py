@@ -157,7 +157,7 @@ class _Process:
 class ProcessPool:
     """Workers as processes."""
 
-    # More deaths than this without one result between them: the workers cannot start at all.
+    # More deaths than this of workers that never gave a result: they cannot start at all.
     _DEATHS: Final = 5
 
     def __init__(self, setup: Setup, workers: int) -> None:
@@ -197,6 +197,7 @@ class ProcessPool:
                 results += self._replace(worker)
             else:
                 worker.held.popleft()
+                worker.delivered = True
                 self._deaths = 0
                 results += outcomes
         return results
@@ -209,7 +210,7 @@ class ProcessPool:
         worker.stop(kill=True)
         code = worker.process.returncode
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        self._deaths += 1
+        self._deaths += not worker.delivered
         if self._deaths > self._DEATHS:
             raise StreamcryptError(f"worker processes die one after the other ({reason}); nothing was lost")
         self._processes[self._processes.index(worker)] = _Process(self._setup)

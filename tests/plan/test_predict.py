@@ -79,7 +79,7 @@ DIRECTIONS = {
     "fifty times as long": ({"bytes": JOB.bytes * 50}, 1, 1),
     "no fsync": ({"fsync": False}, -1, 0),
     "slow disk": ({"write_bandwidth": 10.0e6}, 1, 0),
-    "ten messages a key": ({"cache_max_messages": 10}, 1, 1),
+    "ten messages a key, slow KMS": ({"cache_max_messages": 10, "kms_latency": 1.0}, 1, 1),
 }
 
 
