@@ -1,0 +1,176 @@
+"""Mutants: each takes one protection out of a copy of the package, and its test must turn red.
+
+The list is written by hand, one for each detector that the reliability table relies on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import streamcrypt as sc
+
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(0)]
+REPOSITORY = Path(sc.__file__).parents[1]
+VECTORS = os.environ.get("STREAMCRYPT_VECTORS", REPOSITORY.parent / "shared" / "vectors")
+
+
+class Mutant(NamedTuple):
+    item: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    keyword: str = ""
+    marker: str = ""
+
+
+MUTANTS = {
+    "tag of a regular frame not checked": Mutant(
+        "1", "message/frames.py",
+        'raise IntegrityError(f"frame {index} did not authenticate") from None', "pass",
+        "tests/message/test_frames.py", "leaves_nothing",
+    ),
+    "tag of the final frame not checked": Mutant(
+        "1", "message/frames.py",
+        'raise IntegrityError("the final frame did not authenticate") from None', "pass",
+        "tests/message/test_tampering.py", "flipped_bit",
+    ),
+    "tag of the header not checked": Mutant(
+        "1", "message/header.py",
+        'raise IntegrityError("the header did not authenticate: it was altered") from None', "pass",
+        "tests/message/test_tampering.py", "flipped_bit",
+    ),
+    "plaintext left in the buffer when a tag fails": Mutant(
+        "7", "message/frames.py", "target[:] = bytes(len(target))", "pass",
+        "tests/message/test_frames.py", "leaves_nothing",
+    ),
+    "a caller's buffer decrypted into directly": Mutant(
+        "7", "streams.py", "part[:] = self._private(self._position + start, len(part))",
+        "self._fill(self._position + start, part)",
+        "tests/engine/test_streams.py", "never_shows",
+    ),
+    "frame number not in the AAD": Mutant(
+        "2", "message/frames.py", "aad + pack_aad(index, frame_length),\n                    target,",
+        "aad + pack_aad(1, frame_length),\n                    target,",
+        "tests/message/test_frames.py", "specification_s",
+    ),
+    "bytes after an unsigned message accepted": Mutant(
+        "2", "streams.py", "elif len(rest) > body_end:", "elif False:",
+        "tests/engine/test_streams.py", "bytes_after",
+    ),
+    "bytes after a footer accepted": Mutant(
+        "2", "message/footer.py", "if length != len(footer):", "if False:",
+        "tests/message/test_frames.py", "damaged_footers",
+    ),
+    "claimed lengths trusted": Mutant(
+        "4", "streams.py", "room = min(missing, max(self._STEP, self._length))", "room = missing",
+        "tests/engine/test_streams.py", "claimed_lengths",
+    ),
+    "one wrapped key too many": Mutant(
+        "4", "message/header.py", "count > limit:", "count > limit + 1:",
+        "tests/message/test_header.py", "too_many_keys",
+    ),
+    "commitment not compared": Mutant(
+        "5", "message/derive.py", "if header.suite.committing and not", "if False and not",
+        "tests/message/test_commitment.py",
+    ),
+    "commitment policy not checked": Mutant(
+        "5", "message/suites.py", "if self is CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT and", "if False and",
+        "tests/message/test_commitment.py",
+    ),
+    "signature not verified": Mutant(
+        "6", "message/footer.py", 'raise IntegrityError("the signature of the message does not hold") from None',
+        "pass", "tests/message/test_tampering.py", "signature or flipped_bit",
+    ),
+    "repeated context name accepted": Mutant(
+        "8", "message/context.py", "if name in context:", "if False:", "tests/message/test_context.py",
+    ),
+    "message not held against its manifest": Mutant(
+        "9", "engine/run.py", "                listed.check(header, source.size)", "                pass",
+        "tests/engine/test_engine.py", "changed_as_a_whole",
+    ),
+    "links followed within a tree": Mutant(
+        "11", "storage.py", "_FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW",
+        "_FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC",
+        "tests/engine/test_engine.py", "link_is_not_followed",
+    ),
+    "a failed write published": Mutant(
+        "14", "streams.py", "self.discard()  # what is missing now can never be made good", "pass  # what",
+        "tests/engine/test_streams.py", "never_published",
+    ),
+    "file not flushed before it gets its name": Mutant(
+        "16", "storage.py", "            os.fsync(self._descriptor)", "            pass",
+        "tests/campaigns/test_syscalls.py", "order_of_writes", "campaign",
+    ),
+    "folder not flushed after its files got their names": Mutant(
+        "16", "storage.py", "os.fsync(self._folder(folder))", "self._folder(folder)",
+        "tests/campaigns/test_syscalls.py", "order_of_writes", "campaign",
+    ),
+    "cache limit off by one": Mutant(
+        "21", "keys/cache.py", "if entry.messages > self._max_messages:",
+        "if entry.messages > self._max_messages + 1:",
+        "tests/engine/test_engine.py", "exactly_the_keys",
+    ),
+    "message id not random": Mutant(
+        "22", "streams.py", "os.urandom(", "bytes(", "tests/engine/test_engine.py", "content_key",
+    ),
+    "files readable by others": Mutant(
+        "26", "storage.py", "_FILE_MODE: Final = 0o600", "_FILE_MODE: Final = 0o644",
+        "tests/engine/test_engine.py", "modes",
+    ),
+    "changed sources not noticed": Mutant(
+        "29", "storage.py", "        if not unchanged:", "        if False:",
+        "tests/engine/test_engine.py", "source_that_changes",
+    ),
+}  # fmt: skip
+
+
+def outcome(folder: Path, mutant: Mutant) -> int:
+    """pytest's exit status for the mutant's tests within a copy: 0 passed, 1 failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
+    command += ["-k", mutant.keyword] if mutant.keyword else []
+    command += ["-m", mutant.marker] if mutant.marker else []
+    environment = os.environ | {"PYTHONPATH": str(folder), "STREAMCRYPT_VECTORS": str(VECTORS)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutants")
+    for name in ("streamcrypt", "tests"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    return folder
+
+
+def test_every_mutant_is_caught(campaign, copy):
+    run = campaign("5")
+    healthy = {}
+    chosen = list(MUTANTS.items())[: run.number(len(MUTANTS))]
+    for name, mutant in chosen:
+        path = copy / "streamcrypt" / mutant.file
+        source = path.read_text()
+        key = (mutant.tests, mutant.keyword)
+        if key not in healthy:
+            healthy[key] = outcome(copy, mutant)
+        failure = None
+        if source.count(mutant.old) != 1:
+            failure = f"{name}: its line is not there any more"
+        elif healthy[key] != 0:
+            failure = f"{name}: its test is red without it"
+        else:
+            path.write_text(source.replace(mutant.old, mutant.new))
+            status = outcome(copy, mutant)
+            path.write_text(source)
+            if status != 1:
+                failure = f"{name}: not caught (pytest ended with {status})"
+        run.trial(failure, mutant=name, item=mutant.item)
+    run.finish()
