@@ -40,6 +40,7 @@ from streamcrypt.parquet.modular import (
     encryption_properties,
     file_schema,
     key_client,
+    polars_decryption,
 )
 
 # A file is decrypted as a whole, by threads into one buffer, when all of its columns are wanted and it
@@ -289,6 +290,7 @@ __all__ = [
     "encryption_properties",
     "key_client",
     "open_modular",
+    "polars_decryption",
     "read_table",
     "write_dataset",
     "write_table",

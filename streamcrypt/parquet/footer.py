@@ -13,6 +13,7 @@ Source: Apache Parquet, Encryption.md section 5 and parquet.thrift; Thrift's com
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -60,6 +61,24 @@ def read_footer(file: IO[bytes], name: str) -> Footer:
         raise FormatError(f"{name}: this Parquet file is not encrypted", recognised=False)
     key_metadata = fields.get(_SEALED_KEY_METADATA if sealed else _PLAIN_KEY_METADATA, b"")
     return Footer(sealed, algorithm, bytes(key_metadata), bytes(data[position:] if sealed else data))
+
+
+def column_key_metadata(metadata: bytes) -> Iterator[tuple[str, bytes]]:
+    """The columns that have keys of their own, by their dotted paths, with their key metadata."""
+    seen = set()
+    for group in read_struct(metadata)[0].get(_ROW_GROUPS, []):
+        for column in group.get(_COLUMNS, []):
+            with_key = column.get(_CRYPTO_METADATA, {}).get(_WITH_COLUMN_KEY)
+            if with_key is None:
+                continue
+            path = ".".join(part.decode() for part in with_key[1])
+            if path not in seen:
+                seen.add(path)
+                yield path, bytes(with_key.get(2, b""))
+
+
+# FileMetaData.row_groups, RowGroup.columns, ColumnChunk.crypto_metadata, ColumnCryptoMetaData.
+_ROW_GROUPS, _COLUMNS, _CRYPTO_METADATA, _WITH_COLUMN_KEY = 4, 1, 8, 2
 
 
 # Thrift's compact protocol: what a reader needs of it

@@ -15,7 +15,9 @@ parquet-java's and Arrow's key tools (PKMT1).
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -23,13 +25,22 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from streamcrypt.errors import ContextMismatchError, FormatError, IntegrityError, StreamcryptError
+from streamcrypt.errors import (
+    ContextMismatchError,
+    FormatError,
+    IntegrityError,
+    KeyAccessError,
+    StreamcryptError,
+)
 from streamcrypt.keys.keyring import Keyring
 from streamcrypt.keys.reference import References, decrypting_keyring, encrypting_keyring
 from streamcrypt.message.context import check_caller_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import SUITES, AlgorithmSuite
+from streamcrypt.parquet.footer import column_key_metadata, read_footer
 
 if TYPE_CHECKING:
     import pyarrow.parquet.encryption as pe
@@ -125,6 +136,7 @@ class _Wrapping:
         self._names = names
         self._context = check_caller_context(context)
         self._opening: Keyring | None = None
+        self._key_encryption_keys: dict[bytes, bytes] = {}
 
     def wrap(self, key: bytes, name: str) -> bytes:
         keyring = encrypting_keyring(self._names[name])
@@ -135,6 +147,21 @@ class _Wrapping:
             "keys": [[one.provider_id, _text(one.info), _text(one.ciphertext)] for one in wrapped],
         }
         return base64.b64encode(json.dumps(record, separators=(",", ":")).encode())
+
+    def data_key(self, key_metadata: bytes) -> bytes:
+        """The data key in a file's key material (PKMT1), wrapped once or twice."""
+        material = _key_material(key_metadata)
+        try:
+            if not material["doubleWrapping"]:
+                return self.unwrap(material["wrappedDEK"])
+            identifier = base64.b64decode(material["keyEncryptionKeyID"])
+            wrapped = material["wrappedKEK"]
+            if identifier not in self._key_encryption_keys:
+                self._key_encryption_keys[identifier] = self.unwrap(wrapped)
+            sealed = base64.b64decode(material["wrappedDEK"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise FormatError(f"the file's key material cannot be used: {error}") from error
+        return _open(self._key_encryption_keys[identifier], sealed, identifier)
 
     def unwrap(self, wrapped: bytes | str) -> bytes:
         if self._opening is None:
@@ -154,6 +181,17 @@ class _Wrapping:
                 failure = failure or error
         assert failure is not None
         raise failure
+
+
+def _key_material(key_metadata: bytes) -> dict[str, Any]:
+    """The JSON of one data key in a file; FormatError when it is kept elsewhere or of another kind."""
+    try:
+        material = json.loads(key_metadata)
+        if material["keyMaterialType"] != "PKMT1" or not material["internalStorage"]:
+            raise ValueError("of another kind, or kept outside the file")
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"the file's key material cannot be used: {error}") from error
+    return dict(material)
 
 
 def _encryption(
@@ -257,3 +295,55 @@ def _encryption_module() -> Any:
     except ImportError as error:
         raise ImportError("this build of pyarrow has no Parquet encryption: pip install pyarrow") from error
     return pyarrow.parquet.encryption
+
+
+# ---------------------------------------------------------------------------------------------
+# Polars, which takes the data keys themselves
+
+
+def polars_decryption(
+    source: Any, keys: References | None = None, *, context: Mapping[str, str] | None = None
+) -> Any:
+    """``decryption=`` of ``polars.read_parquet`` and ``scan_parquet``, for one modular file.
+
+    The properties hold the file's data keys: they are neither printed nor pickled by us, and serve for
+    this file only.  ``source`` is a path, or a binary file that seeks.  Columns whose key may not be
+    used are left out: Polars refuses to read them.
+    """
+    import polars
+
+    name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "the file")
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            footer = read_footer(file, str(name))
+    else:
+        footer = read_footer(source, str(name))
+    wrapping = _Wrapping(keys, {}, dict(context or {}))
+    footer_key = wrapping.data_key(footer.key_metadata)
+    algorithm = next(iter(footer.algorithm.values()))
+    prefix, unique = algorithm.get(1, b""), algorithm.get(2, b"")
+    metadata = footer.body
+    if footer.sealed:
+        metadata = _open_module(footer_key, metadata, bytes(prefix) + bytes(unique) + _FOOTER_MODULE)
+    column_keys: dict[str, bytes] = {}
+    for path, key_metadata in column_key_metadata(metadata):
+        with contextlib.suppress(KeyAccessError):
+            column_keys[path] = wrapping.data_key(key_metadata)
+    return polars.ParquetDecryptionProperties(footer_key=footer_key, column_keys=column_keys or None)
+
+
+_FOOTER_MODULE: Final = b"\x00"
+_NONCE_LENGTH: Final = 12
+
+
+def _open_module(key: bytes, module: bytes, aad: bytes) -> bytes:
+    """One sealed part of a file: length u32 | nonce 12 | ciphertext | tag 16."""
+    length = int.from_bytes(module[:4], "little")
+    return _open(key, module[4 : 4 + length], aad)
+
+
+def _open(key: bytes, sealed: bytes, aad: bytes) -> bytes:
+    try:
+        return AESGCM(key).decrypt(sealed[:_NONCE_LENGTH], sealed[_NONCE_LENGTH:], aad)
+    except (InvalidTag, ValueError) as error:
+        raise IntegrityError("the Parquet footer or its key material does not authenticate") from error
