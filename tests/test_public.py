@@ -1,0 +1,63 @@
+"""What is public, by list: a name that comes or goes is a decision, and is written here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import streamcrypt as sc
+from streamcrypt import errors
+
+PUBLIC = {
+    "encrypt", "decrypt", "verify", "rekey", "inspect", "open", "encrypt_bytes", "decrypt_bytes",
+    "DataKeyCache", "kms_client", "Report", "Failure", "Progress", "Inspection",
+    "StreamcryptError", "IntegrityError", "FormatError", "KeyAccessError", "WrappedKeyError",
+    "ContextMismatchError", "TemporaryError", "KeyUnavailableError", "LimitExceededError",
+    "SourceError", "DestinationError",
+}  # fmt: skip
+# Named by the interface and added with the adapters.
+LATER = {"filesystem"}
+
+
+def test_the_public_names():
+    assert set(sc.__all__) >= PUBLIC
+    assert set(sc.__all__) - PUBLIC <= LATER
+    for name in sc.__all__:
+        assert getattr(sc, name) is not None
+        assert name in dir(sc)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    assert not hasattr(sc, "no_such_name")
+
+
+def test_every_error_is_of_one_family():
+    for name in dir(errors):
+        error = getattr(errors, name)
+        if isinstance(error, type) and issubclass(error, Exception):
+            assert issubclass(error, sc.StreamcryptError)
+
+
+def test_what_the_interface_says_of_the_errors():
+    assert issubclass(sc.FormatError, sc.IntegrityError)
+    assert issubclass(sc.ContextMismatchError, sc.KeyAccessError)
+    assert sc.KeyAccessError("x", code="DisabledException").code == "DisabledException"
+
+
+def test_importing_costs_no_heavy_library():
+    """Not boto3, not pyarrow, not numpy, not cryptography: they come when they are used."""
+    code = (
+        "import sys, streamcrypt; "
+        "print([m for m in ('boto3', 'botocore', 'pyarrow', 'numpy', 'torch', 'ray', 'cryptography') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_submodules_do_not_carry_the_name_of_a_function():
+    """Or importing one would replace the other."""
+    from pathlib import Path
+
+    modules = {path.stem for path in Path(sc.__file__).parent.iterdir()}
+    assert not modules & {"open", "inspect", "verify", "encrypt", "decrypt", "rekey", "filesystem"}
