@@ -38,9 +38,11 @@ from streamcrypt.parquet.modular import (
     decryption_properties,
     encryption_config,
     encryption_properties,
+    file_decryption_properties,
     file_schema,
     key_client,
     polars_decryption,
+    polars_encryption,
 )
 
 # A file is decrypted as a whole, by threads into one buffer, when all of its columns are wanted and it
@@ -78,14 +80,17 @@ def read_table(
     fs, path, options = _place(source, keys, options)
     folder = fs.isdir(path)
     modular = _is_modular(fs, path, folder=folder)
-    if modular:
-        options = {"decryption_properties": decryption_properties(keys, context=fs.context), **options}
     if folder:
+        if modular:
+            options = {"decryption_properties": decryption_properties(keys, context=fs.context), **options}
         below = _below(fs, modular=modular, plaintext_footer=plaintext_footer)
         with _translated(path):
             return pq.read_table(path, columns=columns, filters=filters, filesystem=below, **options)
     if modular:
         with _translated(path), open_modular(fs.fs, path, plaintext_footer=plaintext_footer) as file:
+            properties = file_decryption_properties(read_footer(file, path), keys, context=fs.context)
+            file.seek(0)
+            options = {"decryption_properties": properties, **options}
             return pq.read_table(file, columns=columns, filters=filters, **options)
     with fs.open(path) as file:
         if columns is None and filters is None and file.size <= WHOLE_FILE_LENGTH:
@@ -291,6 +296,7 @@ __all__ = [
     "key_client",
     "open_modular",
     "polars_decryption",
+    "polars_encryption",
     "read_table",
     "write_dataset",
     "write_table",

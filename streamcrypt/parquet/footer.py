@@ -39,6 +39,20 @@ class Footer:
     body: bytes
     """What follows the file crypto metadata: the sealed footer; or the plain footer with its signature."""
 
+    @property
+    def aad_prefix(self) -> bytes:
+        """The prefix that is stored in the file; empty when there is none, or the reader must know it."""
+        return self._of_algorithm(1)
+
+    @property
+    def aad_file_unique(self) -> bytes:
+        return self._of_algorithm(2)
+
+    def _of_algorithm(self, field: int) -> bytes:
+        value = next(iter(self.algorithm.values()))
+        found = value.get(field, b"") if isinstance(value, dict) else b""
+        return found if isinstance(found, bytes) else b""
+
 
 def read_footer(file: IO[bytes], name: str) -> Footer:
     """The footer of an encrypted Parquet file; FormatError when it is none, IntegrityError when cut."""

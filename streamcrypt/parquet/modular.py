@@ -40,7 +40,7 @@ from streamcrypt.keys.reference import References, decrypting_keyring, encryptin
 from streamcrypt.message.context import check_caller_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import SUITES, AlgorithmSuite
-from streamcrypt.parquet.footer import column_key_metadata, read_footer
+from streamcrypt.parquet.footer import Footer, column_key_metadata, read_footer
 
 if TYPE_CHECKING:
     import pyarrow.parquet.encryption as pe
@@ -301,6 +301,35 @@ def _encryption_module() -> Any:
 # Polars, which takes the data keys themselves
 
 
+def polars_encryption(keys: References, *, context: Mapping[str, str] | None = None) -> Any:
+    """``encryption=`` of Polars' ``write_parquet`` and ``sink_parquet``, for one file; all of it is sealed.
+
+    Polars keeps no key material, so the wrapped data key travels as the file's AAD prefix, which is
+    stored in it and bound to every part.  ``polars_decryption`` and ``read_table`` open such a file.
+    """
+    import polars
+
+    data_key = os.urandom(_SUITES[0].key_length)
+    wrapped = _Wrapping(None, {"": keys}, dict(context or {})).wrap(data_key, "")
+    return polars.ParquetEncryptionProperties(
+        footer_key=data_key, aad_prefix=_PREFIX_MARK + wrapped, store_aad_prefix=True
+    )
+
+
+def file_decryption_properties(
+    footer: Footer, keys: References | None, *, context: Mapping[str, str] | None = None
+) -> Any:
+    """``decryption_properties=`` for pyarrow, for the file that has this footer."""
+    prefix = footer.aad_prefix
+    if footer.key_metadata or not prefix.startswith(_PREFIX_MARK):
+        return decryption_properties(keys, context=context)
+    data_key = _Wrapping(keys, {}, dict(context or {})).unwrap(prefix[len(_PREFIX_MARK) :])
+    return _encryption_module().create_decryption_properties(data_key)
+
+
+_PREFIX_MARK: Final = b"streamcrypt:"
+
+
 def polars_decryption(
     source: Any, keys: References | None = None, *, context: Mapping[str, str] | None = None
 ) -> Any:
@@ -319,12 +348,14 @@ def polars_decryption(
     else:
         footer = read_footer(source, str(name))
     wrapping = _Wrapping(keys, {}, dict(context or {}))
+    prefix = footer.aad_prefix
+    if not footer.key_metadata and prefix.startswith(_PREFIX_MARK):
+        data_key = wrapping.unwrap(prefix[len(_PREFIX_MARK) :])
+        return polars.ParquetDecryptionProperties(footer_key=data_key)
     footer_key = wrapping.data_key(footer.key_metadata)
-    algorithm = next(iter(footer.algorithm.values()))
-    prefix, unique = algorithm.get(1, b""), algorithm.get(2, b"")
     metadata = footer.body
     if footer.sealed:
-        metadata = _open_module(footer_key, metadata, bytes(prefix) + bytes(unique) + _FOOTER_MODULE)
+        metadata = _open_module(footer_key, metadata, prefix + footer.aad_file_unique + _FOOTER_MODULE)
     column_keys: dict[str, bytes] = {}
     for path, key_metadata in column_key_metadata(metadata):
         with contextlib.suppress(KeyAccessError):
