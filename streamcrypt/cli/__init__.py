@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Command, its module and the function there that adds it, and its line in the help.
-_DATA = ("streamcrypt.cli.data", "add_data_commands")
+_DATA = "streamcrypt.cli.data"
 _MEASURE = ("streamcrypt.cli.measure", "add_measure_commands")
 _ADVICE = ("streamcrypt.cli.advice", "add_advice_commands")
 COMMANDS = {
-    "encrypt": (_DATA, "a file to a message, a folder to a tree of messages"),
-    "decrypt": (_DATA, "a message to a file, a tree of messages to a folder"),
-    "verify": (_DATA, "read and authenticate everything, write nothing"),
-    "rekey": (_DATA, "encrypt again under new data keys, without plaintext on disk"),
-    "inspect": (_DATA, "what a message says of itself; no key needed"),
-    "cat": (_DATA, "plaintext of a message, or of a range of it, to standard output"),
+    "encrypt": ((_DATA, "add_encrypt"), "a file to a message, a folder to a tree of messages"),
+    "decrypt": ((_DATA, "add_decrypt"), "a message to a file, a tree of messages to a folder"),
+    "verify": ((_DATA, "add_verify"), "read and authenticate everything, write nothing"),
+    "rekey": ((_DATA, "add_rekey"), "encrypt again under new data keys, without plaintext on disk"),
+    "inspect": ((_DATA, "add_inspect"), "what a message says of itself; no key needed"),
+    "cat": ((_DATA, "add_cat"), "plaintext of a message, or of a range of it, to standard output"),
     "kms": (("streamcrypt.cli.kms", "add_kms_commands"), "the embedded KMS, or AWS KMS, by the AWS CLI's names"),
     "bench": (_MEASURE, "measure a sweep of configurations"),
     "plan": (_MEASURE, "predict a job: hosts, time, KMS calls, money"),

@@ -22,8 +22,7 @@ _POLICIES = ("require-encrypt-require-decrypt", "require-encrypt-allow-decrypt")
 _READ_LENGTH = 4 * 2**20
 
 
-def add_data_commands(subparsers: Any) -> None:
-    """Add encrypt, decrypt, verify, rekey, inspect and cat to an argparse sub-parser collection."""
+def add_encrypt(subparsers: Any) -> None:
     parser = _job_parser(
         subparsers,
         "encrypt",
@@ -44,6 +43,8 @@ examples:
     _add_writing(parser)
     _add_work(parser)
 
+
+def add_decrypt(subparsers: Any) -> None:
     parser = _job_parser(
         subparsers,
         "decrypt",
@@ -59,6 +60,8 @@ examples:
     parser.add_argument("--require-manifest", action="store_true", help="refuse a folder without a manifest")
     _add_work(parser)
 
+
+def add_verify(subparsers: Any) -> None:
     parser = _job_parser(
         subparsers,
         "verify",
@@ -79,6 +82,8 @@ examples:
     )
     _add_work(parser, writes=False)
 
+
+def add_rekey(subparsers: Any) -> None:
     parser = _job_parser(
         subparsers,
         "rekey",
@@ -107,6 +112,8 @@ example:
     _add_writing(parser)
     _add_work(parser)
 
+
+def add_inspect(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="what a message says of itself; no key needed",
@@ -118,6 +125,8 @@ example:
     output.add_common(parser)
     parser.set_defaults(run=_inspect)
 
+
+def add_cat(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "cat",
         help="plaintext of a message, or of a range of it, to standard output",

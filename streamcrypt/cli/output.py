@@ -58,8 +58,29 @@ class UsageError(ValueError):
 # -- words
 
 
+def _terminal_width() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns) > 20:
+        return int(columns)
+    try:
+        return max(os.get_terminal_size(1).columns, 20)
+    except OSError:
+        return 80
+
+
 class _Help(argparse.HelpFormatter):
     """Wraps a paragraph; leaves text that has lines of its own as it is."""
+
+    def __init__(
+        self,
+        prog: str,
+        indent_increment: int = 2,
+        max_help_position: int = 24,
+        width: int | None = None,
+    ) -> None:
+        # argparse makes a formatter for every option that it is given, and asks shutil for the width,
+        # whose import takes as long as all the options.
+        super().__init__(prog, indent_increment, max_help_position, width or _terminal_width() - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if "\n" in text:

@@ -17,7 +17,7 @@ import gzip
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -72,24 +72,43 @@ class Operation:
             refuse("ValidationException", f"{len(violations)} {noun} detected: {'; '.join(violations)}")
 
 
-@cache
-def operations() -> dict[str, Operation]:
-    """Every operation of the installed service model, by AWS's CamelCase name."""
-    model = _load_model()
-    shapes = model["shapes"]
-    compiled = {}
-    for name, description in model["operations"].items():
-        input_shape = shapes[description["input"]["shape"]]
+class _Operations(Mapping[str, Operation]):
+    """The operations of a model; each is compiled when it is first asked for."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        self._shapes = model["shapes"]
+        self._descriptions = model["operations"]
+        self._compiled: dict[str, Operation] = {}
+
+    def __getitem__(self, name: str) -> Operation:
+        operation = self._compiled.get(name)
+        if operation is None:
+            operation = self._compiled[name] = self._compile(name, self._descriptions[name])
+        return operation
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._descriptions)
+
+    def __len__(self) -> int:
+        return len(self._descriptions)
+
+    def _compile(self, name: str, description: dict[str, Any]) -> Operation:
+        shapes, input_name = self._shapes, description["input"]["shape"]
         output_name = description.get("output", {}).get("shape")
-        compiled[name] = Operation(
+        return Operation(
             name=name,
-            members=frozenset(input_shape["members"]),
-            options=_options(shapes, input_shape),
-            check=_checker(shapes, description["input"]["shape"]),
-            read=_reader(shapes, description["input"]["shape"]),
+            members=frozenset(shapes[input_name]["members"]),
+            options=_options(shapes, shapes[input_name]),
+            check=_checker(shapes, input_name),
+            read=_reader(shapes, input_name),
             write=_writer(shapes, output_name) if output_name else None,
         )
-    return compiled
+
+
+@cache
+def operations() -> Mapping[str, Operation]:
+    """Every operation of the installed service model, by AWS's CamelCase name."""
+    return _Operations(_load_model())
 
 
 def _options(shapes: dict[str, Any], structure: dict[str, Any]) -> dict[str, Option]:
