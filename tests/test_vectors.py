@@ -10,9 +10,13 @@ inspect    sc.inspect, without a key
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from families import vectors as published
@@ -188,6 +192,55 @@ def test_engine_by_processes(vectors, tmp_path):
     for vector in group:
         if vector.expect == "plaintext":
             assert (tmp_path / "out" / "0" / vector.name).read_bytes() == vector.plaintext
+
+
+def test_command_line(vectors, tmp_path):
+    """``streamcrypt decrypt --json`` of a folder of messages, for the keys that most vectors have."""
+    groups: dict[str, list[Vector]] = {}
+    for vector in vectors_with("plaintext", "error"):
+        if (
+            vector.keyring["type"] in ("raw-aes", "raw-rsa")
+            and not vector.options
+            and not vector.supplied_context
+        ):
+            groups.setdefault(repr(sorted(vector.keyring.items())), []).append(vector)
+    largest = sorted(groups.values(), key=len, reverse=True)[:8]  # a process each
+    for number, group in enumerate(largest):
+        keyring, source = group[0].keyring, tmp_path / f"{number}.enc"
+        source.mkdir()
+        for vector in group:
+            shutil.copyfile(vector.path, source / vector.name)
+        key = tmp_path / f"{number}.key"
+        name = f"{keyring['namespace']}/{keyring['name']}"
+        if keyring["type"] == "raw-aes":
+            key.write_bytes(published.symmetric_key(keyring["key"]))
+            reference = f"raw-aes:{name}@{key}"
+        else:
+            key.write_text(published.keys()[keyring["key"]]["private-pem"])
+            reference = f"raw-rsa:{name}@{key}?padding={keyring['padding']}"
+        key.chmod(0o600)
+        words = ["decrypt", source, tmp_path / f"{number}", "--key", reference, "--json", "--no-fsync"]
+        words += [
+            "--commitment-policy",
+            "require-encrypt-allow-decrypt",
+            "--max-encrypted-data-keys",
+            "65535",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "streamcrypt", *map(str, words)],
+            capture_output=True,
+            env=os.environ | {"PYTHONPATH": str(Path(sc.__file__).parents[1])},
+        )
+        refused = {vector.name for vector in group if vector.expect == "error"}
+        report = json.loads(done.stdout)
+        assert done.returncode in ((3, 4) if refused else (0,)), done.stderr
+        assert {failure["path"] for failure in report["failed"]} == refused
+        for vector in group:
+            path = tmp_path / f"{number}" / vector.name
+            if vector.name in refused:
+                assert not path.exists()
+            else:
+                assert path.read_bytes() == vector.plaintext
 
 
 def test_vectors_are_here(vectors):
