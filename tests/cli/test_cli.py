@@ -280,7 +280,9 @@ def test_an_interrupt_leaves_nothing_partial(folder: Path, command: str, number:
     assert sorted(os.listdir()) == ["message", "plain"]
 
 
-def test_an_interrupted_folder_holds_whole_files_only(folder: Path) -> None:
+def test_an_interrupted_folder_holds_whole_files_and_is_resumed(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (folder / "t").mkdir()
     for index in range(3000):
         (folder / "t" / f"{index:04}").write_bytes(bytes(10_000))
@@ -304,6 +306,14 @@ def test_an_interrupted_folder_holds_whole_files_only(folder: Path) -> None:
         assert not path.name.startswith(".streamcrypt-")
         assert sc.inspect(path).plaintext_size == 10_000
     assert main(["verify", "t.enc", "--no-manifest", "--quiet"]) == 0
+
+    # Without --resume what is there is not touched; with it the rest is done.
+    assert main(["encrypt", "t", "t.enc", "--key", KEY, "--quiet"]) == 1
+    capfd.readouterr()
+    code, found = run_json(capfd, "encrypt", "t", "t.enc", "--key", KEY, "--resume")
+    assert (code, found["files"] + found["skipped"]) == (0, 3000)
+    assert found["skipped"] >= 20
+    assert main(["verify", "t.enc", "--against", "t", "--quiet"]) == 0
 
 
 # -- the terminal
