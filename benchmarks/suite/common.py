@@ -1,0 +1,170 @@
+"""Seeded inputs and yardsticks, shared by asv, pytest-benchmark and ratios.py.
+
+Inputs come from a seed and are only ever added to, so that results stay comparable.  A yardstick is
+the same work without streamcrypt, on the same files, by the same number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+KiB, MiB = 2**10, 2**20
+WORKERS = 2
+_STEP = MiB
+_SPAN = 32 * MiB
+
+
+def incompressible(length: int, seed: int = 0) -> bytes:
+    """``length`` bytes that no file system can store in less."""
+    return np.random.default_rng(seed).bytes(length)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A folder that is removed afterwards; STREAMCRYPT_BENCH_DIR says where (default: the temporary folder)."""
+    folder = Path(tempfile.mkdtemp(prefix="streamcrypt-bench-", dir=os.environ.get("STREAMCRYPT_BENCH_DIR")))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def key_reference(folder: Path) -> str:
+    """A raw AES wrapping key: the key service is not what is measured."""
+    path = folder / "wrapping.key"
+    if not path.exists():
+        path.write_bytes(os.urandom(32))
+        path.chmod(0o600)
+    return f"raw-aes:bench/key@{path}"
+
+
+def make_files(folder: Path, count: int, length: int) -> Path:
+    """``count`` files of ``length`` bytes."""
+    folder.mkdir()
+    block = incompressible(min(length, 32 * MiB), seed=count)
+    for number in range(count):
+        with (folder / f"{number:05}").open("wb") as file:
+            for start in range(0, length, len(block)):
+                file.write(block[: min(len(block), length - start)])
+    return folder
+
+
+def total_length(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+# -- yardsticks
+
+
+def copy_loop(source: Path, target: Path, workers: int = WORKERS) -> None:
+    """The engine's loop without the cipher: preadv into a reused buffer, pwrite."""
+    target.mkdir()
+
+    def work(span: tuple[Path, int, int]) -> None:
+        path, start, stop = span
+        buffer = _buffer()
+        reading = os.open(path, os.O_RDONLY)
+        writing = os.open(target / path.name, os.O_WRONLY | os.O_CREAT, 0o600)
+        for offset in range(start, stop, _STEP):
+            count = os.preadv(reading, (buffer,), offset)
+            os.pwrite(writing, buffer[:count], offset)
+        os.close(reading)
+        os.close(writing)
+
+    _in_threads(work, _spans(source), workers)
+
+
+def read_loop(source: Path, workers: int = WORKERS) -> None:
+    def work(span: tuple[Path, int, int]) -> None:
+        path, start, stop = span
+        buffer = _buffer()
+        reading = os.open(path, os.O_RDONLY)
+        for offset in range(start, stop, _STEP):
+            os.preadv(reading, (buffer,), offset)
+        os.close(reading)
+
+    _in_threads(work, _spans(source), workers)
+
+
+def cipher_loop(source: Path, workers: int = WORKERS) -> None:
+    """As many bytes through AES-256-GCM, in cache, frames of 1 MiB."""
+    cipher = AESGCM(os.urandom(32))
+
+    def work(span: tuple[Path, int, int]) -> None:
+        _, start, stop = span
+        plaintext, sealed = _buffer(), memoryview(bytearray(_STEP + 16))
+        for number, _ in enumerate(range(start, stop, _STEP)):
+            cipher.encrypt_into(number.to_bytes(12, "big"), plaintext, b"", sealed)
+
+    _in_threads(work, _spans(source), workers)
+
+
+def hash_loop(source: Path, workers: int = WORKERS) -> None:
+    """As many bytes through SHA-384, whole files side by side."""
+    from cryptography.hazmat.primitives import hashes
+
+    def work(path: Path) -> None:
+        digest, buffer = hashes.Hash(hashes.SHA384()), _buffer()
+        for _ in range(0, path.stat().st_size, _STEP):
+            digest.update(buffer)
+        digest.finalize()
+
+    _in_threads(work, sorted(source.iterdir()), workers)
+
+
+def cp(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-r", "--reflink=never", str(source), str(target)], check=True)
+
+
+def _spans(source: Path) -> list[tuple[Path, int, int]]:
+    spans = []
+    for path in sorted(source.iterdir()):
+        length = path.stat().st_size
+        spans += [(path, start, min(start + _SPAN, length)) for start in range(0, length, _SPAN)]
+    return spans
+
+
+_local = threading.local()
+
+
+def _buffer() -> memoryview:
+    if not hasattr(_local, "buffer"):
+        _local.buffer = memoryview(bytearray(_STEP))
+    buffer: memoryview = _local.buffer
+    return buffer
+
+
+def _in_threads(work: Callable[[Any], None], items: Iterable[Any], workers: int) -> None:
+    remaining, lock = iter(items), threading.Lock()
+
+    def run() -> None:
+        while True:
+            with lock:
+                item = next(remaining, None)
+            if item is None:
+                return
+            work(item)
+
+    threads = [threading.Thread(target=run) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
