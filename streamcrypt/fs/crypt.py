@@ -1,38 +1,37 @@
-"""Encrypted files behind other libraries' file systems.
-
-    crypt::s3://bucket/train.enc/part-0.parquet     fsspec: chained onto any filesystem
-    crypt:///data/train.enc/part-0.parquet          on local files, or on ``target_protocol``
-    filesystem(...)                                 the same as a pyarrow FileSystem
-
-Each file is one message.  Names stay as they are, sizes are those of the plaintext, and our own
-objects (the manifest, unfinished files) are not listed.  A read opens only the frames that it covers.
-
-KMS calls: all filesystems of a process read through one DataKeyCache (for each ``cache_max_age``), so
-a run makes one Decrypt per distinct data key and process, within that age.  A pickled filesystem
-carries its options and nothing secret; the process that unpickles it asks for data keys itself.
-
-What must never happen: plaintext that has not been authenticated reaches a reader, or plaintext
-reaches a disk unasked.  A caching filesystem outside ours (``simplecache::crypt::…``) would do the
-latter: it warns, and ``no_plaintext_on_disk=True`` refuses it.  Inside (``crypt::simplecache::…``)
-it keeps only ciphertext.
-"""
+"""``CryptFileSystem``: the messages of another filesystem as the files that they hold."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-import secrets
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import IO, TYPE_CHECKING, Any, Final, cast
+from concurrent.futures import Future, wait
+from typing import IO, Any, Final, cast
+
+from fsspec import AbstractFileSystem, get_filesystem_class
+from fsspec import filesystem as fsspec_filesystem
+from fsspec.implementations.chained import ChainedFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import available_protocols
+from fsspec.utils import stringify_path
 
 from streamcrypt.engine.manifest import Listed, read_manifest
 from streamcrypt.errors import DestinationError, FormatError, IntegrityError, StreamcryptError
-from streamcrypt.keys.cache import DataKeyCache
+from streamcrypt.fs.below import RemoteSource, RemoteTarget
+from streamcrypt.fs.files import (
+    PARALLEL_LENGTH,
+    CompressedWriter,
+    CryptFile,
+    CryptWriter,
+    LateTarget,
+    SourceOfFile,
+    Span,
+)
+from streamcrypt.fs.process import data_keys, pool
 from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring
 from streamcrypt.kms import default_home
@@ -42,8 +41,6 @@ from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
 from streamcrypt.storage import (
     RESERVED_FOLDER,
-    TEMPORARY_PREFIX,
-    TEMPORARY_SUFFIX,
     Buffer,
     FileObjectSource,
     LocalTree,
@@ -65,29 +62,9 @@ from streamcrypt.streams import (
 )
 from streamcrypt.units import parse_size
 
-try:
-    from fsspec import AbstractFileSystem, get_filesystem_class
-    from fsspec import filesystem as fsspec_filesystem
-    from fsspec.core import url_to_fs
-    from fsspec.implementations.chained import ChainedFileSystem
-    from fsspec.implementations.local import LocalFileSystem
-    from fsspec.registry import available_protocols
-    from fsspec.utils import stringify_path
-except ImportError as error:  # pragma: no cover - a test starts an interpreter without fsspec
-    raise ImportError("streamcrypt.fs needs fsspec: pip install 'streamcrypt[fsspec]'") from error
-
-if TYPE_CHECKING:
-    import pyarrow.fs
-
-# A read this long is cut into spans that threads open side by side: see benchmarks/README.md, "Readers".
-PARALLEL_LENGTH: Final = 4 * 2**20
-_SPAN_LENGTH: Final = 4 * 2**20
+_SPAN_LENGTH: Final = 8 * 2**20
 # One ranged request to an object store.
 _REMOTE_SPAN_LENGTH: Final = 8 * 2**20
-_MAX_READ_AHEAD: Final = 8 * 2**20
-# A file that is not longer than this is sealed when it is closed, because only a message of known
-# length may share its data key with others.
-_HELD_LENGTH: Final = 8 * 2**20
 _MESSAGES_AT_ONCE: Final = 64
 _REMEMBERED_SIZES: Final = 100_000
 
@@ -424,7 +401,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         text = {} if "b" in mode else {n: options.pop(n) for n in _TEXT_OPTIONS if n in options}
         file = super().open(path, mode.replace("t", "").rstrip("b") + "b", block_size=block_size, **options)
         method = get_compression(self._strip_protocol(path), compression)
-        whole = _CompressedWriter(file, compr[method](file, mode="w")) if method is not None else file
+        whole = CompressedWriter(file, compr[method](file, mode="w")) if method is not None else file
         return whole if "b" in mode else io.TextIOWrapper(whole, **text)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
@@ -469,7 +446,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
     def _cat_ranges(
         self, wanted: Mapping[str, list[tuple[int, int | None, int | None]]], results: list[Any]
     ) -> None:
-        opened = {path: _pool().submit(self._open_message, path) for path in wanted}
+        opened = {path: pool().submit(self._open_message, path) for path in wanted}
         wait(opened.values())
         tasks: list[tuple[Future[None], list[int]]] = []
         cuts: list[tuple[int, memoryview, int, int]] = []
@@ -486,7 +463,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
                     run = memoryview(bytearray(stop - begin))
                     cuts += [(index, run, start - begin, end - begin) for index, start, end in members]
                     for fill in self._spans(message, begin, run):
-                        tasks.append((_pool().submit(fill), [index for index, _, _ in members]))
+                        tasks.append((pool().submit(fill), [index for index, _, _ in members]))
             wait([task for task, _ in tasks])
         for index, run, start, end in cuts:
             results[index] = bytes(run[start:end])
@@ -501,7 +478,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         if len(spans) == 1:
             spans[0]()
             return
-        tasks = [_pool().submit(span) for span in spans]
+        tasks = [pool().submit(span) for span in spans]
         wait(tasks)  # all of them, also when one fails: no thread may write into the memory after this
         for task in tasks:
             task.result()
@@ -514,21 +491,22 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             yield lambda: message.fill(offset, view)
             return
         frame_length = reader.geometry.frame_length
-        span = _SPAN_LENGTH if local else _REMOTE_SPAN_LENGTH
-        span = max(1, span // frame_length) * frame_length
-        source = cast(_SourceOfFile, message).source
+        # In equal parts where there are few, so that no thread waits for the last one.
+        span = min(_SPAN_LENGTH, -(-len(view) // self.threads)) if local else _REMOTE_SPAN_LENGTH
+        span = -(-span // frame_length) * frame_length
+        source = cast(SourceOfFile, message).source
         position, end = offset, offset + len(view)
         while position < end:
             stop = min(position - position % frame_length + span, end)
             part = view[position - offset : stop - offset]
-            yield _Span(source, message, position, part)
+            yield Span(source, message, position, part)
             position = stop
 
     def _open_message(self, path: str) -> DecryptingFile:
         """The message at ``path``, its header, final frame and place in the manifest checked."""
         self.check_caller()
         source = self._source(path)
-        message = _SourceOfFile(source, self._materials_for_reading(), self._rules, name=path)
+        message = SourceOfFile(source, self._materials_for_reading(), self._rules, name=path)
         try:
             self._check_listed(path, message, source.size)
         except BaseException:
@@ -540,7 +518,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         """The message in a binary file that seeks, by the rules of this filesystem; no manifest is asked."""
         source = FileObjectSource(file)
         name = str(getattr(file, "name", ""))
-        message = _SourceOfFile(source, self._materials_for_reading(), self._rules, name=name)
+        message = SourceOfFile(source, self._materials_for_reading(), self._rules, name=name)
         return CryptFile(self, name, message)
 
     def open_in_order(self, file: IO[bytes]) -> Iterator[memoryview]:
@@ -572,14 +550,14 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         info = info or self.fs.info(path)
         if info["type"] == "directory":
             raise IsADirectoryError(path)
-        return _RemoteSource(self.fs, path, info["size"])
+        return RemoteSource(self.fs, path, info["size"])
 
     def _materials_for_reading(self) -> Materials:
         with self._lock:
             if self._reading is None:
                 self._reading = Materials(
                     decrypting_keyring(self._keys),
-                    cache=_data_keys(self._cache_max_age),
+                    cache=data_keys(self._cache_max_age),
                     max_encrypted_data_keys=self._max_encrypted_data_keys,
                 )
             return self._reading
@@ -606,7 +584,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
 
     def _begin_writing(
         self, path: str, *, overwrite: bool, autocommit: bool
-    ) -> Callable[[int | None], tuple[EncryptingFile, _LateTarget]]:
+    ) -> Callable[[int | None], tuple[EncryptingFile, LateTarget]]:
         """What begins the message once its length is known, or known to be large (None)."""
         if self._keys is None:
             raise ValueError("writing needs keys=; name the key that is to wrap the data keys")
@@ -616,12 +594,12 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             raise IsADirectoryError(path)
         materials = self._materials_for_writing()
 
-        def begin(length: int | None) -> tuple[EncryptingFile, _LateTarget]:
+        def begin(length: int | None) -> tuple[EncryptingFile, LateTarget]:
             full = {**self.context, **self._authenticated_context}
             found = materials.for_encryption(self._suite, full, length)
             template = header_template(found, self._frame_length, self._authenticated_context)
             message = OutgoingMessage.begin(found, template, self._frame_length)
-            target = _LateTarget(self.target(path, overwrite=overwrite), autocommit=autocommit)
+            target = LateTarget(self.target(path, overwrite=overwrite), autocommit=autocommit)
             file = EncryptingFile(target, message, overwrite=overwrite, durable=self._durable, name=path)
             return file, target
 
@@ -633,7 +611,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
                 assert self._keys is not None
                 self._writing = Materials(
                     encrypting_keyring(self._keys),
-                    cache=_data_keys(self._cache_max_age),
+                    cache=data_keys(self._cache_max_age),
                     max_encrypted_data_keys=self._max_encrypted_data_keys,
                 )
             return self._writing
@@ -647,7 +625,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
                 return tree.create(name, overwrite=overwrite)
             finally:
                 tree.close()
-        return _RemoteTarget(self.fs, path)
+        return RemoteTarget(self.fs, path)
 
     def forget(self, path: str) -> None:
         """A file was written: what was known of its name no longer holds."""
@@ -661,7 +639,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
         infos = list(infos)
         if sum(info.get("type") == "file" for info in infos) < 2:
             return [self._with_plaintext_size(info) for info in infos]
-        return list(_pool().map(self._with_plaintext_size, infos))
+        return list(pool().map(self._with_plaintext_size, infos))
 
     def _with_plaintext_size(self, info: Info, *, strict: bool = False) -> Info:
         """``info`` with the size of the plaintext, as the header says: opening the file authenticates it.
@@ -851,587 +829,3 @@ def _called_by_a_cache() -> bool:
             return False
         frame = frame.f_back
     return False
-
-
-# ---------------------------------------------------------------------------------------------
-# What a process shares
-
-_shared_lock = threading.Lock()
-_shared_pool: ThreadPoolExecutor | None = None
-_shared_data_keys: dict[float, DataKeyCache] = {}
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Threads that open frames and fetch headers.  No task of theirs waits for another."""
-    global _shared_pool
-    with _shared_lock:
-        if _shared_pool is None:
-            workers = max(16, 2 * (os.cpu_count() or 1))  # most of them wait for a store
-            _shared_pool = ThreadPoolExecutor(workers, thread_name_prefix="streamcrypt-fs")
-        return _shared_pool
-
-
-def _data_keys(max_age: float) -> DataKeyCache:
-    """One cache for all filesystems of the process: fsspec makes an instance for each thread."""
-    with _shared_lock:
-        return _shared_data_keys.setdefault(max_age, DataKeyCache(max_age=max_age))
-
-
-def _forget_in_child() -> None:
-    global _shared_lock, _shared_pool
-    _shared_lock = threading.Lock()
-    _shared_pool = None  # a fork does not take the threads along
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
-
-
-# ---------------------------------------------------------------------------------------------
-# Files
-
-
-class _SourceOfFile(DecryptingFile):
-    """A message whose source is known, so that a thread can fetch all of its span at once."""
-
-    def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str) -> None:
-        self.source = source
-        super().__init__(source, materials, rules, name=name)
-
-
-class _Span:
-    """A part of the plaintext that one thread opens."""
-
-    __slots__ = ("_message", "_offset", "_source", "_view")
-
-    def __init__(self, source: Source, message: DecryptingFile, offset: int, view: memoryview) -> None:
-        self._source, self._message, self._offset, self._view = source, message, offset, view
-
-    def __call__(self) -> None:
-        reader = self._message.frame_reader()
-        assert reader is not None
-        if isinstance(self._source, _RemoteSource):
-            first, stop = reader.geometry.frames_covering(self._offset, self._offset + len(self._view))
-            begin = reader.geometry.frame_offset(first)
-            self._source.prefetch(begin, reader.geometry.frames_end(stop) - begin)
-        reader.read_into(self._offset, self._view)
-
-
-class CryptFile(io.BufferedIOBase):
-    """The plaintext of one message of a filesystem; reads as ``sc.open`` does, large reads in threads.
-
-    It pickles as its place, not with its keys.
-    """
-
-    mode = "rb"
-
-    def __init__(self, fs: CryptFileSystem, path: str, message: DecryptingFile) -> None:
-        super().__init__()
-        self.fs = fs
-        self.path = path
-        self.size = message.size
-        self.header = message.header
-        self._message = message
-
-    @property
-    def name(self) -> str:
-        return self.path
-
-    @property
-    def full_name(self) -> str:
-        return self.fs.unstrip_protocol(self.path)
-
-    @property
-    def details(self) -> Info:
-        return self.info()
-
-    def info(self) -> Info:
-        return self.fs.info(self.path)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._message.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._message.seek(offset, whence)
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        length = self._available(size)
-        if length < PARALLEL_LENGTH:
-            return self._message.read(length)
-        data = self.read_at(self._message.tell(), length)
-        self._message.seek(length, io.SEEK_CUR)
-        return data
-
-    def read1(self, size: int = -1, /) -> bytes:
-        return self.read(size if size >= 0 else io.DEFAULT_BUFFER_SIZE)
-
-    def peek(self, size: int = 0, /) -> bytes:
-        return self._message.peek(size)
-
-    def readinto(self, buffer: Any, /) -> int:
-        return self._message.readinto(buffer)
-
-    def readinto1(self, buffer: Any, /) -> int:
-        return self._message.readinto(buffer)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
-        length = max(0, min(length, self.size - offset))
-        if length < PARALLEL_LENGTH:
-            return self._message.read_at(offset, length)
-        # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
-        room = io.BytesIO(bytes(length))
-        with room.getbuffer() as view:
-            self.fs.fill(self._message, offset, view)
-        return room.getvalue()
-
-    def read_buffer(self, size: int | None = -1, /) -> Any:
-        """The next ``size`` bytes as a ``pyarrow.Buffer``, opened in place: pyarrow asks for this."""
-        offset = self._message.tell()
-        buffer = self.buffer_at(offset, self._available(size))
-        self._message.seek(offset + buffer.size)
-        return buffer
-
-    def buffer_at(self, offset: int, length: int) -> Any:
-        """``length`` bytes from ``offset`` on as a ``pyarrow.Buffer``; nothing is copied."""
-        import pyarrow
-
-        buffer = pyarrow.allocate_buffer(max(0, min(length, self.size - offset)))
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            if len(octets):
-                self.fs.fill(self._message, offset, octets)
-        return buffer
-
-    def verify_signature(self) -> None:
-        self._message.verify_signature()
-
-    def close(self) -> None:
-        self._message.close()
-        super().close()
-
-    def __repr__(self) -> str:
-        return f"<CryptFile {self.path!r}>"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.fs, self.path, self._message.tell())
-
-    def _available(self, size: int | None) -> int:
-        left = max(0, self.size - self._message.tell())
-        return left if size is None or size < 0 else min(size, left)
-
-
-def _reopen(fs: CryptFileSystem, path: str, position: int) -> CryptFile:
-    file: CryptFile = fs.open(path)
-    file.seek(position)
-    return file
-
-
-class CryptWriter(io.BufferedIOBase):
-    """A new file that becomes one message and appears when it is closed cleanly.
-
-    Within a transaction of the filesystem it appears when the transaction ends (``commit``).
-    """
-
-    mode = "wb"
-
-    def __init__(
-        self,
-        fs: CryptFileSystem,
-        path: str,
-        begin: Callable[[int | None], tuple[EncryptingFile, _LateTarget]],
-    ) -> None:
-        super().__init__()
-        self.fs = fs
-        self.path = path
-        self._begin = begin
-        self._held = bytearray()
-        self._file: EncryptingFile | None = None
-        self._target: _LateTarget | None = None
-        self._position = 0
-
-    @property
-    def name(self) -> str:
-        return self.path
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any, /) -> int:
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
-        with memoryview(data) as view, view.cast("B") as octets:
-            length = len(octets)
-            if self._file is None and len(self._held) + length <= _HELD_LENGTH:
-                self._held += octets
-            else:
-                self._flush_held(None).write(octets)
-        self._position += length
-        return length
-
-    def _flush_held(self, length: int | None) -> EncryptingFile:
-        if self._file is None:
-            try:
-                self._file, self._target = self._begin(length)
-            except BaseException:
-                self.discard()
-                raise
-            self._file.write(self._held)
-            self._held = bytearray()
-        return self._file
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            self._flush_held(len(self._held)).close()
-            self.fs.forget(self.path)
-        finally:
-            self._file = None
-            super().close()
-
-    def commit(self) -> None:
-        """Make the closed file of a transaction appear."""
-        if self._target is not None:
-            self._target.commit()
-            self.fs.forget(self.path)
-
-    def discard(self) -> None:
-        """Close without making the message appear."""
-        file, self._file = self._file, None
-        self._held = bytearray()
-        if file is not None:
-            file.discard()
-        if self._target is not None:
-            self._target.abandon()
-        super().close()
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self.close()
-        else:
-            self.discard()
-
-    def __del__(self) -> None:
-        if not self.closed:
-            self.discard()  # not close(): a file that was forgotten is not whole
-
-    def __repr__(self) -> str:
-        return f"<CryptWriter {self.path!r}>"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a file that is being written is not pickled")
-
-
-class TargetFile(io.BufferedIOBase):
-    """A file of the filesystem below, written as it is; it appears when it is closed cleanly.
-
-    For what encrypts itself, as modular Parquet files do.
-    """
-
-    mode = "wb"
-
-    def __init__(self, fs: CryptFileSystem, path: str) -> None:
-        super().__init__()
-        self._fs = fs
-        self._path = path
-        self._target: Target | None = fs.target(path, overwrite=True)
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def write(self, data: Any, /) -> int:
-        if self._target is None:
-            raise ValueError("I/O operation on closed file")
-        with memoryview(data) as view, view.cast("B") as octets:
-            self._target.write_at(self._position, octets)
-            self._position += len(octets)
-            return len(octets)
-
-    def close(self) -> None:
-        target, self._target = self._target, None
-        if target is not None:
-            try:
-                target.flush()
-                target.publish(overwrite=True)
-            finally:
-                target.discard()
-            self._fs.forget(self._path)
-        super().close()
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is not None:
-            self._discard()
-        self.close()
-
-    def __del__(self) -> None:
-        self._discard()  # not close(): a file that was forgotten is not whole
-
-    def _discard(self) -> None:
-        target, self._target = getattr(self, "_target", None), None
-        if target is not None:
-            target.discard()
-
-
-class _CompressedWriter(io.BufferedIOBase):
-    """What is written is compressed; closing it closes the file, too, which compressors leave open."""
-
-    def __init__(self, file: CryptWriter, compressor: Any) -> None:
-        super().__init__()
-        self._file = file
-        self._compressor = compressor
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any, /) -> int:
-        return int(self._compressor.write(data))
-
-    def close(self) -> None:
-        if not self.closed:
-            self._compressor.close()
-            self._file.close()
-            super().close()
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is not None:
-            self._file.discard()
-            super().close()
-        self.close()
-
-    def __del__(self) -> None:
-        if not self.closed:
-            self._file.discard()
-
-
-class _LateTarget:
-    """A target that appears when it is committed, at once or at the end of a transaction."""
-
-    def __init__(self, target: Target, *, autocommit: bool) -> None:
-        self._target = target
-        self._autocommit = autocommit
-        self._overwrite: bool | None = None
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        self._target.write_at(offset, data)
-
-    def state(self) -> tuple[int, int, int]:
-        return self._target.state()
-
-    def flush(self) -> None:
-        self._target.flush()
-
-    def publish(self, *, overwrite: bool) -> None:
-        self._overwrite = overwrite
-        if self._autocommit:
-            self.commit()
-
-    def commit(self) -> None:
-        if self._overwrite is not None:
-            overwrite, self._overwrite = self._overwrite, None
-            self._target.publish(overwrite=overwrite)
-
-    def discard(self) -> None:
-        if self._overwrite is None:  # else it is whole and waits for its commit
-            self._target.discard()
-
-    def abandon(self) -> None:
-        """Drop it though it is whole."""
-        self._target.discard()
-
-
-class _RemoteSource:
-    """An object of another filesystem, read by ranges; in each thread it reads ahead of one who reads on."""
-
-    def __init__(self, fs: AbstractFileSystem, path: str, size: int) -> None:
-        self.size = size
-        self._fs = fs
-        self._path = path
-        self._ahead = threading.local()
-        self.state = size, 0, 0
-
-    def read_at(self, offset: int, buffer: memoryview) -> int:
-        length = min(len(buffer), max(0, self.size - offset))
-        start, data = getattr(self._ahead, "window", (0, b""))
-        if not start <= offset <= offset + length <= start + len(data):
-            going_on = offset == getattr(self._ahead, "end", None)
-            more = min(2 * max(length, len(data)), _MAX_READ_AHEAD) if going_on else length
-            self.prefetch(offset, max(length, more))
-            start, data = self._ahead.window
-        self._ahead.end = offset + length
-        piece = memoryview(data)[offset - start : offset - start + length]
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    def prefetch(self, offset: int, length: int) -> None:
-        """Fetch a range in one request, for this thread's next reads."""
-        end = min(offset + length, self.size)
-        self._ahead.window = (
-            offset,
-            self._fs.cat_file(self._path, start=offset, end=end) if end > offset else b"",
-        )
-
-    def check_unchanged(self) -> None:
-        pass  # every frame that is read has been authenticated, and belongs to one message
-
-    def close(self) -> None:
-        self._ahead = threading.local()
-
-
-class _RemoteTarget:
-    """An object of another filesystem that is written in order."""
-
-    def __init__(self, fs: AbstractFileSystem, path: str) -> None:
-        self._fs = fs
-        self._path = path
-        self._position = 0
-        # Object stores show an upload when it is complete; elsewhere a temporary name must do it.
-        folder, _, _ = path.rpartition("/")
-        name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-        self._written = path if fs.async_impl else f"{folder}/{name}" if folder else name
-        if not fs.async_impl and folder:
-            fs.makedirs(folder, exist_ok=True)
-        self._file = fs.open(self._written, "wb")
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        assert offset == self._position
-        self._file.write(data)
-        self._position += len(data)
-
-    def state(self) -> tuple[int, int, int]:
-        return self._position, 0, 0
-
-    def flush(self) -> None:
-        pass  # closing an upload makes it durable
-
-    def publish(self, *, overwrite: bool) -> None:
-        file, self._file = self._file, None
-        file.close()
-        if self._written != self._path:
-            self._fs.mv(self._written, self._path)
-
-    def discard(self) -> None:
-        file, self._file = self._file, None
-        if file is None:
-            return
-        if self._written == self._path:
-            with contextlib.suppress(AttributeError, NotImplementedError):
-                file.discard()
-            file.closed = True  # or it would upload what there is when it is forgotten
-        else:
-            file.close()
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(self._written)
-
-
-# ---------------------------------------------------------------------------------------------
-# pyarrow
-
-
-def filesystem(target: Any = None, **options: Any) -> pyarrow.fs.FileSystem:
-    """A pyarrow FileSystem over encrypted files.
-
-        dataset = pyarrow.dataset.dataset("train.enc/", filesystem=sc.filesystem())
-
-    ``target`` is what lies below: nothing for local files, a protocol name (``"s3"``), a filesystem of
-    fsspec or pyarrow, or a URL or folder, which then is the root that paths are relative to.
-    Options are those of ``CryptFileSystem``: ``keys``, ``context``, ``verify_manifest``,
-    ``target_options`` …  Pickles without keys.
-    """
-    from pyarrow.fs import FileSystem, PyFileSystem, SubTreeFileSystem
-
-    fs, root = crypt_filesystem(target, **options)
-    whole: FileSystem = PyFileSystem(_handler()(fs))
-    return SubTreeFileSystem(root, whole) if root is not None else whole
-
-
-def crypt_filesystem(target: Any = None, **options: Any) -> tuple[CryptFileSystem, str | None]:
-    """The fsspec filesystem for ``target`` (see ``filesystem``), and the path that it names, or None."""
-    if isinstance(target, CryptFileSystem):
-        if options:
-            raise TypeError("a crypt filesystem has its options already")
-        return target, None
-    if isinstance(target, AbstractFileSystem):
-        return CryptFileSystem(fs=target, **options), None
-    if target is None or (isinstance(target, str) and target in available_protocols()):
-        return CryptFileSystem(
-            target_protocol=target or options.pop("target_protocol", None), **options
-        ), None
-    if isinstance(target, str | os.PathLike):
-        url = str(stringify_path(target))
-        if not url.startswith(_URL_STARTS):
-            url = f"crypt::{url}"
-        below = options.pop("target_options", None)
-        if below:
-            # Each part of a chain takes the options under its own protocol's name.
-            rest = url.partition("::")[2]
-            options[rest.partition("://")[0] if "://" in rest else "file"] = dict(below)
-        fs, path = url_to_fs(url, **options)
-        return cast(CryptFileSystem, fs), str(fs._strip_protocol(path))
-    from pyarrow.fs import FileSystem
-
-    if isinstance(target, FileSystem):
-        from fsspec.implementations.arrow import ArrowFSWrapper
-
-        return CryptFileSystem(fs=ArrowFSWrapper(target), **options), None
-    raise TypeError(f"a filesystem, protocol, URL or folder is needed, not {type(target).__name__}")
-
-
-_URL_STARTS: Final = tuple(name + sign for name in CryptFileSystem.protocol for sign in ("::", "://"))
-
-
-def __getattr__(name: str) -> Any:
-    if name == "CryptHandler":  # pickle finds the class by this name
-        return _handler()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _handler() -> Any:
-    """pyarrow's handler for fsspec, made when pyarrow is first needed."""
-    made = globals().get("CryptHandler")
-    if made is not None:
-        return made
-    from pyarrow.fs import FSSpecHandler
-
-    class CryptHandler(FSSpecHandler):  # type: ignore[misc, unused-ignore]  # pyarrow is not annotated
-        """What pyarrow asks a filesystem in Python for."""
-
-        fs: CryptFileSystem
-
-        def get_type_name(self) -> str:
-            return "crypt"
-
-        def normalize_path(self, path: str) -> str:
-            return str(self.fs._strip_protocol(path))
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            return _make_handler, (self.fs,)
-
-    CryptHandler.__qualname__ = "CryptHandler"
-    return globals().setdefault("CryptHandler", CryptHandler)
-
-
-def _make_handler(fs: CryptFileSystem) -> Any:
-    return _handler()(fs)
-
-
-__all__ = [
-    "CryptFile",
-    "CryptFileSystem",
-    "CryptWriter",
-    "PlaintextOnDiskWarning",
-    "TargetFile",
-    "crypt_filesystem",
-    "filesystem",
-]

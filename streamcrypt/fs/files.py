@@ -1,0 +1,389 @@
+"""The files that a filesystem opens: plaintext to the caller, one message below.
+
+CryptFile           reads; large reads in threads; gives pyarrow memory that was opened in place
+CryptWriter         writes; appears when it is closed cleanly, or when its transaction ends
+TargetFile          writes what encrypts itself, as it is
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from streamcrypt.fs.below import RemoteSource
+from streamcrypt.keys.materials import Materials
+from streamcrypt.storage import Buffer, Source, Target
+from streamcrypt.streams import DecryptingFile, EncryptingFile, ReadingRules
+
+if TYPE_CHECKING:
+    from streamcrypt.fs.crypt import CryptFileSystem
+
+# A read this long is cut into spans that threads open side by side: see benchmarks/README.md, "Readers".
+PARALLEL_LENGTH: Final = 2 * 2**20
+# A file that is not longer than this is sealed when it is closed, because only a message of known
+# length may share its data key with others.
+HELD_LENGTH: Final = 8 * 2**20
+
+Info = dict[str, Any]
+
+
+class SourceOfFile(DecryptingFile):
+    """A message whose source is known, so that a thread can fetch all of its span at once."""
+
+    def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str) -> None:
+        self.source = source
+        super().__init__(source, materials, rules, name=name)
+
+
+class Span:
+    """A part of the plaintext that one thread opens."""
+
+    __slots__ = ("_message", "_offset", "_source", "_view")
+
+    def __init__(self, source: Source, message: DecryptingFile, offset: int, view: memoryview) -> None:
+        self._source, self._message, self._offset, self._view = source, message, offset, view
+
+    def __call__(self) -> None:
+        reader = self._message.frame_reader()
+        assert reader is not None
+        if isinstance(self._source, RemoteSource):
+            first, stop = reader.geometry.frames_covering(self._offset, self._offset + len(self._view))
+            begin = reader.geometry.frame_offset(first)
+            self._source.prefetch(begin, reader.geometry.frames_end(stop) - begin)
+        reader.read_into(self._offset, self._view)
+
+
+class CryptFile(io.BufferedIOBase):
+    """The plaintext of one message of a filesystem; reads as ``sc.open`` does, large reads in threads.
+
+    It pickles as its place, not with its keys.
+    """
+
+    mode = "rb"
+
+    def __init__(self, fs: CryptFileSystem, path: str, message: DecryptingFile) -> None:
+        super().__init__()
+        self.fs = fs
+        self.path = path
+        self.size = message.size
+        self.header = message.header
+        self._message = message
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def full_name(self) -> str:
+        return self.fs.unstrip_protocol(self.path)
+
+    @property
+    def details(self) -> Info:
+        return self.info()
+
+    def info(self) -> Info:
+        return self.fs.info(self.path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._message.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._message.seek(offset, whence)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        length = self._available(size)
+        if length < PARALLEL_LENGTH:
+            return self._message.read(length)
+        data = self.read_at(self._message.tell(), length)
+        self._message.seek(length, io.SEEK_CUR)
+        return data
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return self.read(size if size >= 0 else io.DEFAULT_BUFFER_SIZE)
+
+    def peek(self, size: int = 0, /) -> bytes:
+        return self._message.peek(size)
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._message.readinto(buffer)
+
+    def readinto1(self, buffer: Any, /) -> int:
+        return self._message.readinto(buffer)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
+        length = max(0, min(length, self.size - offset))
+        if length < PARALLEL_LENGTH:
+            return self._message.read_at(offset, length)
+        # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
+        room = io.BytesIO(bytes(length))
+        with room.getbuffer() as view:
+            self.fs.fill(self._message, offset, view)
+        return room.getvalue()
+
+    def read_buffer(self, size: int | None = -1, /) -> Any:
+        """The next ``size`` bytes as a ``pyarrow.Buffer``, opened in place: pyarrow asks for this."""
+        offset = self._message.tell()
+        buffer = self.buffer_at(offset, self._available(size))
+        self._message.seek(offset + buffer.size)
+        return buffer
+
+    def buffer_at(self, offset: int, length: int) -> Any:
+        """``length`` bytes from ``offset`` on as a ``pyarrow.Buffer``; nothing is copied."""
+        import pyarrow
+
+        buffer = pyarrow.allocate_buffer(max(0, min(length, self.size - offset)))
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            if len(octets):
+                self.fs.fill(self._message, offset, octets)
+        return buffer
+
+    def verify_signature(self) -> None:
+        self._message.verify_signature()
+
+    def close(self) -> None:
+        self._message.close()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<CryptFile {self.path!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.fs, self.path, self._message.tell())
+
+    def _available(self, size: int | None) -> int:
+        left = max(0, self.size - self._message.tell())
+        return left if size is None or size < 0 else min(size, left)
+
+
+def _reopen(fs: CryptFileSystem, path: str, position: int) -> CryptFile:
+    file: CryptFile = fs.open(path)
+    file.seek(position)
+    return file
+
+
+class CryptWriter(io.BufferedIOBase):
+    """A new file that becomes one message and appears when it is closed cleanly.
+
+    Within a transaction of the filesystem it appears when the transaction ends (``commit``).
+    """
+
+    mode = "wb"
+
+    def __init__(
+        self,
+        fs: CryptFileSystem,
+        path: str,
+        begin: Callable[[int | None], tuple[EncryptingFile, LateTarget]],
+    ) -> None:
+        super().__init__()
+        self.fs = fs
+        self.path = path
+        self._begin = begin
+        self._held = bytearray()
+        self._file: EncryptingFile | None = None
+        self._target: LateTarget | None = None
+        self._position = 0
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any, /) -> int:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        with memoryview(data) as view, view.cast("B") as octets:
+            length = len(octets)
+            if self._file is None and len(self._held) + length <= HELD_LENGTH:
+                self._held += octets
+            else:
+                self._flush_held(None).write(octets)
+        self._position += length
+        return length
+
+    def _flush_held(self, length: int | None) -> EncryptingFile:
+        if self._file is None:
+            try:
+                self._file, self._target = self._begin(length)
+            except BaseException:
+                self.discard()
+                raise
+            self._file.write(self._held)
+            self._held = bytearray()
+        return self._file
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            self._flush_held(len(self._held)).close()
+            self.fs.forget(self.path)
+        finally:
+            self._file = None
+            super().close()
+
+    def commit(self) -> None:
+        """Make the closed file of a transaction appear."""
+        if self._target is not None:
+            self._target.commit()
+            self.fs.forget(self.path)
+
+    def discard(self) -> None:
+        """Close without making the message appear."""
+        file, self._file = self._file, None
+        self._held = bytearray()
+        if file is not None:
+            file.discard()
+        if self._target is not None:
+            self._target.abandon()
+        super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self.close()
+        else:
+            self.discard()
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self.discard()  # not close(): a file that was forgotten is not whole
+
+    def __repr__(self) -> str:
+        return f"<CryptWriter {self.path!r}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a file that is being written is not pickled")
+
+
+class TargetFile(io.BufferedIOBase):
+    """A file of the filesystem below, written as it is; it appears when it is closed cleanly.
+
+    For what encrypts itself, as modular Parquet files do.
+    """
+
+    mode = "wb"
+
+    def __init__(self, fs: CryptFileSystem, path: str) -> None:
+        super().__init__()
+        self._fs = fs
+        self._path = path
+        self._target: Target | None = fs.target(path, overwrite=True)
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data: Any, /) -> int:
+        if self._target is None:
+            raise ValueError("I/O operation on closed file")
+        with memoryview(data) as view, view.cast("B") as octets:
+            self._target.write_at(self._position, octets)
+            self._position += len(octets)
+            return len(octets)
+
+    def close(self) -> None:
+        target, self._target = self._target, None
+        if target is not None:
+            try:
+                target.flush()
+                target.publish(overwrite=True)
+            finally:
+                target.discard()
+            self._fs.forget(self._path)
+        super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self._discard()
+        self.close()
+
+    def __del__(self) -> None:
+        self._discard()  # not close(): a file that was forgotten is not whole
+
+    def _discard(self) -> None:
+        target, self._target = getattr(self, "_target", None), None
+        if target is not None:
+            target.discard()
+
+
+class CompressedWriter(io.BufferedIOBase):
+    """What is written is compressed; closing it closes the file, too, which compressors leave open."""
+
+    def __init__(self, file: CryptWriter, compressor: Any) -> None:
+        super().__init__()
+        self._file = file
+        self._compressor = compressor
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        return int(self._compressor.write(data))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._compressor.close()
+            self._file.close()
+            super().close()
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self._file.discard()
+            super().close()
+        self.close()
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self._file.discard()
+
+
+class LateTarget:
+    """A target that appears when it is committed, at once or at the end of a transaction."""
+
+    def __init__(self, target: Target, *, autocommit: bool) -> None:
+        self._target = target
+        self._autocommit = autocommit
+        self._overwrite: bool | None = None
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        self._target.write_at(offset, data)
+
+    def state(self) -> tuple[int, int, int]:
+        return self._target.state()
+
+    def flush(self) -> None:
+        self._target.flush()
+
+    def publish(self, *, overwrite: bool) -> None:
+        self._overwrite = overwrite
+        if self._autocommit:
+            self.commit()
+
+    def commit(self) -> None:
+        if self._overwrite is not None:
+            overwrite, self._overwrite = self._overwrite, None
+            self._target.publish(overwrite=overwrite)
+
+    def discard(self) -> None:
+        if self._overwrite is None:  # else it is whole and waits for its commit
+            self._target.discard()
+
+    def abandon(self) -> None:
+        """Drop it though it is whole."""
+        self._target.discard()
