@@ -64,11 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from streamcrypt.cli import output
 
     parsed = None
+    output.hold_standard_descriptors()
     with output.signals():
         try:
             parsed = parser_for(words[0] if words else None).parse_args(words)
             code: int = parsed.run(parsed)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except BaseException as error:  # noqa: BLE001  (the last place: one line and a code)
             return output.fail(error, words, parsed)
     return code

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from streamcrypt.cli import output
-from streamcrypt.cli.output import COUNT, DURATION, PAIR, RANGE, SIZE, UsageError
+from streamcrypt.cli.output import COUNT, DURATION, PAIR, PLACE, RANGE, SIZE, UsageError
 from streamcrypt.errors import DestinationError, SourceError
 from streamcrypt.units import format_size
 
@@ -71,9 +71,12 @@ examples:
   streamcrypt verify train.enc/
   streamcrypt verify train.enc/ --against train/""",
     )
-    parser.add_argument("source", metavar="SOURCE", help="a message, a folder of messages, or -")
+    parser.add_argument("source", type=PLACE, metavar="SOURCE", help="a message, a folder of messages, or -")
     parser.add_argument(
-        "--against", metavar="PLAINTEXT", help="must also equal this file or folder, byte for byte"
+        "--against",
+        type=PLACE,
+        metavar="PLAINTEXT",
+        help="must also equal this file or folder, byte for byte",
     )
     _add_keys(parser, "only this key may unwrap (default: AWS and local keys by the ARN in the message)")
     _add_reading(parser)
@@ -121,7 +124,7 @@ def add_inspect(subparsers: Any) -> None:
         "of a message.  Nothing of it is authenticated: no key is used.",
         epilog="example:\n  streamcrypt inspect train.enc/part-0.parquet",
     )
-    parser.add_argument("message", metavar="MESSAGE", help="a file that holds a message")
+    parser.add_argument("message", type=PLACE, metavar="MESSAGE", help="a file that holds a message")
     output.add_common(parser)
     parser.set_defaults(run=_inspect)
 
@@ -135,7 +138,7 @@ def add_cat(subparsers: Any) -> None:
         epilog="examples:\n  streamcrypt cat notes.enc\n"
         "  streamcrypt cat train.enc/part-0.parquet --range 0:64KiB | xxd | head",
     )
-    parser.add_argument("message", metavar="MESSAGE", help="a file that holds a message")
+    parser.add_argument("message", type=PLACE, metavar="MESSAGE", help="a file that holds a message")
     parser.add_argument(
         "--range",
         type=RANGE,
@@ -162,8 +165,10 @@ def _job_parser(subparsers: Any, name: str, what: str, examples: str) -> argpars
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     place = "a file, a folder, - or an object-store URL"
-    parser.add_argument("source", metavar="SOURCE", help=f"{place} (- is standard input)")
-    parser.add_argument("destination", metavar="DESTINATION", help=f"{place} (- is standard output)")
+    parser.add_argument("source", type=PLACE, metavar="SOURCE", help=f"{place} (- is standard input)")
+    parser.add_argument(
+        "destination", type=PLACE, metavar="DESTINATION", help=f"{place} (- is standard output)"
+    )
 
 
 def _add_keys(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:
@@ -502,7 +507,7 @@ def _cat(args: argparse.Namespace) -> int:
 
 def _write_all(data: memoryview) -> None:
     """To standard output, unbuffered: what arrived at the reader is what was authenticated so far."""
-    descriptor = sys.stdout.fileno()
+    descriptor = output.standard_output().fileno()
     try:
         while data:
             data = data[os.write(descriptor, data) :]

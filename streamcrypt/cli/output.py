@@ -19,7 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from streamcrypt.errors import FormatError, IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
+from streamcrypt.errors import (
+    DestinationError,
+    FormatError,
+    IntegrityError,
+    KeyAccessError,
+    StreamcryptError,
+    TemporaryError,
+)
 from streamcrypt.units import format_size, parse_duration, parse_range, parse_size
 
 if TYPE_CHECKING:
@@ -160,8 +167,14 @@ def _parse_pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _parse_place(text: str) -> str:
+    if not text:  # most often a variable of a script that is not set
+        raise ValueError("the name is empty")
+    return text
+
+
 SIZE, DURATION, RANGE = _typed(parse_size), _typed(parse_duration), _typed(parse_range)
-COUNT, PAIR = _typed(_parse_count), _typed(_parse_pair)
+COUNT, PAIR, PLACE = _typed(_parse_count), _typed(_parse_pair), _typed(_parse_place)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -178,18 +191,34 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def say(text: str) -> None:
     """A line for people, on standard error."""
-    print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+    if sys.stderr is not None:  # closed by whoever started us
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def standard_output() -> IO[str]:
+    """Standard output; DestinationError where whoever started us has closed it."""
+    if sys.stdout is None:
+        raise DestinationError("standard output: is closed")
+    return sys.stdout
+
+
+def hold_standard_descriptors() -> None:
+    """Have 0, 1 and 2 open, so that no file of ours gets the number of a stream that was closed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def out(text: str, stream: IO[str] | None = None) -> None:
     """A line of the result, on standard output."""
-    print(text, file=stream or sys.stdout, flush=True)
+    stream = stream or standard_output()
+    print(text, file=stream, flush=True)
 
 
 def json_stream(parsed: argparse.Namespace | None) -> IO[str]:
     """Where the JSON object goes: not into data."""
     destination = getattr(parsed, "destination", None)
-    return sys.stderr if destination == "-" else sys.stdout
+    return sys.stderr if destination == "-" else standard_output()
 
 
 def tell(report: Report, parsed: argparse.Namespace) -> None:
@@ -223,7 +252,7 @@ def progress(parsed: argparse.Namespace, total: int | None) -> Iterator[Callable
 
     ``total`` is what there is to do, in bytes, where that is known.
     """
-    if parsed.quiet or not sys.stderr.isatty():
+    if parsed.quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     started, drawn = time.monotonic(), 0.0
@@ -333,7 +362,7 @@ def fail(error: BaseException, words: Sequence[str], parsed: argparse.Namespace 
     with contextlib.suppress(OSError):
         say(f"streamcrypt: error: {text}")
     if "--json" in words:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DestinationError):
             out(json.dumps(_failure_object(report, parsed, code, text)), json_stream(parsed))
     return code
 

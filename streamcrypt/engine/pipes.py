@@ -18,7 +18,7 @@ from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Job, Progress, Report
 from streamcrypt.engine.worker import located
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
-from streamcrypt.storage import LocalTarget, Source
+from streamcrypt.storage import Source
 from streamcrypt.streams import BATCH_LENGTH, MessageWriter, OutgoingMessage, header_template, open_stream
 
 _F_SETPIPE_SZ: Final = getattr(fcntl, "F_SETPIPE_SZ", None)
@@ -100,6 +100,8 @@ def _fill(readinto: Callable[[memoryview], int], buffer: memoryview) -> int:
 
 def _reader(job: Job, report: Report, cleanup: contextlib.ExitStack) -> Callable[[memoryview], int]:
     if job.source.is_stream:
+        if sys.stdin is None:
+            raise SourceError("standard input: is closed")
         descriptor = sys.stdin.fileno()
         _widen(descriptor)
 
@@ -166,6 +168,8 @@ def _emitter(
     if destination is None:
         return (lambda data: None), (lambda: None)
     if destination.is_stream:
+        if sys.stdout is None:
+            raise DestinationError("standard output: is closed")
         sys.stdout.flush()
         descriptor = sys.stdout.fileno()
         _widen(descriptor)
@@ -183,7 +187,7 @@ def _emitter(
     assert destination.name is not None
     folder = destination.name.rpartition("/")[0]
     destination.tree.remove_leftovers(folder)
-    target: LocalTarget = destination.tree.create(destination.name, overwrite=job.overwrite)
+    target = destination.tree.create(destination.name, overwrite=job.overwrite)
     cleanup.callback(target.discard)
 
     def emit_file(data: memoryview) -> None:
