@@ -20,10 +20,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import IO, Any, Literal, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, overload
 
 from streamcrypt.engine import run
-from streamcrypt.engine.job import Job, Place, Progress, Report, default_workers
+from streamcrypt.engine.job import STORE_WORKERS, Job, Place, Progress, Report, default_workers
 from streamcrypt.engine.journal import JOURNAL
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.cache import DataKeyCache
@@ -35,7 +35,7 @@ from streamcrypt.message.context import check_caller_context
 from streamcrypt.message.frames import UNFRAMED_PREFIX, unframed_length
 from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
-from streamcrypt.storage import FileObjectSource, Filters, LocalTree, Source
+from streamcrypt.storage import STORE_SCHEMES, FileObjectSource, Filters, LocalTree, Source
 from streamcrypt.streams import (
     DEFAULT_FRAME_LENGTH,
     DecryptingFile,
@@ -50,6 +50,9 @@ from streamcrypt.streams import (
     source_header,
 )
 from streamcrypt.units import parse_size
+
+if TYPE_CHECKING:
+    from streamcrypt.stores import StoreTree
 
 Path = str | os.PathLike[str]
 Cache = DataKeyCache | Literal[False] | None
@@ -103,7 +106,7 @@ def encrypt(
         authenticated_context=dict(authenticated_context or {}),
         suite=SIGNED if sign else UNSIGNED,
         frame_length=_frame_length(frame_size),
-        workers=_workers(workers),
+        workers=_workers(workers, source, destination),
         overwrite=overwrite,
         resume=resume,
         durable=fsync,
@@ -155,7 +158,7 @@ def decrypt(
         rules=_rules(
             context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed
         ),
-        workers=_workers(workers),
+        workers=_workers(workers, source, destination),
         overwrite=overwrite,
         resume=resume,
         durable=fsync,
@@ -203,7 +206,7 @@ def verify(
         rules=_rules(
             context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed
         ),
-        workers=_workers(workers),
+        workers=_workers(workers, source, against),
         require_manifest=require_manifest,
         filters=Filters(tuple(include), tuple(exclude)),
         names=tuple(files) if files is not None else None,
@@ -260,7 +263,7 @@ def rekey(
         context=_own_context(new_context if new_context is not None else context, None),
         suite=SIGNED if sign else UNSIGNED,
         frame_length=_frame_length(frame_size),
-        workers=_workers(workers),
+        workers=_workers(workers, source, destination),
         overwrite=overwrite,
         resume=resume,
         durable=fsync,
@@ -557,9 +560,11 @@ def _frame_length(frame_size: int | str) -> int:
     return length
 
 
-def _workers(workers: int | None) -> int:
+def _workers(workers: int | None, *places: Path | None) -> int:
     if workers is None:
-        return default_workers()
+        cores = default_workers()
+        on_a_store = any(place is not None and _is_store_url(os.fspath(place)) for place in places)
+        return max(cores, STORE_WORKERS) if on_a_store else cores
     if workers < 1:
         raise ValueError(f"{workers} workers: it must be at least 1")
     return workers
@@ -572,11 +577,34 @@ def _name(path: Path | IO[bytes]) -> str:
 # -- places
 
 
+def _is_store_url(text: str) -> bool:
+    return text.startswith(STORE_SCHEMES)
+
+
+def _in_store(url: str) -> tuple[StoreTree, Place]:
+    """What a URL names: as a folder, and as an object of the folder above it, unless it ends in '/'."""
+    from streamcrypt.stores import StoreTree, split_url  # start-up: only who has a URL needs it
+
+    scheme, bucket, key = split_url(url)
+    folder = StoreTree(url)
+    if not key or url.endswith("/"):
+        return folder, Place(folder)
+    above, _, name = key.rpartition("/")
+    return folder, Place(StoreTree(f"{scheme}://{bucket}/{above}"), name)
+
+
 def _source(path: Path) -> Place:
     """Where a path points to; SourceError when there is nothing."""
     text = os.fspath(path)
     if text == "-":
         return Place(LocalTree(""), "-", is_stream=True)
+    if _is_store_url(text):
+        folder, place = _in_store(text)
+        if place.name is not None and place.tree.exists(place.name):
+            return place
+        if folder.is_empty():
+            raise SourceError(f"{text}: does not exist")
+        return Place(folder)
     full = os.path.realpath(text)  # a link that the user names is followed; links within a folder are not
     if os.path.isdir(full):
         return Place(LocalTree(full))
@@ -590,6 +618,9 @@ def _destination(path: Path) -> Place:
     text = os.fspath(path)
     if text == "-":
         return Place(LocalTree(""), "-", is_stream=True)
+    if _is_store_url(text):
+        folder, place = _in_store(text)
+        return place if place.name is None or folder.is_empty() else Place(folder)
     full = os.path.abspath(text)
     if os.path.isdir(full):
         return Place(LocalTree(os.path.realpath(full)))
@@ -609,18 +640,24 @@ def _placed(job: Job) -> Job:
     if not whole_tree:
         if destination.name is None:
             raise DestinationError(f"{destination.path}: is a folder; name the file to be made")
-        if not source.is_stream and os.path.realpath(destination.path) == source.path:
+        if not source.is_stream and source.path in (destination.path, os.path.realpath(destination.path)):
             raise DestinationError(f"{destination.path}: is the source itself")
         return job
     if destination.name is not None:
-        if os.path.lexists(destination.path):
+        if destination.tree.exists(destination.name):
             raise DestinationError(f"{destination.path}: is not a folder, and the source is one")
-        destination = Place(LocalTree(destination.path))
-    elif not (job.overwrite or job.resume) and os.listdir(destination.path):
-        interrupted = os.path.lexists(destination.tree.path(JOURNAL))
+        above, destination = destination.tree, Place(destination.tree.subtree(destination.name))
+        above.close()
+    elif not (job.overwrite or job.resume) and not destination.tree.is_empty():
+        interrupted = destination.tree.exists(JOURNAL)
         reason = "holds an interrupted job; resume goes on with it" if interrupted else "is not empty"
         raise DestinationError(
             f"{destination.path}: exists already and {reason}; overwrite must be asked for"
+        )
+    if job.resume and not isinstance(destination.tree, LocalTree):
+        raise DestinationError(
+            f"{destination.path}: no journal is kept on an object store, so nothing resumes there; "
+            "overwrite does the job again"
         )
     inner, outer = destination.path + "/", source.path + "/"
     if inner.startswith(outer) or outer.startswith(inner):
@@ -631,7 +668,8 @@ def _placed(job: Job) -> Job:
 def _open_source(path: Path | IO[bytes]) -> Source:
     if not isinstance(path, str | os.PathLike):
         return FileObjectSource(path)
-    place = _source(path)
+    # An object is opened without looking first what is there: that would be another request.
+    place = _in_store(os.fspath(path))[1] if _is_store_url(os.fspath(path)) else _source(path)
     if place.name is None:
         raise SourceError(f"{_name(path)}: is a folder, not a file")
     if place.is_stream:

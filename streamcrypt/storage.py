@@ -1,6 +1,6 @@
 """Where bytes lie: folders of named objects that are read at offsets and appear only when whole.
 
-A *tree* is a folder (here a local one; object stores have the same shape).  Its objects are named by
+A *tree* is a folder: a local one here, a part of a bucket in stores.py.  Its objects are named by
 relative path, '/' between the parts.  A tree is plain data: a worker process gets a copy and opens
 its own handles.
 
@@ -38,6 +38,8 @@ State: TypeAlias = tuple[int, int, int]
 # Leftovers of a killed job carry this name; whoever holds the lock on one is still writing it.
 TEMPORARY_PREFIX: Final = ".streamcrypt-"
 TEMPORARY_SUFFIX: Final = ".tmp"
+# How the URL of a place in an object store begins (stores.py).
+STORE_SCHEMES: Final = ("s3://", "gs://", "az://")
 # Our own objects within an encrypted tree: the manifest, a job's journal.
 RESERVED_FOLDER: Final = "_streamcrypt"
 # A target of more bytes than this has its length set before it is written.
@@ -113,7 +115,47 @@ class Target(Protocol):
         """Drop the object; does nothing after ``publish``."""
 
 
-_NOT_A_NAME: Final = ("", ".", "..")
+class Tree(Protocol):
+    """A folder of objects.  Reading raises SourceError, writing DestinationError, an outage TemporaryError."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a target must be written from its start to its end; otherwise in pieces, at once."""
+
+    @property
+    def root(self) -> str: ...
+
+    def copy(self) -> Tree:
+        """The same tree for another thread."""
+
+    def subtree(self, name: str) -> Tree:
+        """A folder of this one."""
+
+    def close(self) -> None: ...
+
+    def path(self, name: str) -> str: ...
+
+    def walk(self, filters: Filters | None = None) -> Iterator[Entry]:
+        """Every object, names ascending part by part; ours are left out."""
+
+    def is_empty(self) -> bool:
+        """Whether nothing lies in it, ours included."""
+
+    def entry(self, name: str) -> Entry: ...
+
+    def state(self, name: str) -> State | None: ...
+
+    def exists(self, name: str) -> bool: ...
+
+    def open(self, name: str) -> Source: ...
+
+    def create(self, name: str, *, size: int | None = None, overwrite: bool = False) -> Target: ...
+
+    def make_folder(self, name: str) -> None: ...
+
+    def remove_leftovers(self, folder: str) -> None: ...
+
+    def sync_folder(self, folder: str) -> None: ...
 
 
 def check_name(name: str) -> str:
@@ -147,8 +189,15 @@ class LocalTree:
     root: str
     _folders: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def in_order(self) -> bool:
+        return False
+
     def copy(self) -> LocalTree:
         return LocalTree(self.root)
+
+    def subtree(self, name: str) -> LocalTree:
+        return LocalTree(self.path(check_name(name)))
 
     def __reduce__(self) -> tuple[type[LocalTree], tuple[str]]:
         return LocalTree, (self.root,)
@@ -196,6 +245,14 @@ class LocalTree:
                     yield Entry(path, status.st_size)
                 else:
                     yield Entry(path, 0, problem=_kind_problem(status.st_mode))
+
+    def is_empty(self) -> bool:
+        """Whether nothing lies in the folder."""
+        try:
+            with os.scandir(self.root) as entries:
+                return next(entries, None) is None
+        except OSError as error:
+            raise DestinationError(f"{self.root}: cannot be listed: {error.strerror}") from error
 
     def entry(self, name: str) -> Entry:
         """The object of that name; SourceError when there is none that can be read."""

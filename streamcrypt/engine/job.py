@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from streamcrypt.errors import FormatError, IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
 from streamcrypt.keys.materials import Materials
 from streamcrypt.message.suites import UNSIGNED, AlgorithmSuite
-from streamcrypt.storage import Filters, LocalTree
+from streamcrypt.storage import Filters, Tree
 from streamcrypt.streams import DEFAULT_FRAME_LENGTH, ReadingRules
 
 
@@ -20,11 +20,15 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# So many requests to an object store are under way at a time, where nobody says how many.
+STORE_WORKERS: Final = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A file (``name`` in its folder), a whole folder (``name`` None), or standard input or output."""
 
-    tree: LocalTree
+    tree: Tree
     name: str | None = None
     is_stream: bool = False
 

@@ -43,7 +43,7 @@ from streamcrypt.keys.materials import EncryptionMaterials
 from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
 from streamcrypt.message.header import Header, HeaderTemplate
 from streamcrypt.message.suites import TAG_LENGTH
-from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, Source, State, sort_key
+from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, LocalTree, Source, State, sort_key
 from streamcrypt.streams import (
     DEFAULT_FRAME_LENGTH,
     DecryptingFile,
@@ -136,8 +136,10 @@ class _Run:
         self._journal: Journal | None = None
         self._before: dict[str, Finished] = {}
         self._unlisted: set[int] = set()  # decrypted files that are there without a line in the journal
-        if self._whole_tree and job.destination is not None and not job.dry_run:
-            self._journal = Journal(job.destination.tree, job.operation, durable=job.durable)
+        tree = job.destination.tree if job.destination is not None else None
+        self._undivided = tree is not None and tree.in_order
+        if self._whole_tree and isinstance(tree, LocalTree) and not job.dry_run:
+            self._journal = Journal(tree, job.operation, durable=job.durable)
             if job.resume:
                 self._before = self._journal.read()
             else:
@@ -296,7 +298,8 @@ class _Run:
         if self.job.resume and self._resumed(number, entry):
             return None
         target = self._target_name(entry.name)
-        return FileTask(number, entry.name, target, entry.size, sealing=self._sealing(entry.size))
+        sealing = self._sealing(entry.size)
+        return FileTask(number, entry.name, target, entry.size, sealing=sealing, undivided=self._undivided)
 
     def open(self, item: _Item) -> FileTask | None:
         """The task that decrypts, verifies or rekeys a message; None when its header is refused."""
@@ -339,6 +342,7 @@ class _Run:
             opening,
             self._sealing(length) if job.writing is not None else None,
             None if job.against is None else job.against.name or entry.name,
+            undivided=self._undivided,
         )
 
     def _sealing(self, plaintext_length: int) -> Sealing:
@@ -508,8 +512,10 @@ class _Run:
             workers = max(1, min(workers, pieces))
             self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * workers)))
         frames = sum(entry.size // frame_length + 1 for entry in sample)
+        on_a_store = any(tree is not None and tree.in_order for tree in (job.source.tree, target, compared))
         interpreter_time = len(sample) * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME
-        if workers > 1 and interpreter_time > _PROCESSES_PAY:
+        # Who waits for a store needs no processor of its own.
+        if workers > 1 and interpreter_time > _PROCESSES_PAY and not on_a_store:
             return ProcessPool(setup, workers)
         # Threads share this process's descriptors: a file that is being written holds two, and source
         # and target each keep some folders open.
@@ -570,12 +576,12 @@ class _Run:
             if task.opening is not None and task.opening.geometry is not None:
                 cipher = FrameCipher(task.opening.content_key, task.opening.message_id)
                 FrameReader(source, cipher, task.opening.geometry).open_final()  # it proves the length
-            target = None
+            target: LocalTarget | None = None
             if task.target is not None:
                 assert self.job.destination is not None
-                target = self.job.destination.tree.create(
-                    task.target, size=task.target_length, overwrite=self._may_replace
-                )
+                tree = self.job.destination.tree
+                assert isinstance(tree, LocalTree)  # the others take a file in order
+                target = tree.create(task.target, size=task.target_length, overwrite=self._may_replace)
         finally:
             source.close()
         large = self._large[task.number] = _Large(task, source.state, target)

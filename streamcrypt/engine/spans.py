@@ -79,6 +79,7 @@ class FileTask(NamedTuple):
     sealing: Sealing | None = None
     against: str | None = None
     attempt: int = 1
+    undivided: bool = False  # where it goes takes it only from its start to its end
 
     def __repr__(self) -> str:
         return f"<FileTask {self.source!r}>"
@@ -92,8 +93,10 @@ class FileTask(NamedTuple):
 
     @property
     def in_order(self) -> bool:
-        return (self.opening is not None and self.opening.in_order) or (
-            self.sealing is not None and self.sealing.signing_key is not None
+        return (
+            self.undivided
+            or (self.opening is not None and self.opening.in_order)
+            or (self.sealing is not None and self.sealing.signing_key is not None)
         )
 
 

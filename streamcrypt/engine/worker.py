@@ -25,7 +25,7 @@ from streamcrypt.message.footer import Signer
 from streamcrypt.message.frames import FINAL_OVERHEAD, REGULAR_OVERHEAD, FrameCipher
 from streamcrypt.message.header import Buffer, parse_header
 from streamcrypt.message.suites import suite_by_id
-from streamcrypt.storage import LocalTree, Source, State, Target
+from streamcrypt.storage import LocalTree, Source, State, Target, Tree
 from streamcrypt.streams import BATCH_LENGTH, FrameReader, SequentialReader, UnlockedMessage, seal_frames
 
 # Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
@@ -36,9 +36,9 @@ LOOP_LENGTH: Final = 2**20
 class Setup:
     """What all tasks of a job have in common; sent to a worker once."""
 
-    source: LocalTree
-    target: LocalTree | None
-    against: LocalTree | None = None
+    source: Tree
+    target: Tree | None
+    against: Tree | None = None
     overwrite: bool = False
     durable: bool = True
 
@@ -196,7 +196,7 @@ class Worker:
             if file.opening is None and source.size != file.length:
                 raise _changed(path)
             if task.temporary is not None:
-                assert self._target_tree is not None
+                assert isinstance(self._target_tree, LocalTree)  # the others take a file in order
                 assert file.target is not None
                 part = self._target_tree.open_part(file.target, task.temporary)
             try:
@@ -343,7 +343,7 @@ class _SealingInto(Writing):
 class _Comparing(Writing):
     """Compares with a plaintext file, byte for byte."""
 
-    def __init__(self, tree: LocalTree, name: str, length: int) -> None:
+    def __init__(self, tree: Tree, name: str, length: int) -> None:
         self._source = tree.open(name)
         self._path = tree.path(name)
         self._buffer = bytearray()

@@ -1,0 +1,947 @@
+"""Object stores as trees: ``s3://``, ``gs://`` and ``az://``, with the shape of a local folder.
+
+    s3://BUCKET/PREFIX      Amazon S3 and what speaks its protocol
+    gs://BUCKET/PREFIX      Google Cloud Storage
+    az://CONTAINER/PREFIX   Azure Blob Storage
+
+    read    one ranged GET gives an object's state and its first bytes; every further one carries
+            If-Match, so that a Source never mixes two versions
+    write   up to one part: a single conditional PUT.  More: a multipart upload, several parts in
+            flight, completed last and under the same condition
+    walk    the store's listing, put into our order as it comes, in bounded memory
+
+The one thing that must never happen: an object that is not whole under its name, or one that was
+there replaced without being asked.  A store shows an object only when its PUT or its upload is
+complete; ``If-None-Match: *`` makes it refuse where there is one already.
+
+Credentials, endpoints, regions and proxies come from where the store's own tools take them: a tree
+is a URL and nothing else, and every process makes its own clients.  `obstore` does the work; S3's
+multipart uploads go through boto3, because only there the completion can be conditional and an
+upload be found again by its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import json
+import math
+import os
+import platform
+import queue
+import re
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from streamcrypt.errors import (
+    DestinationError,
+    LimitExceededError,
+    SourceError,
+    StreamcryptError,
+    TemporaryError,
+)
+from streamcrypt.storage import RESERVED_FOLDER, Buffer, Entry, Filters, State, check_name, is_ours, sort_key
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ObjectStore
+
+_URL: Final = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
+
+# Bytes of an object that come with its state: the header of a message, or all of a small one.
+FIRST_READ: Final = 64 * 2**10
+# Who reads on without a gap is given what comes next before it is asked for: after so many bytes, in
+# requests that grow to the second number, so many at once.
+_SEQUENTIAL: Final = 4 * 2**20
+_AHEAD_LENGTH: Final = 8 * 2**20
+_AHEAD: Final = 2
+
+# S3 takes parts of at least 5 MiB, all but the last, and at most 10,000 of them.
+PART_LENGTH: Final = 8 * 2**20
+MAX_PARTS: Final = 10_000
+_PARTS_IN_FLIGHT: Final = 4
+_BYTES_IN_FLIGHT: Final = 64 * 2**20
+# An upload whose length is not known doubles its parts every so many.
+_PARTS_OF_A_LENGTH: Final = 1_000
+# The same, where the library wants one length for all parts.
+_STREAMED_PART_LENGTH: Final = 32 * 2**20
+
+# Every object that we write carries a random value in its metadata under this name: after a lost
+# answer it tells whether the object that is there is the one that was just sent.
+_MARK: Final = "streamcrypt-upload"
+_UPLOADS: Final = f"{RESERVED_FOLDER}/uploads"
+# The record of an upload of another machine is left alone until then.
+_ABANDONED_AFTER: Final = timedelta(days=7)
+
+# Entries that wait in memory for others that may come before them.
+HELD_ENTRIES: Final = 10_000
+_BELOW_SLASH: Final = re.compile(r"[\x01-.]")
+
+_RETRY_SECONDS: Final = 120.0  # an outage of a minute is waited out; RETRY_VARIABLE sets another limit
+_LONGEST_PAUSE: Final = 4.0
+RETRY_VARIABLE: Final = "STREAMCRYPT_STORE_RETRY_SECONDS"
+_THREADS: Final = 32
+
+
+def split_url(text: str) -> tuple[str, str, str]:
+    """Scheme, bucket and key of a URL; the key without slashes at its ends.  Nothing is unquoted."""
+    match = _URL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text}: is not the URL of an object store; s3://BUCKET/KEY is one")
+    return match[1], match[2], (match[3] or "").strip("/")
+
+
+class StoreTree:
+    """The objects of a bucket whose keys begin with ``PREFIX/``.  May be used by several threads."""
+
+    def __init__(self, root: str, bucket: _Bucket | None = None) -> None:
+        scheme, name, self._prefix = split_url(root)
+        self.root = f"{scheme}://{name}" + (f"/{self._prefix}" if self._prefix else "")
+        self._bucket = bucket or _Bucket(scheme, name)
+        self._swept = False
+
+    def __repr__(self) -> str:
+        return f"StoreTree({self.root!r})"
+
+    def __reduce__(self) -> tuple[type[StoreTree], tuple[str]]:
+        return StoreTree, (self.root,)
+
+    @property
+    def in_order(self) -> bool:
+        return True
+
+    def copy(self) -> StoreTree:
+        return StoreTree(self.root, self._bucket)
+
+    def subtree(self, name: str) -> StoreTree:
+        return StoreTree(self.path(name), self._bucket)
+
+    def close(self) -> None:
+        pass  # connections are the library's own
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def key(self, name: str) -> str:
+        return f"{self._prefix}/{check_name(name)}" if self._prefix else check_name(name)
+
+    # -- reading
+
+    def walk(self, filters: Filters | None = None) -> Iterator[Entry]:
+        """Every object, names ascending part by part as in a local folder; ours are left out."""
+        admit = (filters or Filters()).admit
+        marker: Entry | None = None
+        for entry in self._in_our_order(""):
+            if marker is not None and not entry.name.startswith(marker.name + "/"):
+                yield marker
+            marker = None
+            if is_ours(entry.name):
+                continue
+            # "name/", as consoles make it, is listed as an empty object "name" that does not exist.
+            if entry.size == 0 and self._is_marker(entry.name):
+                marker = entry._replace(folder=True)
+            elif admit(entry.name):
+                yield entry
+        if marker is not None:
+            yield marker
+
+    def _is_marker(self, name: str) -> bool:
+        return self._bucket.head(self.key(name), self.path(name), SourceError) is None
+
+    def _in_our_order(self, folder: str) -> Iterator[Entry]:
+        """The objects below ``folder`` by their parts, from a listing by their bytes.
+
+        The two differ where a name continues with a character below '/' what is a folder elsewhere:
+        a store lists "a-b" before "a/x", we list "a/x" first.  So "a-b" waits until the listing has
+        passed all of "a/".  Too many that wait, and the store is asked whether there is an "a/" at
+        all; if so, it is listed first.  Memory is bounded either way.
+        """
+        held: list[tuple[list[str], Entry]] = []
+        absent: set[str] = set()
+        taken: list[str] = []
+
+        def waits_for(name: str) -> Iterator[str]:
+            for match in _BELOW_SLASH.finditer(name, len(folder)):
+                before = name[: match.start()]
+                if before and not before.endswith("/") and before not in absent:
+                    yield before
+
+        def is_ready(name: str, listed: str) -> bool:
+            # '0' follows '/': from there on the listing has passed all of "before/".
+            return all(listed >= before + "0" for before in waits_for(name))
+
+        for entry in self._listing(folder):
+            if any(entry.name.startswith(done) for done in taken):
+                continue
+            heapq.heappush(held, (sort_key(entry.name), entry))
+            while held and (len(held) > HELD_ENTRIES or is_ready(held[0][1].name, entry.name)):
+                first = heapq.heappop(held)[1]
+                for before in list(waits_for(first.name)):
+                    inner = before + "/"
+                    if entry.name >= before + "0":
+                        continue
+                    # The listing has not come to it: within it, its own entries would be the first.
+                    assert entry.name < inner
+                    if next(self._listing(inner, chunk=1), None) is None:
+                        absent.add(before)
+                    else:
+                        yield from self._in_our_order(inner)
+                        taken.append(inner)
+                yield first
+        while held:
+            yield heapq.heappop(held)[1]
+
+    def _listing(self, folder: str, *, chunk: int = 1000) -> Iterator[Entry]:
+        """The store's own listing of ``folder`` ("" or ending in '/')."""
+        import obstore
+
+        prefix = "/".join(part for part in (self._prefix, folder.rstrip("/")) if part)
+        skip = len(self._prefix) + 1 if self._prefix else 0
+        with _translated(SourceError, f"{self.root}/{folder}"):
+            for objects in obstore.list(self._bucket.store, prefix or None, chunk_size=chunk):
+                for found in objects:
+                    name = found["path"][skip:]
+                    if name and name != folder.rstrip("/"):
+                        yield Entry(name, found["size"])
+
+    def is_empty(self) -> bool:
+        """Whether there is no object below the root, ours included."""
+        return next(self._listing("", chunk=1), None) is None
+
+    def entry(self, name: str) -> Entry:
+        meta = self._bucket.head(self.key(name), self.path(name), SourceError)
+        if meta is None:
+            raise SourceError(f"{self.path(name)}: does not exist")
+        return Entry(name, meta["size"])
+
+    def state(self, name: str) -> State | None:
+        meta = self._bucket.head(self.key(name), self.path(name), SourceError)
+        return None if meta is None else _state(meta)
+
+    def exists(self, name: str) -> bool:
+        return self._bucket.head(self.key(name), self.path(name), DestinationError) is not None
+
+    def open(self, name: str) -> StoreSource:
+        """Open an object for reading: one request, which also brings its first bytes."""
+        return StoreSource(self._bucket, self.key(name), self.path(name))
+
+    # -- writing
+
+    def create(self, name: str, *, size: int | None = None, overwrite: bool = False) -> StoreTarget:
+        """A new object that will be called ``name``; ``size`` fits the parts to it, where it is known."""
+        target = StoreTarget(self, name, size, overwrite=overwrite)
+        # A small object finds out when it is published; a large one had better know before.
+        if not overwrite and (size is None or size > PART_LENGTH) and self.exists(name):
+            raise _exists_already(target.path)
+        return target
+
+    def make_folder(self, name: str) -> None:
+        pass  # a store has none; the manifest lists the empty ones
+
+    def sync_folder(self, folder: str) -> None:
+        pass  # what a store has confirmed is durable
+
+    def remove_leftovers(self, folder: str) -> None:
+        """Abort multipart uploads below the root that a killed job left; those of running jobs stay."""
+        if self._bucket.scheme == "s3" and not self._swept:
+            self._swept = True
+            with contextlib.suppress(StreamcryptError):  # creating objects will say so
+                for record in list(self.subtree(_UPLOADS)._listing("")):
+                    self._remove_leftover(f"{_UPLOADS}/{record.name}")
+
+    def _remove_leftover(self, record_name: str) -> None:
+        import obstore
+
+        key, path = self.key(record_name), self.path(record_name)
+        with _translated(DestinationError, path):
+            found = obstore.get(self._bucket.store, key)
+            record = _Record.parse(bytes(found.bytes()))
+            age = datetime.now(UTC) - found.meta["last_modified"]
+            if record is None or not (record.is_abandoned() or age > _ABANDONED_AFTER):
+                return
+            if record.key.startswith(self._prefix):  # what lies there is data, not an order to obey
+                _abort(self._bucket, record.key, record.upload_id)
+            obstore.delete(self._bucket.store, key)
+
+
+class StoreSource:
+    """An object that is being read, always the same version of it."""
+
+    def __init__(self, bucket: _Bucket, key: str, path: str) -> None:
+        import obstore
+        from obstore.exceptions import GenericError
+
+        self._bucket = bucket
+        self._key = key
+        self._path = path
+        with _translated(SourceError, path):
+            try:
+                found = obstore.get(bucket.store, key, options={"range": (0, FIRST_READ)})
+                meta, self._head = found.meta, bytes(found.bytes())
+            except GenericError as error:
+                if " 416" not in str(error):
+                    raise
+                meta, self._head = obstore.head(bucket.store, key), b""  # no range of an empty object
+        self.size: int = meta["size"]
+        self.state: State = _state(meta)
+        self._etag: str | None = meta["e_tag"]
+        self._lock = threading.Lock()
+        self._expected = 0  # where a reader that reads on would read next
+        self._read_on = 0  # how much it has read without a gap
+        self._from_start = True
+        self._blocks: deque[_Block] = deque()
+        self._window = 2**20
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        length = max(0, min(len(buffer), self.size - offset))
+        done = 0
+        if offset < len(self._head):
+            known = self._head[offset : offset + length]
+            done = len(known)
+            buffer[:done] = known
+        with self._lock:
+            if offset != self._expected:
+                self._read_on, self._from_start = 0, offset == 0
+            self._expected = offset + length
+            self._read_on += length
+            if done < length and (self._from_start or self._read_on > _SEQUENTIAL):
+                self._read_ahead(offset + done, buffer[done:length])
+                return length
+        if done < length:
+            buffer[done:length] = self._get(offset + done, offset + length)
+        return length
+
+    def check_unchanged(self) -> None:
+        """Every request named the version that it wanted; only a store without ETags must be asked."""
+        if self._etag is None:
+            meta = self._bucket.head(self._key, self._path, SourceError)
+            if meta is None or _state(meta) != self.state:
+                raise _changed(self._path)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._blocks:
+                self._blocks.pop().data.cancel()
+
+    def _read_ahead(self, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            position = offset + done
+            while self._blocks and not self._blocks[0].start <= position < self._blocks[0].stop:
+                self._blocks.popleft().data.cancel()
+            start = self._blocks[-1].stop if self._blocks else position
+            while len(self._blocks) < _AHEAD and start < self.size:
+                stop = min(start + self._window, self.size)
+                self._blocks.append(_Block(start, stop, _threads().submit(self._get, start, stop)))
+                start = stop
+                self._window = min(2 * self._window, _AHEAD_LENGTH)
+            block = self._blocks[0]
+            part = block.data.result()[position - block.start :][: len(view) - done]
+            view[done : done + len(part)] = part
+            done += len(part)
+
+    def _get(self, start: int, stop: int) -> memoryview:
+        import obstore
+
+        options: GetOptions = {"range": (start, stop)}
+        if self._etag is not None:
+            options["if_match"] = self._etag
+        with _translated(SourceError, self._path):
+            data = memoryview(obstore.get(self._bucket.store, self._key, options=options).bytes())
+        if len(data) != stop - start:
+            raise _changed(self._path)
+        return data
+
+
+class _Block(NamedTuple):
+    """Bytes of an object that were asked for before they are needed."""
+
+    start: int
+    stop: int
+    data: Future[memoryview]
+
+
+class StoreTarget:
+    """An object that is being written, from its start to its end."""
+
+    def __init__(self, tree: StoreTree, name: str, size: int | None, *, overwrite: bool) -> None:
+        self.path = tree.path(name)
+        self._tree = tree
+        self._key = tree.key(name)
+        self._size = size
+        self._overwrite = overwrite
+        self._mark = secrets.token_hex(16)
+        self._held = bytearray()
+        self._length = 0
+        self._parts = 0
+        self._upload: _S3Upload | _StreamedUpload | None = None
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        if offset != self._length:
+            raise RuntimeError("internal error: an object of a store is written in order")
+        self._held += data
+        self._length += len(data)
+        # A part ends where a write does, which is where a frame does.
+        if len(self._held) >= part_length(self._size, self._parts):
+            if self._upload is None:
+                bucket = self._tree._bucket
+                kind = _S3Upload if bucket.scheme == "s3" else _StreamedUpload
+                self._upload = kind(self._tree, self._key, self.path, self._mark, self._size)
+            if self._parts >= MAX_PARTS:
+                raise LimitExceededError(f"{self.path}: is longer than {MAX_PARTS} parts can hold")
+            part, self._held = self._held, bytearray()
+            self._parts += 1
+            self._upload.add(part)
+
+    def state(self) -> State:
+        return self._length, 0, 0  # when it was made is known to the store, and only afterwards
+
+    def flush(self) -> None:
+        pass  # what a store has confirmed is durable
+
+    def publish(self, *, overwrite: bool) -> None:
+        if self._upload is None:
+            self._put(overwrite=overwrite)
+        else:
+            self._upload.complete(self._held, overwrite=overwrite)
+            self._upload = None
+        self._held = bytearray()
+
+    def discard(self) -> None:
+        upload, self._upload = self._upload, None
+        self._held = bytearray()
+        if upload is not None:
+            upload.abort()
+
+    def _put(self, *, overwrite: bool) -> None:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        bucket = self._tree._bucket
+        with _translated(DestinationError, self.path):
+            try:
+                obstore.put(
+                    bucket.store,
+                    self._key,
+                    bytes(self._held),
+                    attributes={_MARK: self._mark},
+                    mode="overwrite" if overwrite else "create",
+                    use_multipart=False,
+                )
+            except AlreadyExistsError:
+                # An answer that was lost is asked for again, and then our own object is in the way.
+                if not bucket.carries(self._key, self._mark):
+                    raise
+
+
+def part_length(size: int | None, parts: int) -> int:
+    """How long the part after the first ``parts`` must be, so that MAX_PARTS are enough."""
+    if size is None:
+        return int(PART_LENGTH * 2 ** (parts // _PARTS_OF_A_LENGTH))
+    return max(PART_LENGTH, math.ceil(size / (MAX_PARTS - 1)))
+
+
+class _S3Upload:
+    """A multipart upload through boto3, whose id is on record until it is completed or aborted."""
+
+    def __init__(self, tree: StoreTree, key: str, path: str, mark: str, size: int | None) -> None:
+        import obstore
+
+        self._bucket = tree._bucket
+        self._key = key
+        self._path = path
+        self._mark = mark
+        self._parts: list[Future[str]] = []
+        self._pending: set[Future[str]] = set()
+        answer = self._call("create_multipart_upload", Metadata={_MARK: mark}, **_server_side_encryption())
+        self._id: str = answer["UploadId"]
+        self._record = tree.key(f"{_UPLOADS}/{mark}")
+        # One that is killed before it has a record has no parts yet either: it holds no bytes.
+        try:
+            with _translated(DestinationError, path):
+                obstore.put(self._bucket.store, self._record, _Record.of_this_process(key, self._id).text())
+        except BaseException:
+            self.abort()
+            raise
+
+    def add(self, data: bytearray) -> None:
+        in_flight = max(1, min(_PARTS_IN_FLIGHT, _BYTES_IN_FLIGHT // len(data)))
+        while len(self._pending) >= in_flight:
+            done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
+            for part in done:
+                part.result()
+        number = len(self._parts) + 1
+        part = _threads().submit(self._send, number, data)
+        self._parts.append(part)
+        self._pending.add(part)
+
+    def complete(self, rest: bytearray, *, overwrite: bool) -> None:
+        if rest:
+            self.add(rest)
+        etags = [part.result() for part in self._parts]
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        condition = {} if overwrite else {"IfNoneMatch": "*"}
+        try:
+            self._call(
+                "complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts}, **condition
+            )
+        except (SourceError, DestinationError, TemporaryError):
+            # The answer to a completion may have been lost: then the upload is gone and the object there.
+            if not self._bucket.carries(self._key, self._mark):
+                self.abort()
+                raise
+        self._forget()
+
+    def abort(self) -> None:
+        for part in self._pending:
+            part.cancel()
+        wait(self._pending)
+        with contextlib.suppress(StreamcryptError):  # its record stays, and the next job tries again
+            _abort(self._bucket, self._key, self._id)
+            self._forget()
+
+    def _send(self, number: int, data: bytearray) -> str:
+        answer = self._call("upload_part", UploadId=self._id, PartNumber=number, Body=data)
+        etag: str = answer["ETag"]
+        return etag
+
+    def _call(self, operation: str, **request: Any) -> dict[str, Any]:
+        return self._bucket.call(operation, self._path, Key=self._key, **request)
+
+    def _forget(self) -> None:
+        import obstore
+
+        record = getattr(self, "_record", None)
+        if record is not None:
+            with contextlib.suppress(*_not_answered()):
+                obstore.delete(self._bucket.store, record)
+
+
+class _StreamedUpload:
+    """A multipart upload by `obstore`, which takes the parts from a thread of its own.
+
+    Its completion has no condition: whether an object is there is looked up just before.
+    """
+
+    def __init__(self, tree: StoreTree, key: str, path: str, mark: str, size: int | None) -> None:
+        self._tree = tree
+        self._key = key
+        self._path = path
+        self._mark = mark
+        self._part_length = part_length(size, 0) if size is not None else _STREAMED_PART_LENGTH
+        self._queue: queue.Queue[bytearray | _Broken | None] = queue.Queue(maxsize=1)
+        self._done: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="streamcrypt-upload", daemon=True)
+        self._thread.start()
+
+    def add(self, data: bytearray) -> None:
+        self._hand_over(data)
+
+    def complete(self, rest: bytearray, *, overwrite: bool) -> None:
+        if rest:
+            self._hand_over(rest)
+        if not overwrite and self._tree._bucket.head(self._key, self._path, DestinationError) is not None:
+            self.abort()
+            raise _exists_already(self._path)
+        self._hand_over(None)
+        self._thread.join()
+        with _translated(DestinationError, self._path):
+            self._done.result()
+
+    def abort(self) -> None:
+        with contextlib.suppress(StreamcryptError):
+            self._hand_over(_Broken())
+        self._thread.join()
+
+    def _hand_over(self, item: bytearray | _Broken | None) -> None:
+        while True:
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                if self._done.done():
+                    with _translated(DestinationError, self._path):
+                        self._done.result()
+                    return
+            else:
+                return
+
+    def _items(self) -> Iterator[bytearray]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, _Broken):
+                raise item
+            yield item
+
+    def _run(self) -> None:
+        import obstore
+
+        try:
+            obstore.put(
+                self._tree._bucket.store,
+                self._key,
+                self._items(),
+                attributes={_MARK: self._mark},
+                chunk_size=self._part_length,
+                max_concurrency=_PARTS_IN_FLIGHT,
+            )
+        except BaseException as error:  # noqa: BLE001  (it goes to whoever waits for the upload)
+            self._done.set_exception(error)
+        else:
+            self._done.set_result(None)
+
+
+class _Broken(Exception):  # noqa: N818  (it tells the library to abort, and nobody else)
+    """An upload that is not to be completed."""
+
+
+class _Record(NamedTuple):
+    """What is on record of an open upload: which it is, and which process makes it."""
+
+    key: str
+    upload_id: str
+    host: str
+    process: str
+
+    @classmethod
+    def of_this_process(cls, key: str, upload_id: str) -> _Record:
+        return cls(key, upload_id, _host(), _process(os.getpid()))
+
+    def text(self) -> bytes:
+        return json.dumps(self._asdict()).encode()
+
+    @classmethod
+    def parse(cls, text: bytes) -> _Record | None:
+        try:
+            record = cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+        return record if all(isinstance(value, str) for value in record) else None
+
+    def is_abandoned(self) -> bool:
+        """Whether the process was of this machine and has ended."""
+        if self.host != _host():
+            return False
+        number = self.process.partition(" ")[0]
+        return not number.isdigit() or _process(int(number)) != self.process
+
+
+def _host() -> str:
+    """This machine since its last start, and what it sees of processes."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        parts.append(file.read().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _process(number: int) -> str:
+    """A process by its number and the time of its start; the number alone once it has ended."""
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if os.path.isdir("/proc/self"):
+            return f"{number} ended"
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(number, 0)
+            return str(number)
+        return f"{number} ended"
+    if fields[0] == "Z":
+        return f"{number} ended"
+    return f"{number} {fields[19]}"
+
+
+# -- one bucket and its clients
+
+
+class _Bucket:
+    """A bucket and the clients for it, made when they are first used."""
+
+    def __init__(self, scheme: str, name: str) -> None:
+        self.scheme = scheme
+        self.name = name
+        self._lock = threading.Lock()
+        self._store: ObjectStore | None = None
+        self._client: Any = None
+
+    @property
+    def store(self) -> ObjectStore:
+        with self._lock:
+            if self._store is None:
+                self._store = _make_store(self.scheme, self.name)
+            return self._store
+
+    def head(self, key: str, path: str, kind: type[StreamcryptError]) -> dict[str, Any] | None:
+        """What the store says of an object; None when there is none."""
+        import obstore
+
+        with _translated(kind, path):
+            try:
+                return dict(obstore.head(self.store, key))
+            except FileNotFoundError:
+                return None
+
+    def carries(self, key: str, mark: str) -> bool:
+        """Whether the object of that key is the one that was written with this mark."""
+        import obstore
+
+        try:
+            return obstore.get(self.store, key, options={"head": True}).attributes.get(_MARK) == mark
+        except _not_answered():
+            return False
+
+    def call(self, operation: str, path: str, **request: Any) -> dict[str, Any]:
+        """An operation of S3 by boto3's name; tried again while it may help."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        with self._lock:
+            if self._client is None:
+                self._client = _make_client()
+        give_up = time.monotonic() + _retry_seconds()
+        pause = 0.1
+        while True:
+            try:
+                answer: dict[str, Any] = getattr(self._client, operation)(Bucket=self.name, **request)
+            except ClientError as error:
+                code = str(error.response["Error"].get("Code", ""))
+                status = int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
+                if status == 412:
+                    raise _exists_already(path) from error
+                reason = f"{path}: the store refused {operation} ({code or status})"
+                if status < 500 and status not in (409, 429) and code not in ("SlowDown", "RequestTimeout"):
+                    raise DestinationError(reason) from error
+                failure, cause = TemporaryError(f"{reason}; try again"), error
+            except BotoCoreError as error:
+                failure = TemporaryError(
+                    f"{path}: the store cannot be reached ({type(error).__name__}); try again"
+                )
+                cause = error  # type: ignore[assignment]
+            else:
+                return answer
+            if time.monotonic() + pause > give_up:
+                raise failure from cause
+            time.sleep(pause * (0.5 + secrets.randbelow(1000) / 2000))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _make_store(scheme: str, name: str) -> ObjectStore:
+    try:
+        from obstore import store as stores
+    except ImportError as error:
+        raise ImportError("object stores need obstore: pip install 'streamcrypt[stores]'") from error
+    retry: Any = {
+        "max_retries": 1000,
+        "retry_timeout": timedelta(seconds=_retry_seconds()),
+        "backoff": {
+            "init_backoff": timedelta(seconds=0.1),
+            "max_backoff": timedelta(seconds=_LONGEST_PAUSE),
+            "base": 2,
+        },
+    }
+    options: Any = {"timeout": "120s"}
+    if scheme == "gs":
+        return stores.GCSStore(name, client_options=options, retry_config=retry)
+    if scheme == "az":
+        return stores.AzureStore(name, client_options=options, retry_config=retry)
+    config: Any = {}
+    endpoint = _s3_endpoint()
+    if endpoint is not None:
+        config["endpoint"] = endpoint
+        if endpoint.startswith("http:"):
+            options["allow_http"] = True
+    encryption = _server_side_encryption()
+    if encryption:
+        config["server_side_encryption"] = encryption["ServerSideEncryption"]
+    session = _session()
+    if session is None:
+        config["skip_signature"] = True
+        return stores.S3Store(name, config=config, client_options=options, retry_config=retry)
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    config["region"] = session.region_name or "us-east-1"
+    return stores.S3Store(
+        name,
+        config=config,
+        client_options=options,
+        retry_config=retry,
+        credential_provider=Boto3CredentialProvider(session),
+    )
+
+
+def _make_client() -> Any:
+    import boto3
+    import botocore
+    from botocore.config import Config
+
+    session = _session()
+    config = Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},  # `call` does it, with the same pauses
+        max_pool_connections=_THREADS,
+        connect_timeout=5,
+        **({} if session is not None else {"signature_version": botocore.UNSIGNED}),
+    )
+    session = session or boto3.Session()
+    return session.client(
+        "s3",
+        endpoint_url=_s3_endpoint(),
+        region_name=session.region_name or "us-east-1",
+        config=config,
+    )
+
+
+def _session() -> Any:
+    """boto3's session, with whatever credentials it finds; None where none are wanted."""
+    import boto3
+
+    if _is_true("AWS_SKIP_SIGNATURE"):
+        return None
+    session = boto3.Session()
+    if session.get_credentials() is None:
+        raise StreamcryptError(
+            "no AWS credentials were found: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or AWS_SKIP_SIGNATURE=true for a public bucket"
+        )
+    return session
+
+
+def _s3_endpoint() -> str | None:
+    """The endpoint that the environment names; StreamcryptError where it would send data in the clear."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if not endpoint:
+        return None
+    host = urlsplit(endpoint).hostname or ""
+    loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host)
+    if not endpoint.startswith("https:") and not loopback and not _is_true("AWS_ALLOW_HTTP"):
+        raise StreamcryptError(
+            f"the S3 endpoint at {host} is not https; AWS_ALLOW_HTTP=true allows plain HTTP all the same"
+        )
+    return endpoint.rstrip("/")
+
+
+def _server_side_encryption() -> dict[str, Any]:
+    """What S3 is asked to do itself, as a second layer; the variables are those of `obstore`."""
+    key = os.environ.get("AWS_SSE_KMS_KEY_ID")
+    kind = os.environ.get("AWS_SERVER_SIDE_ENCRYPTION") or ("aws:kms" if key else None)
+    if kind is None:
+        return {}
+    asked: dict[str, Any] = {"ServerSideEncryption": kind}
+    if key:
+        asked["SSEKMSKeyId"] = key
+    if _is_true("AWS_SSE_BUCKET_KEY_ENABLED"):
+        asked["BucketKeyEnabled"] = True
+    return asked
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _retry_seconds() -> float:
+    return float(os.environ.get(RETRY_VARIABLE) or _RETRY_SECONDS)
+
+
+def _abort(bucket: _Bucket, key: str, upload_id: str) -> None:
+    """Abort an upload until it is gone: a part that was on its way may outlive the first attempt."""
+    from botocore.exceptions import ClientError
+
+    path = f"s3://{bucket.name}/{key}"
+    for _ in range(3):
+        for operation in ("abort_multipart_upload", "list_parts"):
+            try:
+                bucket.call(operation, path, Key=key, UploadId=upload_id)
+            except DestinationError as error:
+                cause = error.__cause__
+                if isinstance(cause, ClientError) and cause.response["Error"]["Code"] == "NoSuchUpload":
+                    return
+                raise
+    raise TemporaryError(f"{path}: an upload could not be aborted; try again")
+
+
+# -- errors
+
+
+def _not_answered() -> tuple[type[Exception], ...]:
+    """What the library raises where there is no object, or no answer."""
+    from obstore.exceptions import BaseError
+
+    return FileNotFoundError, BaseError
+
+
+_TEMPORARY: Final = re.compile(
+    r"error sending request|timed out|timeout|connection|after \d+ retries|status code: (429|50[^1]|5[1-9])"
+)
+
+
+@contextlib.contextmanager
+def _translated(kind: type[StreamcryptError], path: str) -> Iterator[None]:
+    """The library's errors as ours."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise kind(f"{path}: does not exist (or its bucket does not)") from error
+    except exceptions.AlreadyExistsError as error:
+        raise _exists_already(path) from error
+    except exceptions.PreconditionError as error:
+        raise _changed(path) from error
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise kind(f"{path}: the store denied access; check the credentials and their policy") from error
+    except exceptions.InvalidPathError as error:
+        raise kind(f"{path}: holds a key that is not a name: an empty part, '.' or '..'") from error
+    except ValueError as error:
+        raise kind(f"{path}: is not a name that can be asked of a store") from error
+    except exceptions.BaseError as error:
+        # The first line; what follows is for the library's authors, and a query may hold a signature.
+        text = re.sub(r"\?\S+", "", str(error).partition("\n")[0].partition(": <")[0])
+        if "status code: 404" in text:
+            raise kind(f"{path}: does not exist (or its bucket does not)") from error
+        if _TEMPORARY.search(text):
+            raise TemporaryError(f"{path}: the store cannot serve the request ({text}); try again") from error
+        raise kind(f"{path}: {text}") from error
+
+
+def _exists_already(path: str) -> DestinationError:
+    return DestinationError(f"{path}: exists already; overwrite must be asked for")
+
+
+def _changed(path: str) -> SourceError:
+    return SourceError(f"{path}: changed while it was read; run again when nobody writes to it")
+
+
+def _state(meta: Any) -> State:
+    """An object's size, its time in nanoseconds, and its ETag as a number."""
+    identity = f"{meta['e_tag']} {meta['version']}".encode()
+    number = int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
+    return meta["size"], int(meta["last_modified"].timestamp() * 1e9), number
+
+
+# -- threads for requests
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _threads() -> ThreadPoolExecutor:
+    """The threads of this process that wait for stores."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="streamcrypt-store")
+        return _pool
+
+
+def _after_fork() -> None:
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
