@@ -12,6 +12,7 @@ Words that recur:
     context     encryption context: to encrypt, the pairs to bind; to read, pairs that must be there
     cache       a DataKeyCache to share between calls; None: one for this call; False: none
     frame_size  plaintext bytes of a frame, a number or "1MiB"
+    engine      "local", or "ray": the same tasks on the Ray cluster at ``address`` (engine/remote.py)
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def encrypt(
     frame_size: int | str = DEFAULT_FRAME_LENGTH,
     workers: int | None = None,
     cache: Cache = None,
+    engine: str = "local",
+    address: str | None = None,
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
     overwrite: bool = False,
     resume: bool = False,
@@ -95,7 +98,7 @@ def encrypt(
     gives up durability across a power loss.  Raises StreamcryptError and its family; ValueError or
     TypeError for bad arguments, before anything is touched.
     """
-    calls = _Calls(cache)
+    calls = _Calls(cache, engine, address)
     job = Job(
         "encrypt",
         _source(source),
@@ -132,6 +135,8 @@ def decrypt(
     require_manifest: bool = False,
     workers: int | None = None,
     cache: Cache = None,
+    engine: str = "local",
+    address: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     include: Iterable[str] = (),
@@ -149,7 +154,7 @@ def decrypt(
     added fails; ``require_manifest`` refuses a tree without one.  ``context`` names pairs that must
     stand in every message.  Raises as ``encrypt`` does.
     """
-    calls = _Calls(cache)
+    calls = _Calls(cache, engine, address)
     job = Job(
         "decrypt",
         _source(source),
@@ -185,6 +190,8 @@ def verify(
     require_manifest: bool = True,
     workers: int | None = None,
     cache: Cache = None,
+    engine: str = "local",
+    address: str | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     files: Iterable[str] | None = None,
@@ -197,7 +204,7 @@ def verify(
     ``against``, a plaintext file or folder, every message must equal it byte for byte.  Returns only
     when all holds; raises IntegrityError (or what kept it from looking) otherwise.
     """
-    calls = _Calls(cache)
+    calls = _Calls(cache, engine, address)
     job = Job(
         "verify",
         _source(source),
@@ -233,6 +240,8 @@ def rekey(
     frame_size: int | str = DEFAULT_FRAME_LENGTH,
     workers: int | None = None,
     cache: Cache = None,
+    engine: str = "local",
+    address: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     include: Iterable[str] = (),
@@ -249,7 +258,7 @@ def rekey(
     keys.  ``context`` names pairs that the old messages must hold; the new ones get ``new_context``,
     or those same pairs when it is None.  Raises as ``encrypt`` and ``decrypt`` do.
     """
-    calls = _Calls(cache)
+    calls = _Calls(cache, engine, address)
     job = Job(
         "rekey",
         _source(source),
@@ -419,7 +428,19 @@ def _open_writer(
     assert place.name is not None
     target = place.tree.create(place.name, overwrite=overwrite)
     place.tree.close()
-    return EncryptingFile(target, message, overwrite=overwrite, durable=fsync, name=_name(path))
+    return EncryptingFile(
+        target,
+        message,
+        overwrite=overwrite,
+        durable=fsync,
+        name=_name(path),
+        sync_name=lambda: _sync_root(place),
+    )
+
+
+def _sync_root(place: Place) -> None:
+    with contextlib.closing(place.tree):
+        place.tree.sync_folder("")
 
 
 def encrypt_bytes(
@@ -468,17 +489,27 @@ def decrypt_bytes(
 class _Calls:
     """What one call asks of key services: its cache and its counts."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, engine: str = "local", address: str | None = None) -> None:
+        if engine not in ("local", "ray"):
+            raise ValueError(f"engine {engine!r}: it is 'local' or 'ray'")
+        if address is not None and engine == "local":
+            raise ValueError("address is that of a Ray cluster; it goes with engine='ray'")
+        self._engine = engine
+        self._address = address
+        self._reading: References | None = None
+        self._writing: References | None = None
         self.cache = DataKeyCache() if cache is None else cache or None
         self.stats = KmsStats()
         self._before = self.cache.stats() if self.cache is not None else None
 
     def reading(self, keys: References | None, limit: int | None) -> Materials:
+        self._reading = keys
         return Materials(
             decrypting_keyring(keys, stats=self.stats), cache=self.cache, max_encrypted_data_keys=limit
         )
 
     def writing(self, keys: References, limit: int | None) -> Materials:
+        self._writing = keys
         return Materials(
             encrypting_keyring(keys, stats=self.stats), cache=self.cache, max_encrypted_data_keys=limit
         )
@@ -486,6 +517,10 @@ class _Calls:
     def report(self, job: Job, work: Callable[[Job], Report]) -> Report:
         """Run the job and complete its report; raises the gravest failure."""
         job = _placed(job)
+        if self._engine == "ray" and not job.dry_run:
+            from streamcrypt.engine.remote import Cluster  # start-up: only a cluster needs it
+
+            work = Cluster(self._address, self._reading, self._writing, self.stats).run
         if job.source.is_stream or (job.destination is not None and job.destination.is_stream):
             from streamcrypt.engine import pipes
 

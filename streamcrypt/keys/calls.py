@@ -112,6 +112,15 @@ class KmsStats:
                 self._add_sample(sample)
             self._max = max(self._max, other._max)
 
+    def take(self) -> KmsStats:
+        """What was counted so far; counting then begins again (a worker reports what is new)."""
+        taken = KmsStats()
+        with self._lock:
+            for name, value in self.__dict__.items():
+                if name != "_lock":
+                    taken.__dict__[name], self.__dict__[name] = value, taken.__dict__[name]
+        return taken
+
     def to_json(self) -> dict[str, Any]:
         """The "kms" object of INTERFACE.md, with ``retries`` added."""
         with self._lock:

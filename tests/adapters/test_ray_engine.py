@@ -1,0 +1,205 @@
+"""The engine on a Ray cluster that runs here: same result and manifest as locally, workers killed, keys refused."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import os
+import pickle
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from families.datasets import flip
+
+import streamcrypt as sc
+from streamcrypt.engine import remote
+from streamcrypt.engine.spans import FileTask, Opening, Sealing
+from streamcrypt.keys.materials import Materials
+from streamcrypt.keys.reference import encrypting_keyring
+from streamcrypt.kms import open_service, principals
+from streamcrypt.kms.server import Server
+from streamcrypt.message.suites import UNSIGNED
+from streamcrypt.streams import OutgoingMessage, header_template
+
+ray = pytest.importorskip("ray", reason="RAY IS MISSING: its engine was not tested")
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    # Ray leaves sockets and files to the interpreter's end, and warns of its own future.
+    pytest.mark.filterwarnings(
+        "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+    ),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """A key of a KMS over HTTP, and a cluster of two CPUs whose workers have no other way to it."""
+    home = tmp_path_factory.mktemp("kms")
+    service = open_service(home)
+    service.create_alias(AliasName="alias/ml", TargetKeyId=service.create_key()["KeyMetadata"]["KeyId"])
+    server = Server(service, port=0)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, kwargs={"ready": lambda url: ready.set()})
+    thread.start()
+    assert ready.wait(20)
+    credentials = principals.access_key(service.store, principals.principal_arn(None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STREAMCRYPT_HOME", str(tmp_path_factory.mktemp("empty")))
+        patch.setenv("AWS_ACCESS_KEY_ID", credentials.id)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", credentials.secret)
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
+            configure_logging=False,
+        )  # fmt: skip
+        yield f"local:alias/ml@{server.url}"
+        ray.shutdown()
+    server.stop()
+    thread.join(20)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Files around frames and batches, an empty one and an empty folder among them."""
+    chance = random.Random(1)
+    for number, size in enumerate([0, 1, 4095, 4096, 4097, 100_000, 3_000_000, *[20_000] * 30]):
+        path = tmp_path / "plain" / f"d{number % 3}" / f"f{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(chance.randbytes(size))
+    (tmp_path / "plain" / "empty").mkdir()
+    return tmp_path
+
+
+def same(first, second):
+    compared = filecmp.dircmp(first, second)
+    found = []
+
+    def walk(one):
+        found.extend(one.left_only + one.right_only + one.diff_files + one.funny_files)
+        for below in one.subdirs.values():
+            walk(below)
+
+    walk(compared)
+    return not found
+
+
+def test_the_four_commands_do_what_they_do_locally(tree, keys):
+    options = {"context": {"Project": "a"}, "frame_size": "4KiB", "fsync": False}
+    report = sc.encrypt(tree / "plain", tree / "ray", keys=keys, engine="ray", **options)
+    local = sc.encrypt(tree / "plain", tree / "local", keys=keys, **options)
+    for name in ("files", "bytes_in", "bytes_out", "data_keys", "failed", "skipped"):
+        assert report[name] == local[name], name
+    # The driver makes the data key; each worker that was used unwraps it once.
+    assert report["kms"]["calls"]["GenerateDataKey"] == 1
+    assert 1 <= report["kms"]["calls"]["Decrypt"] <= 2
+
+    # The manifest lists the messages that the workers made: locally verified, against the plaintext.
+    assert sc.verify(tree / "ray", against=tree / "plain", keys=keys)["files"] == report["files"]
+    sc.decrypt(tree / "ray", tree / "back", keys=keys, fsync=False)
+    assert same(tree / "plain", tree / "back")
+
+    assert sc.verify(tree / "local", keys=keys, engine="ray")["files"] == report["files"]
+    sc.decrypt(tree / "local", tree / "back-by-ray", keys=keys, engine="ray", fsync=False)
+    assert same(tree / "plain", tree / "back-by-ray")
+
+    sc.rekey(tree / "local", tree / "new", keys=keys, from_keys=keys, engine="ray", fsync=False)
+    assert sc.verify(tree / "new", against=tree / "plain", keys=keys)["files"] == report["files"]
+    old = sc.inspect(tree / "local" / "d0" / "f6").encrypted_data_keys
+    assert sc.inspect(tree / "new" / "d0" / "f6").encrypted_data_keys[0]["info"] == old[0]["info"]
+    ids = {sc.inspect(path).message_id for path in (tree / "new").rglob("f*")}
+    assert len(ids) == 37
+
+
+def test_a_context_that_is_not_stored(tree, keys):
+    options = {"authenticated_context": {"Tenant": "7"}, "fsync": False}
+    sc.encrypt(tree / "plain" / "d0", tree / "ray", keys=keys, engine="ray", **options)
+    assert "Tenant" not in sc.inspect(tree / "ray" / "f6").encryption_context
+    sc.decrypt(tree / "ray", tree / "back", keys=keys, engine="ray", **options)
+    assert same(tree / "plain" / "d0", tree / "back")
+    with pytest.raises(sc.KeyAccessError):
+        sc.decrypt(tree / "ray", tree / "no", keys=keys, engine="ray", fsync=False)
+
+
+def test_one_file(tree, keys):
+    sc.encrypt(tree / "plain" / "d0" / "f6", tree / "f6.enc", keys=keys, engine="ray")
+    sc.decrypt(tree / "f6.enc", tree / "f6", keys=keys, engine="ray")
+    assert filecmp.cmp(tree / "plain" / "d0" / "f6", tree / "f6", shallow=False)
+
+
+def test_one_damaged_file_fails_and_the_others_do_not(tree, keys):
+    sc.encrypt(tree / "plain", tree / "ray", keys=keys, fsync=False)
+    path = tree / "ray" / "d0" / "f6"
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(sc.IntegrityError, match="f6: frame 2 did not authenticate") as caught:
+        sc.decrypt(tree / "ray", tree / "back", keys=keys, engine="ray", fsync=False)
+    assert caught.value.report["files"] == 36
+    assert not (tree / "back" / "d0" / "f6").exists()
+
+
+def test_keys_that_other_machines_do_not_reach(tree, keys):
+    for reference in ("local:alias/ml", "arn:aws:kms:local:000000000000:key/1", [keys, "local:alias/ml"]):
+        with pytest.raises(ValueError, match="kms serve"):
+            sc.encrypt(tree / "plain", tree / "out", keys=reference, engine="ray")
+    with pytest.raises(ValueError, match="signed"):
+        sc.encrypt(tree / "plain", tree / "out", keys=keys, engine="ray", sign=True)
+    with pytest.raises(ValueError, match="engine"):
+        sc.encrypt(tree / "plain", tree / "out", keys=keys, engine="spark")
+    with pytest.raises(ValueError, match="address"):
+        sc.encrypt(tree / "plain", tree / "out", keys=keys, address="auto")
+    assert not (tree / "out").exists()
+
+
+def workers():
+    """The processes of this test's Ray, known by their home, that do tasks."""
+    ours = f"STREAMCRYPT_HOME={os.environ['STREAMCRYPT_HOME']}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_worker = (folder / "cmdline").read_bytes().startswith(b"ray::work")
+            if is_worker and ours in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def test_killed_workers_lose_nothing(tree, keys):
+    chance = random.Random(2)
+    for number in range(60):
+        (tree / "plain" / f"big{number}").write_bytes(chance.randbytes(2_000_000))
+    killed = []
+
+    def kill_some(progress):
+        if len(killed) < 2 and progress.files > 5 * len(killed):
+            for pid in workers()[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    report = sc.encrypt(
+        tree / "plain", tree / "ray", keys=keys, engine="ray", fsync=False, progress=kill_some
+    )
+    assert killed
+    assert report["files"] == 97
+    assert sc.verify(tree / "ray", against=tree / "plain", keys=keys)["files"] == 97
+    assert not list((tree / "ray").rglob(".streamcrypt-*"))
+
+
+def test_no_key_is_in_what_travels(tree, keys):
+    materials = Materials(encrypting_keyring(keys)).for_encryption(UNSIGNED, {"a": "b"}, 100)
+    message = OutgoingMessage.begin(materials, header_template(materials, 4096), 4096)
+    geometry = message.geometry(100)
+    sealing = Sealing(UNSIGNED.id, message.header, message.message_id, message.content_key, geometry)
+    opening = Opening(message.header, message.message_id, message.content_key, geometry)
+    for task in (
+        FileTask(1, "a", "b", 100, sealing=sealing),
+        FileTask(1, "a", "b", 100, opening, sealing),
+    ):
+        assert message.content_key in pickle.dumps(task)
+        travelling = pickle.dumps(remote._wrapped(task))
+        assert message.content_key not in travelling
+        assert materials.data_key not in travelling
+        assert len(travelling) < 3_000
