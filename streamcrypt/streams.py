@@ -793,13 +793,22 @@ class EncryptingFile(io.BufferedIOBase):
     _target: Target | None = None
 
     def __init__(
-        self, target: Target, message: OutgoingMessage, *, overwrite: bool, durable: bool, name: str = ""
+        self,
+        target: Target,
+        message: OutgoingMessage,
+        *,
+        overwrite: bool,
+        durable: bool,
+        name: str = "",
+        sync_name: Callable[[], None] | None = None,
     ) -> None:
+        """``sync_name`` makes the message's name durable, where the caller does not do that itself."""
         super().__init__()
         self.name = name
         self._target = target
         self._overwrite = overwrite
         self._durable = durable
+        self._sync_name = sync_name
         self._offset = 0
         try:
             self._writer = MessageWriter(message, self._append)
@@ -833,6 +842,8 @@ class EncryptingFile(io.BufferedIOBase):
             if self._durable:
                 self._target.flush()
             self._target.publish(overwrite=self._overwrite)
+            if self._durable and self._sync_name is not None:
+                self._sync_name()
         finally:
             self.discard()
 

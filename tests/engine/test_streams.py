@@ -453,3 +453,18 @@ def test_what_an_encrypting_file_promises():
             assert file.closed
             with pytest.raises(ValueError):
                 file.write(b"x")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_name_is_made_durable_after_it_was_given(durable):
+    target, order = FailingTarget(10**9), []
+    target.flush = lambda: order.append("flush")
+    target.publish = lambda *, overwrite: order.append("publish")
+    EncryptingFile(
+        target,
+        outgoing(UNSIGNED),
+        overwrite=False,
+        durable=durable,
+        sync_name=lambda: order.append("name"),
+    ).close()
+    assert order == (["flush", "publish", "name"] if durable else ["publish"])
