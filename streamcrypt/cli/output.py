@@ -386,23 +386,29 @@ def _failure_object(
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP stop a command as Ctrl-C does; a second one does not stop the cleaning up."""
-    caught: list[signal.Signals] = []
+def signals(*, restore: bool) -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP stop a command as Ctrl-C does.
 
-    def stop(number: int, frame: object) -> NoReturn:
-        for other in caught:
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    A second one does not stop the cleaning up, nor does one that comes after the work; with
+    ``restore`` the handlers of before are put back then, for a caller whose process goes on.
+    """
+    listening = True
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal listening
+        if listening:
+            listening = False
+            raise KeyboardInterrupt
 
     before = {}
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) is not signal.SIG_IGN:  # nohup, or a background job of a script
             with contextlib.suppress(ValueError):  # not the main thread: whoever called keeps their signals
                 before[name] = signal.signal(name, stop)
-                caught.append(name)
     try:
         yield
     finally:
+        listening = False
         for name, handler in before.items():
-            signal.signal(name, handler)
+            # The interpreter, when it ends, gives a signal back its default unless it is ignored.
+            signal.signal(name, handler if restore else signal.SIG_IGN)

@@ -76,7 +76,10 @@ class ThreadPool:
         self._in_flight = 0
         self._threads = [
             threading.Thread(
-                target=self._work, args=(Worker(setup, self._cancelled),), name=f"streamcrypt-{n}"
+                target=self._work,
+                args=(Worker(setup, self._cancelled),),
+                name=f"streamcrypt-{n}",
+                daemon=True,  # an interrupt while they start leaves nobody to stop them
             )
             for n in range(workers)
         ]

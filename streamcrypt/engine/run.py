@@ -154,24 +154,11 @@ class _Run:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self._pool is not None:
-                self._pool.close(cancel=kind is not None)
-            for large in self._large.values():
-                if large.target is not None:
-                    large.target.discard()
-            destination = self.job.destination
-            if destination is not None and not self.job.dry_run:
-                if kind is not None or self._deaths:
-                    # Workers that were killed could not remove theirs.
-                    for folder in self._folders:
-                        destination.tree.remove_leftovers(folder)
-                if kind is None:
-                    self._finish(destination)
-                else:
-                    if self._manifest is not None:
-                        self._manifest.discard()
-                    if self._journal is not None:
-                        self._journal.write()
+            self._end(failed=kind is not None)
+        except BaseException:
+            if kind is None:  # interrupted at the very end, say: then nothing partial may stay either
+                self._end(failed=True)
+            raise
         finally:
             if self._journal is not None:
                 self._journal.close()
@@ -179,6 +166,27 @@ class _Run:
                 if place is not None:
                     place.tree.close()
             self.report.seconds = time.perf_counter() - self._started
+
+    def _end(self, *, failed: bool) -> None:
+        """Stop the workers, drop what is not whole, and finish the folder unless the job failed."""
+        if self._pool is not None:
+            self._pool.close(cancel=failed)
+        for large in self._large.values():
+            if large.target is not None:
+                large.target.discard()
+        destination = self.job.destination
+        if destination is not None and not self.job.dry_run:
+            if failed or self._deaths:
+                # Workers that were killed could not remove theirs.
+                for folder in self._folders:
+                    destination.tree.remove_leftovers(folder)
+            if not failed:
+                self._finish(destination)
+            else:
+                if self._manifest is not None:
+                    self._manifest.discard()
+                if self._journal is not None:
+                    self._journal.write()
 
     def _finish(self, destination: Place) -> None:
         """Names first, manifest last: what was reported as done is durable."""
@@ -582,9 +590,10 @@ class _Run:
                 tree = self.job.destination.tree
                 assert isinstance(tree, LocalTree)  # the others take a file in order
                 target = tree.create(task.target, size=task.target_length, overwrite=self._may_replace)
+            # Known to the job at once: an interrupt from here on finds it and drops it.
+            large = self._large[task.number] = _Large(task, source.state, target)
         finally:
             source.close()
-        large = self._large[task.number] = _Large(task, source.state, target)
         return large
 
     def _take(self, outcome: Outcome) -> None:
