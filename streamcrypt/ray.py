@@ -1,7 +1,8 @@
 """Ray Data over encrypted Parquet, and jobs on a Ray cluster.
 
-    read_parquet     an encrypted dataset as a ray.data.Dataset
-    write_parquet    a ray.data.Dataset to encrypted Parquet files
+    read_parquet                       an encrypted dataset as a ray.data.Dataset
+    write_parquet                      a ray.data.Dataset to encrypted Parquet files
+    encrypt decrypt verify rekey       the commands of the same name with ``engine="ray"``
 
 Files are decrypted and encrypted in Ray's workers, which ask for data keys themselves: one KMS call
 for each distinct data key and worker process.  What Ray pickles holds key references and no key; what
@@ -18,6 +19,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamcrypt import api
+from streamcrypt.engine.job import Report
 from streamcrypt.fs import crypt_filesystem, filesystem
 from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring
 
@@ -65,6 +68,36 @@ def write_parquet(
     encrypting_keyring(references)
     fs, names = _filesystem(path, {**(crypt_options or {}), "keys": references, "context": context})
     dataset.write_parquet(names[0], filesystem=fs, **options)
+
+
+def encrypt(
+    source: api.Path, destination: api.Path, *, keys: Any, address: str | None = None, **options: Any
+) -> Report:
+    """``sc.encrypt`` on the Ray cluster at ``address`` (None: the one that this process is connected to).
+
+        ray.encrypt("/shared/train", "/shared/train.enc", keys="local:alias/ml@http://10.0.0.1:8400")
+
+    Source and destination are folders that every node sees under that name.  Tasks carry wrapped keys
+    alone; every node needs the right to use the key.
+    """
+    return api.encrypt(source, destination, keys=keys, engine="ray", address=address, **options)
+
+
+def decrypt(source: api.Path, destination: api.Path, *, address: str | None = None, **options: Any) -> Report:
+    """``sc.decrypt`` on a Ray cluster; as ``encrypt``."""
+    return api.decrypt(source, destination, engine="ray", address=address, **options)
+
+
+def verify(source: api.Path, *, address: str | None = None, **options: Any) -> Report:
+    """``sc.verify`` on a Ray cluster; as ``encrypt``."""
+    return api.verify(source, engine="ray", address=address, **options)
+
+
+def rekey(
+    source: api.Path, destination: api.Path, *, keys: Any, address: str | None = None, **options: Any
+) -> Report:
+    """``sc.rekey`` on a Ray cluster; as ``encrypt``."""
+    return api.rekey(source, destination, keys=keys, engine="ray", address=address, **options)
 
 
 def _filesystem(paths: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]:
