@@ -8,6 +8,7 @@ TargetFile          writes what encrypts itself, as it is
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -69,6 +70,10 @@ class CryptFile(io.BufferedIOBase):
         self.size = message.size
         self.header = message.header
         self._message = message
+        self._lock = threading.Lock()
+        self._position = 0
+        self._seeks = threading.local()
+        self._turn = 0
 
     @property
     def name(self) -> str:
@@ -91,31 +96,64 @@ class CryptFile(io.BufferedIOBase):
     def seekable(self) -> bool:
         return True
 
+    # Some readers (DuckDB) share one file among threads, each of which seeks and then reads.  So a
+    # thread reads where it has itself sought to, if no other thread has taken up the position since.
+
     def tell(self) -> int:
-        return self._message.tell()
+        self._check_open()
+        with self._lock:
+            sought = self._sought()
+            return self._position if sought is None else sought
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._message.seek(offset, whence)
+        self._check_open()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.size}.get(whence)
+        if base is None:
+            raise ValueError(f"invalid whence {whence}")
+        if base + offset < 0:
+            raise ValueError("negative seek position")
+        with self._lock:
+            self._position = base + offset
+            self._seeks.mine = self._turn, self._position
+        return base + offset
+
+    def _sought(self) -> int | None:
+        """Where this thread has sought to, if that still holds.  Needs the lock."""
+        turn, position = getattr(self._seeks, "mine", (-1, 0))
+        return position if turn == self._turn else None
+
+    def _take(self, size: int | None) -> tuple[int, int]:
+        """The place and length of the next read; moves the position behind it."""
+        self._check_open()
+        with self._lock:
+            offset = self._sought()
+            self._seeks.mine = -1, 0
+            if offset is None:
+                offset = self._position
+                self._turn += 1  # the position went from one thread to another: what they sought is over
+            left = max(0, self.size - offset)
+            length = left if size is None or size < 0 else min(size, left)
+            self._position = offset + length
+            return offset, length
 
     def read(self, size: int | None = -1, /) -> bytes:
-        length = self._available(size)
-        if length < PARALLEL_LENGTH:
-            return self._message.read(length)
-        data = self.read_at(self._message.tell(), length)
-        self._message.seek(length, io.SEEK_CUR)
-        return data
+        return self.read_at(*self._take(size))
 
     def read1(self, size: int = -1, /) -> bytes:
         return self.read(size if size >= 0 else io.DEFAULT_BUFFER_SIZE)
 
     def peek(self, size: int = 0, /) -> bytes:
-        return self._message.peek(size)
+        return self.read_at(self.tell(), max(size, io.DEFAULT_BUFFER_SIZE))
 
     def readinto(self, buffer: Any, /) -> int:
-        return self._message.readinto(buffer)
+        with memoryview(buffer) as view, view.cast("B") as octets:
+            offset, length = self._take(len(octets))
+            with self._lock:  # the message has one position of its own
+                self._message.seek(offset)
+                return self._message.readinto(octets[:length])
 
     def readinto1(self, buffer: Any, /) -> int:
-        return self._message.readinto(buffer)
+        return self.readinto(buffer)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
@@ -130,10 +168,7 @@ class CryptFile(io.BufferedIOBase):
 
     def read_buffer(self, size: int | None = -1, /) -> Any:
         """The next ``size`` bytes as a ``pyarrow.Buffer``, opened in place: pyarrow asks for this."""
-        offset = self._message.tell()
-        buffer = self.buffer_at(offset, self._available(size))
-        self._message.seek(offset + buffer.size)
-        return buffer
+        return self.buffer_at(*self._take(size))
 
     def buffer_at(self, offset: int, length: int) -> Any:
         """``length`` bytes from ``offset`` on as a ``pyarrow.Buffer``; nothing is copied."""
@@ -156,11 +191,11 @@ class CryptFile(io.BufferedIOBase):
         return f"<CryptFile {self.path!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.fs, self.path, self._message.tell())
+        return _reopen, (self.fs, self.path, self.tell())
 
-    def _available(self, size: int | None) -> int:
-        left = max(0, self.size - self._message.tell())
-        return left if size is None or size < 0 else min(size, left)
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
 
 
 def _reopen(fs: CryptFileSystem, path: str, position: int) -> CryptFile:

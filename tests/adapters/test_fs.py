@@ -286,6 +286,44 @@ def test_read_buffer_is_filled_in_threads(fs: CryptFileSystem, tmp_path: Path) -
             assert buffer.to_pybytes() == data[offset : offset + length]
 
 
+def test_threads_that_seek_and_read_share_one_file(fs: CryptFileSystem, tmp_path: Path) -> None:
+    """As DuckDB does: each thread reads where it has sought to itself."""
+    data = bytes_of(200 * F)
+    fs.pipe_file(f"{tmp_path}/a", data)
+
+    def work(seed: int) -> bool:
+        rng = random.Random(seed)
+        for _ in range(300):
+            offset, length = rng.randrange(len(data)), rng.randrange(3 * F)
+            file.seek(offset)
+            if rng.random() < 0.5:
+                got = file.read(length)
+            else:
+                room = bytearray(length)
+                got = bytes(room[: file.readinto(room)])
+            if got != data[offset : offset + length]:
+                return False
+        return True
+
+    with fs.open(f"{tmp_path}/a") as file, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_a_position_goes_from_thread_to_thread(fs: CryptFileSystem, tmp_path: Path) -> None:
+    """As readers with executors do: one file, read on by whichever thread comes next."""
+    data = bytes_of(20 * F)
+    fs.pipe_file(f"{tmp_path}/a", data)
+    with fs.open(f"{tmp_path}/a") as file, ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        file.seek(7)
+        assert one.submit(file.read, 10).result() == data[7:17]
+        assert file.read(10) == data[17:27]
+        assert two.submit(file.seek, 100).result() == 100
+        assert file.tell() == 100
+        assert one.submit(file.read, 10).result() == data[100:110]
+        assert two.submit(file.read, 10).result() == data[110:120]
+        assert file.read(5) == data[120:125]
+
+
 # -- writing
 
 
