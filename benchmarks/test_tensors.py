@@ -123,24 +123,31 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 
 def medians(variants: dict[str, Callable[[], Any]], size: int) -> dict[str, float]:
-    """GB/s of each, of the median time, taken in turns after one round of warming up."""
+    """GB/s of each, of the median time, taken in turns after one round of warming up.
+
+    CPU seconds per GB, threads and finished workers included, are printed beside it: on a machine that
+    others use too they say more than the time that passed.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
+    processor: dict[str, list[float]] = {name: [] for name in variants}
     chance = random.Random(1)
     for number in range(ROUNDS + 1):
         order = list(variants)
         chance.shuffle(order)
         for name in order:
             gc.collect()
-            start = time.perf_counter()
+            before, start = sum(os.times()[:4]), time.perf_counter()
             result = variants[name]()
-            seconds = time.perf_counter() - start
+            seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - before
             del result
             if number:
                 times[name].append(seconds)
+                processor[name].append(used)
     rates = {name: size / statistics.median(taken) / 1e9 for name, taken in times.items()}
     for name, taken in times.items():
         low, high = size / max(taken) / 1e9, size / min(taken) / 1e9
-        print(f"\n{name:24} {rates[name]:6.2f} GB/s  ({low:.2f} to {high:.2f})", end="")
+        cpu = statistics.median(processor[name]) / size * 1e9
+        print(f"\n{name:24} {rates[name]:8.3f} GB/s ({low:.3f} to {high:.3f})  CPU {cpu:6.2f} s/GB", end="")
     return rates
 
 
