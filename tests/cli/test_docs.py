@@ -83,7 +83,8 @@ def test_the_two_commands_that_set_everything_up() -> None:
         in readme
     )
     assert (
-        "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dev]' && .venv/bin/python -m pytest\n"
+        "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dev]' "
+        "&& .venv/bin/python -m pytest -n 2 --dist loadfile\n"
         in readme
     )
 
