@@ -43,7 +43,7 @@ from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.reference import References, encrypting_keyring
 from streamcrypt.message.suites import UNSIGNED
-from streamcrypt.storage import LocalTree, Target
+from streamcrypt.storage import STORE_SCHEMES, LocalTree, Target
 from streamcrypt.streams import (
     BATCH_LENGTH,
     DEFAULT_FRAME_LENGTH,
@@ -446,7 +446,7 @@ def _memory(length: int) -> Array:
 def _open_message(
     filename: Path | Any, stack: contextlib.ExitStack, options: dict[str, Any]
 ) -> DecryptingFile:
-    if isinstance(filename, str) and _is_url(filename):
+    if isinstance(filename, str) and _is_url(filename) and not filename.startswith(STORE_SCHEMES):
         try:
             import fsspec
         except ImportError as error:
@@ -895,13 +895,16 @@ def _write(
 ) -> str:
     """Write the pieces, one after the other, as the plaintext of a message; returns its id."""
     count = _thread_count(threads)
-    if sign:
+    is_url = isinstance(filename, str) and _is_url(filename)
+    if is_url and not str(filename).startswith(STORE_SCHEMES):
+        raise ValueError(f"{filename}: written are paths and {', '.join(STORE_SCHEMES)} URLs")
+    if sign or is_url:  # a store takes a file in order too
         with api.open(
             filename,
             "wb",
             keys=keys,
             context=context,
-            sign=True,
+            sign=sign,
             frame_size=frame_size,
             cache=cache,
             fsync=fsync,

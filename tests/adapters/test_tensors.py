@@ -187,6 +187,19 @@ def test_signed_files_and_an_object_of_the_caller(tmp_path, keys):
         assert not file.closed
 
 
+def test_urls(tmp_path, keys):
+    fsspec = pytest.importorskip("fsspec", reason="FSSPEC IS MISSING: tensors by URL were not tested")
+    source = {"x": np.arange(100_000).reshape(100, 1_000)}
+    tensors.save_file(source, tmp_path / "a", keys=keys, frame_size=F)
+    fsspec.filesystem("memory").pipe_file("/tensors/a", (tmp_path / "a").read_bytes())
+    for url in ("memory://tensors/a", "crypt::memory://tensors/a", f"file://{tmp_path}/a"):
+        assert same(tensors.load_file(url, framework="np", keys=keys)["x"], source["x"])
+        with tensors.safe_open(url, "np", keys=keys) as file:
+            assert same(file.get_slice("x")[7:9, 3], source["x"][7:9, 3])
+    with pytest.raises(ValueError, match="memory://tensors/b: written are"):
+        tensors.save_file(source, "memory://tensors/b", keys=keys)
+
+
 def test_options_that_make_no_sense(tmp_path, keys):
     tensors.save_file({"x": np.arange(3)}, tmp_path / "a", keys=keys)
     for options, error in [
