@@ -241,6 +241,8 @@ def row_random(rounds: int) -> None:
 def row_startup(rounds: int) -> None:
     with workspace() as folder:
         environment = {**os.environ, "STREAMCRYPT_HOME": str(folder / "home")}
+        # An installed package has its bytecode; a checkout gets it by the first run, unless this is set.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         (folder / "in").write_bytes(bytes(1024))
 
         def run(*arguments: str) -> None:

@@ -469,7 +469,7 @@ class LocalTarget(LocalPart):
             os.close(descriptor)
         try:
             if size is not None and size > CLAIMED_LENGTH:
-                os.ftruncate(descriptor, size)
+                _claim(descriptor, size)
             return cls(descriptor, path, parent, base, temporary)
         except OSError:
             os.unlink(temporary, dir_fd=parent)
@@ -553,6 +553,29 @@ class FileObjectSource:
 
     def close(self) -> None:
         pass
+
+
+def _claim(descriptor: int, size: int) -> None:
+    """Give a new file its size, and its room on the disk where the file system can: a full disk says so now.
+
+    Writing into room that is claimed costs a third less (benchmarks/README.md, "claimed room").  The
+    system call itself: ``os.posix_fallocate`` would write to every block where there is no such call.
+    """
+    import ctypes
+
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    except AttributeError:  # not Linux
+        os.ftruncate(descriptor, size)
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while fallocate(descriptor, 0, 0, size):
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            os.ftruncate(descriptor, size)
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def _exists(base: str, parent: int) -> bool:

@@ -328,6 +328,8 @@ class _Run:
             else:
                 body = read_bytes(source, header.length, UNFRAMED_PREFIX)
                 length = unframed_length(body) if len(body) == UNFRAMED_PREFIX else 0
+                if length > source.size:  # nothing is claimed for a length that cannot be true
+                    raise IntegrityError("the body is cut short: the message is truncated")
         except StreamcryptError as error:
             self._fail(number, entry.name, located(error, self._path(entry.name)))
             return None
