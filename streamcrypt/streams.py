@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamcrypt.errors import (
     ContextMismatchError,
@@ -70,8 +70,7 @@ _FIRST_READ: Final = 4096
 # Writing
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class OutgoingMessage:
+class OutgoingMessage(NamedTuple):
     """A message that has been begun: its id is drawn, its keys derived, its header sealed."""
 
     header: bytes
@@ -81,6 +80,9 @@ class OutgoingMessage:
     frame_length: int
     signing_key: ec.EllipticCurvePrivateKey | None
     materials: EncryptionMaterials
+
+    def __repr__(self) -> str:
+        return f"<OutgoingMessage {self.message_id.hex()}>"
 
     @classmethod
     def begin(

@@ -12,9 +12,8 @@ content key of its own: that is what makes frame numbers safe as IVs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from hmac import compare_digest
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
@@ -26,12 +25,14 @@ _CONTENT_LABEL: Final = b"DERIVEKEY"
 _COMMITMENT_LABEL: Final = b"COMMITKEY"
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class DerivedKeys:
+class DerivedKeys(NamedTuple):
     """The content key, and for committing suites the commitment (empty for the others)."""
 
     content_key: bytes
     commitment: bytes
+
+    def __repr__(self) -> str:
+        return "<DerivedKeys>"
 
 
 def derive_keys(suite: AlgorithmSuite, data_key: bytes, message_id: bytes) -> DerivedKeys:
