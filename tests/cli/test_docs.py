@@ -84,8 +84,7 @@ def test_the_two_commands_that_set_everything_up() -> None:
     )
     assert (
         "python3 -m venv .venv && .venv/bin/pip install -e '.[test,dev]' "
-        "&& .venv/bin/python -m pytest -n 2 --dist loadfile\n"
-        in readme
+        "&& .venv/bin/python -m pytest -n 2 --dist loadfile\n" in readme
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -35,7 +36,7 @@ class KeyringTests:
     """Inherit, and give the fixtures ``encrypting`` and ``decrypting``: keyrings of one key."""
 
     #: The suites that the keyring serves; KMS RSA refuses signed ones.
-    suites: list[AlgorithmSuite] = list(SUITES.values())
+    suites: Sequence[AlgorithmSuite] = tuple(SUITES.values())
     binds_context = True
     #: Wrong wrapped keys yield a random data key instead of an error (PKCS#1 v1.5).
     fails_silently = False
