@@ -29,6 +29,9 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from streamcrypt.torch import ParquetDataset  # noqa: E402
 
+# torch's iterator complains from its destructor when a worker of it ended with an error, as some here do.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ROWS = 10_000
 CONTEXT = {"Project": "CustomerChurn"}
 METHODS = ["fork", "forkserver", "spawn"]

@@ -264,7 +264,8 @@ def test_an_interrupt_leaves_nothing_partial(folder: Path, command: str, number:
         [COMMAND, command, "-", "out", *keys],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        # A test run under nohup, or in the background of a shell, hands down signals that are ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
         assert process.stdin is not None
         assert process.stderr is not None

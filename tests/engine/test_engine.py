@@ -416,13 +416,20 @@ def test_twenty_kills_of_the_parent(heavy, tmp_path):
     complete = tmp_path / "complete"
     sc.encrypt(root, complete, keys=KEYS, fsync=False, **MANY_FRAMES)
     killed = 0
+    # As long as the job takes here, so that most kills hit it while it runs.
+    process = run_cli("encrypt", root, target, "overwrite", stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    started = time.monotonic()
+    assert process.stdout.readline() == "done\n"
+    duration = time.monotonic() - started
+    process.communicate()
     for trial in range(20):
         operation, source, destination = (
             ("encrypt", root, target) if trial % 2 else ("decrypt", complete, plain)
         )
         process = run_cli(operation, source, destination, "overwrite", stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "started\n"
-        time.sleep(rng.uniform(0.0, 1.2))
+        time.sleep(rng.uniform(0.0, duration))
         children = child_processes(process.pid)
         process.kill()
         process.wait()
