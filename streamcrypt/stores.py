@@ -107,6 +107,7 @@ class StoreTree:
         self.root = f"{scheme}://{name}" + (f"/{self._prefix}" if self._prefix else "")
         self._bucket = bucket or _Bucket(scheme, name)
         self._swept = False
+        self.held_entries = HELD_ENTRIES
 
     def __repr__(self) -> str:
         return f"StoreTree({self.root!r})"
@@ -165,13 +166,13 @@ class StoreTree:
         all; if so, it is listed first.  Memory is bounded either way.
         """
         held: list[tuple[list[str], Entry]] = []
-        absent: set[str] = set()
+        settled: set[str] = set()  # there is no such folder, or it was listed
         taken: list[str] = []
 
         def waits_for(name: str) -> Iterator[str]:
             for match in _BELOW_SLASH.finditer(name, len(folder)):
                 before = name[: match.start()]
-                if before and not before.endswith("/") and before not in absent:
+                if before and not before.endswith("/") and before not in settled:
                     yield before
 
         def is_ready(name: str, listed: str) -> bool:
@@ -182,7 +183,7 @@ class StoreTree:
             if any(entry.name.startswith(done) for done in taken):
                 continue
             heapq.heappush(held, (sort_key(entry.name), entry))
-            while held and (len(held) > HELD_ENTRIES or is_ready(held[0][1].name, entry.name)):
+            while held and (len(held) > self.held_entries or is_ready(held[0][1].name, entry.name)):
                 first = heapq.heappop(held)[1]
                 for before in list(waits_for(first.name)):
                     inner = before + "/"
@@ -190,11 +191,10 @@ class StoreTree:
                         continue
                     # The listing has not come to it: within it, its own entries would be the first.
                     assert entry.name < inner
-                    if next(self._listing(inner, chunk=1), None) is None:
-                        absent.add(before)
-                    else:
+                    if next(self._listing(inner, chunk=1), None) is not None:
                         yield from self._in_our_order(inner)
                         taken.append(inner)
+                    settled.add(before)
                 yield first
         while held:
             yield heapq.heappop(held)[1]

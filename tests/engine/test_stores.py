@@ -1,0 +1,604 @@
+"""Object stores: every command there and back, and what must hold when a request or a process fails.
+
+The store is moto's S3 server over HTTP, behind a proxy of ours that counts requests and makes some
+of them fail.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+import streamcrypt as sc
+from streamcrypt.storage import sort_key
+
+pytest.importorskip("obstore", reason="OBJECT STORES ARE NOT TESTED: obstore is missing (extra: stores)")
+moto_server = pytest.importorskip("moto.server", reason="OBJECT STORES ARE NOT TESTED: moto is missing")
+
+from streamcrypt import stores  # noqa: E402
+
+MiB = 2**20
+BIG = 17 * MiB + 5  # three parts
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to the store.  ``fault`` may answer one with a status, or lose its answer."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behind = behind
+        self.requests: list[tuple[str, str, str]] = []
+        self.headers: list[dict[str, str]] = []
+        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that was killed
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _pass_on(self) -> None:
+        body = self._body()
+        self.server.requests.append((self.command, self.path, self.headers.get("Range", "")))
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        fault = self.server.fault(self.command, self.path)
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
+        try:
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            data = answer.read()
+        finally:
+            connection.close()
+        if fault == "lost":
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "content-length", "server", "date"):
+                self.send_header(name, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            pass  # BaseHTTPRequestHandler has answered it
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Proxy]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    proxy = Proxy(moto.get_host_and_port()[1])
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    yield proxy
+    proxy.shutdown()
+    proxy.server_close()
+    thread.join()
+    moto.stop()
+
+
+class Bucket:
+    """A bucket of one test, looked at with boto3."""
+
+    def __init__(self, client: Any, proxy: Proxy, name: str) -> None:
+        self.client, self.proxy, self.name = client, proxy, name
+        self.url = f"s3://{name}"
+        client.create_bucket(Bucket=name)
+
+    def names(self) -> list[str]:
+        found = self.client.list_objects_v2(Bucket=self.name).get("Contents", [])
+        return [item["Key"] for item in found]
+
+    def uploads(self) -> list[str]:
+        found = self.client.list_multipart_uploads(Bucket=self.name).get("Uploads") or []
+        return [item["Key"] for item in found]
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=self.name, Key=key)["Body"].read())
+
+    def put(self, key: str, data: bytes = b"somebody else's") -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
+
+
+@pytest.fixture(scope="module")
+def client(server: Proxy) -> Any:
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{server.behind}",
+        region_name="us-east-1",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    )
+
+
+_names = iter(range(10**6))
+
+
+@pytest.fixture
+def bucket(server: Proxy, client: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "1")
+    server.fault = lambda method, path: None
+    server.requests.clear()
+    server.headers.clear()
+    return Bucket(client, server, f"bucket-{next(_names)}")
+
+
+@pytest.fixture
+def key(home: Path) -> str:
+    kms = sc.kms_client("local")
+    return "local:" + str(kms.create_key()["KeyMetadata"]["KeyId"])
+
+
+def a_tree(folder: Path) -> Path:
+    contents = {
+        "a-b": 10,
+        "a/deep/x": 70_000,
+        "a/deep/y z.bin": 1,
+        "a.b": 3,
+        "empty": 0,
+        "one part": 8 * MiB,
+        "big": BIG,
+    }
+    for name, size in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(random.Random(name).randbytes(size))
+    (folder / "nothing in it").mkdir()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def run(command: list[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, *command], input=data, capture_output=True, timeout=60)
+
+
+# -- there and back
+
+
+def test_a_tree_goes_to_a_store_within_it_and_back(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    source = a_tree(tmp_path / "source")
+    report = sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    assert (report.files, report["kms"]["calls"]) == (7, {"GenerateDataKey": 1})
+    assert "enc/_streamcrypt/manifest" in bucket.names()
+    assert bucket.uploads() == []
+    assert sc.verify(f"{bucket.url}/enc", against=source).files == 7
+    assert sc.rekey(f"{bucket.url}/enc/", f"{bucket.url}/again", keys=key).files == 7
+    assert sc.decrypt(f"{bucket.url}/again", tmp_path / "out").files == 7
+    assert contents(tmp_path / "out") == contents(source)
+    # A store has no empty folders: what is decrypted into it loses them.
+    assert sc.decrypt(f"{bucket.url}/enc", f"{bucket.url}/plain").files == 7
+    assert bucket.get("plain/big") == (source / "big").read_bytes()
+    assert sc.encrypt(f"{bucket.url}/plain", tmp_path / "enc", keys=key).files == 7
+    assert not [name for name in bucket.names() if "uploads" in name]
+
+
+def test_a_tree_in_a_store_is_held_against_its_manifest(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        (source / name).write_text(name)
+    sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    a, b = bucket.get("enc/a"), bucket.get("enc/b")
+    bucket.put("enc/a", b)
+    with pytest.raises(sc.IntegrityError, match="swapped"):
+        sc.verify(f"{bucket.url}/enc")
+    bucket.put("enc/a", a)
+    bucket.put("enc/a0", a)
+    with pytest.raises(sc.IntegrityError, match="added"):
+        sc.verify(f"{bucket.url}/enc")
+    bucket.client.delete_object(Bucket=bucket.name, Key="enc/a0")
+    bucket.client.delete_object(Bucket=bucket.name, Key="enc/c")
+    with pytest.raises(sc.IntegrityError, match="missing"):
+        sc.verify(f"{bucket.url}/enc")
+
+
+@pytest.mark.parametrize("size", [0, 1, stores.FIRST_READ, 3 * MiB, BIG])
+@pytest.mark.parametrize("sign", [False, True])
+def test_one_message(bucket: Bucket, key: str, size: int, sign: bool) -> None:
+    data = random.Random(size).randbytes(size)
+    with sc.open(f"{bucket.url}/m", "wb", keys=key, sign=sign) as file:
+        file.write(data)
+        assert "m" not in bucket.names()
+    with sc.open(f"{bucket.url}/m", require_signed=sign) as read:
+        assert read.read() == data
+        assert read.read_at(size // 2, 10) == data[size // 2 : size // 2 + 10]
+    assert sc.inspect(f"{bucket.url}/m").plaintext_size == size
+    assert sc.decrypt_bytes(bucket.get("m")) == data
+
+
+def test_streams(bucket: Bucket, key: str) -> None:
+    data = random.Random(1).randbytes(BIG)
+    made = run(["-m", "streamcrypt", "encrypt", "-", f"{bucket.url}/m", "--key", key], data)
+    assert (made.returncode, made.stdout) == (0, b"")
+    assert run(["-m", "streamcrypt", "decrypt", f"{bucket.url}/m", "-"]).stdout == data
+    assert bucket.uploads() == []
+
+
+def test_file_that_is_discarded_leaves_nothing(bucket: Bucket, key: str) -> None:
+    file = sc.open(f"{bucket.url}/m", "wb", keys=key)
+    file.write(bytes(BIG))
+    assert bucket.uploads() == ["m"]
+    file.discard()
+    assert (bucket.names(), bucket.uploads()) == ([], [])
+
+
+# -- nothing is overwritten by accident
+
+
+@pytest.mark.parametrize("size", [10, BIG])
+def test_what_is_there_stays(bucket: Bucket, key: str, tmp_path: Path, size: int) -> None:
+    (tmp_path / "f").write_bytes(bytes(size))
+    bucket.put("m")
+    with pytest.raises(sc.StreamcryptError, match="exists already"):
+        sc.encrypt(tmp_path / "f", f"{bucket.url}/m", keys=key)
+    assert (bucket.get("m"), bucket.uploads()) == (b"somebody else's", [])
+    sc.encrypt(tmp_path / "f", f"{bucket.url}/m", keys=key, overwrite=True)
+    assert len(sc.decrypt_bytes(bucket.get("m"))) == size
+
+
+@pytest.mark.parametrize("size", [10, BIG])
+def test_what_appears_meanwhile_stays(bucket: Bucket, size: int) -> None:
+    target = stores.StoreTree(bucket.url).create("m", size=size)
+    target.write_at(0, bytes(size))
+    bucket.put("m")
+    with pytest.raises(sc.StreamcryptError, match="exists already"):
+        target.publish(overwrite=False)
+    target.discard()
+    assert (bucket.get("m"), bucket.uploads(), bucket.names()) == (b"somebody else's", [], ["m"])
+
+
+# -- requests that fail
+
+
+def once(method: str, part_of_path: str, fault: int | str) -> Callable[[str, str], int | str | None]:
+    left = [fault]
+
+    def decide(had_method: str, path: str) -> int | str | None:
+        return left.pop() if left and had_method == method and part_of_path in path else None
+
+    return decide
+
+
+FAULTS = {
+    "start of the upload": ("POST", "uploads"),
+    "a part": ("PUT", "partNumber=2"),
+    "completion": ("POST", "uploadId="),
+    "record": ("PUT", "_streamcrypt/uploads/"),
+    "read": ("GET", "/plain"),
+}
+
+
+@pytest.mark.parametrize("fault", [503, "lost"])
+@pytest.mark.parametrize("request_", FAULTS.values(), ids=FAULTS)
+def test_a_request_that_fails_once_is_made_again(
+    bucket: Bucket, key: str, request_: tuple[str, str], fault: int | str
+) -> None:
+    data = random.Random(2).randbytes(BIG)
+    bucket.put("plain", data)
+    bucket.proxy.fault = once(*request_, fault)
+    sc.encrypt(f"{bucket.url}/plain", f"{bucket.url}/m", keys=key)
+    assert sc.decrypt_bytes(bucket.get("m")) == data
+    if request_ != FAULTS["start of the upload"]:  # whose answer was lost: nobody knows its id
+        assert bucket.uploads() == []
+    assert bucket.names() == ["m", "plain"]
+
+
+def test_a_put_whose_answer_is_lost_is_recognised(bucket: Bucket, key: str) -> None:
+    bucket.proxy.fault = once("PUT", "/m", "lost")
+    with sc.open(f"{bucket.url}/m", "xb", keys=key) as file:
+        file.write(b"small")
+    assert sc.decrypt_bytes(bucket.get("m")) == b"small"
+
+
+@pytest.mark.parametrize("request_", [FAULTS["a part"], FAULTS["completion"]], ids=["part", "completion"])
+def test_an_upload_that_keeps_failing_is_aborted(
+    bucket: Bucket, key: str, tmp_path: Path, request_: tuple[str, str]
+) -> None:
+    method, part_of_path = request_
+    (tmp_path / "f").write_bytes(bytes(BIG))
+    bucket.proxy.fault = lambda had, path: 503 if had == method and part_of_path in path else None
+    with pytest.raises(sc.StreamcryptError, match="try again") as caught:
+        sc.encrypt(tmp_path / "f", f"{bucket.url}/m", keys=key)
+    assert type(caught.value).__name__ == "TemporaryError"
+    assert (bucket.names(), bucket.uploads()) == ([], [])
+
+
+def test_an_abort_that_fails_is_made_good_by_the_next_job(
+    bucket: Bucket, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = stores.StoreTree(bucket.url).create("m", size=BIG)
+    target.write_at(0, bytes(9 * MiB))
+    bucket.proxy.fault = lambda method, path: 403 if method == "DELETE" else None
+    target.discard()
+    assert len(bucket.uploads()) == 1
+    (record,) = bucket.names()
+    bucket.put(
+        record, bucket.get(record).replace(str(os.getpid()).encode(), b"4194999")
+    )  # of another process
+    bucket.proxy.fault = lambda method, path: None
+    with sc.open(f"{bucket.url}/n", "wb", keys=key) as file:
+        file.write(b"x")
+    (tmp_path / "f").write_bytes(b"x")
+    sc.encrypt(tmp_path / "f", f"{bucket.url}/o", keys=key)
+    assert (bucket.uploads(), bucket.names()) == ([], ["n", "o"])
+
+
+KILLED = """
+import os, signal, sys
+import streamcrypt as sc
+file = sc.open(sys.argv[1], "wb", keys=sys.argv[2])
+file.write(bytes(17 * 2**20))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_uploads_of_a_killed_process_are_aborted_by_the_next_job(
+    bucket: Bucket, key: str, tmp_path: Path
+) -> None:
+    assert run(["-c", KILLED, f"{bucket.url}/m", key]).returncode == -signal.SIGKILL
+    assert bucket.uploads() == ["m"]
+    bucket.client.create_multipart_upload(Bucket=bucket.name, Key="not ours")
+    (tmp_path / "f").write_bytes(b"x")
+    with sc.open(f"{bucket.url}/running", "wb", keys=key) as running:
+        running.write(bytes(BIG))
+        sc.encrypt(tmp_path / "f", f"{bucket.url}/m", keys=key)
+        assert sorted(bucket.uploads()) == ["not ours", "running"]
+    assert bucket.uploads() == ["not ours"]
+    assert bucket.names() == ["m", "running"]
+
+
+def test_an_object_that_changes_while_it_is_read(bucket: Bucket) -> None:
+    bucket.put("f", bytes(3 * MiB))
+    source = stores.StoreTree(bucket.url).open("f")
+    bucket.put("f", bytes(3 * MiB - 1) + b"x")
+    with pytest.raises(sc.StreamcryptError, match="changed while it was read"):
+        source.read_at(2 * MiB, memoryview(bytearray(10)))
+    source.close()
+
+
+# -- listings
+
+
+def test_walk_in_our_order_over_many_pages(bucket: Bucket) -> None:
+    from moto.s3.models import s3_backends
+
+    rng = random.Random(7)
+    parts = ["a", "a-b", "a.b", "a b", "ab", "é", "a!", "x0", "part-1", "part-2.bin", "part", "-", "0"]
+    names = {"/".join(rng.choices(parts, k=rng.randint(1, 4))) for _ in range(800)}
+    folders = {name[:end] for name in names for end in range(len(name)) if name[end] == "/"}
+    names -= folders
+    names |= {f"data-set/part-{number:05}.parquet" for number in range(800)}
+    assert len(names) > 1000  # more than one page of a listing
+    backend = s3_backends["123456789012"]["aws"]
+    for name in names:
+        backend.put_object(bucket.name, f"root/{name}", b"x")
+    backend.put_object(bucket.name, "root/marker/", b"")
+    backend.put_object(bucket.name, "root/data-set/", b"")
+    backend.put_object(bucket.name, "rootless", b"")
+    expected = sorted([*names, "marker"], key=sort_key)
+    for held in (stores.HELD_ENTRIES, 100, 10):
+        tree = stores.StoreTree(f"{bucket.url}/root")
+        tree.held_entries = held
+        entries = list(tree.walk())
+        assert [entry.name for entry in entries] == expected
+        assert [entry.name for entry in entries if entry.folder] == ["marker"]
+
+
+# -- what it costs
+
+
+def test_a_range_takes_the_frames_that_it_covers(bucket: Bucket, key: str) -> None:
+    data = random.Random(3).randbytes(BIG)
+    with sc.open(f"{bucket.url}/m", "wb", keys=key, frame_size="64KiB") as file:
+        file.write(data)
+    bucket.proxy.requests.clear()
+    with sc.open(f"{bucket.url}/m") as read:
+        assert read.read_at(9 * MiB + 5, 100) == data[9 * MiB + 5 :][:100]
+    lengths = []
+    for method, path, asked in bucket.proxy.requests:
+        assert (method, urlsplit(path).path) == ("GET", f"/{bucket.name}/m")
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        lengths.append(int(last) - int(first) + 1)
+    assert lengths[0] == stores.FIRST_READ  # the header, with the object's size and state
+    assert len(lengths) == 3  # and the final frame, and the frame that was asked for
+    assert lengths[2] == 64 * 2**10 + 32
+
+
+def test_reading_on_takes_few_requests(bucket: Bucket, tmp_path: Path, key: str) -> None:
+    bucket.put("f", bytes(64 * MiB))
+    bucket.proxy.requests.clear()
+    sc.encrypt(f"{bucket.url}/f", tmp_path / "m", keys=key)
+    reads = [request for request in bucket.proxy.requests if request[0] == "GET"]
+    assert len(reads) < 16  # of 1 MiB and more: 64 without reading ahead
+
+
+MEMORY = """
+import re, sys
+import streamcrypt as sc
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+chunk = bytes(2**20)
+with sc.open(sys.argv[1] + "-small", "wb", keys=sys.argv[2]) as file:
+    for _ in range(9):
+        file.write(chunk)
+before = peak()
+with sc.open(sys.argv[1], "wb", keys=sys.argv[2]) as file:
+    for _ in range(96):
+        file.write(chunk)
+with sc.open(sys.argv[1]) as file:
+    while file.read(2**20):
+        pass
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_object(bucket: Bucket, key: str) -> None:
+    done = run(["-c", MEMORY, f"{bucket.url}/m", key])
+    assert done.returncode == 0, done.stderr
+    # MiB: four parts in flight, one that fills, two blocks ahead, and copies of the library.
+    assert int(done.stdout) < 110
+
+
+@pytest.mark.parametrize("size", [1, 5 * 2**30, 100 * 2**30, 5 * 2**40, None])
+def test_parts_are_long_enough(size: int | None) -> None:
+    total = parts = 0
+    while total < (size or 5 * 2**40):
+        length = stores.part_length(size, parts)
+        assert 5 * MiB <= length <= 5 * 2**30
+        total += length
+        parts += 1
+    assert parts <= stores.MAX_PARTS
+
+
+# -- settings
+
+
+def test_server_side_encryption_is_asked_for(
+    bucket: Bucket, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arn = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
+    monkeypatch.setenv("AWS_SSE_KMS_KEY_ID", arn)
+    monkeypatch.setenv("AWS_SSE_BUCKET_KEY_ENABLED", "true")
+    for size in (10, BIG):
+        with sc.open(f"{bucket.url}/m", "wb", keys=key) as file:
+            file.write(bytes(size))
+        head = bucket.client.head_object(Bucket=bucket.name, Key="m")
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", arn)
+    asked = [headers for headers in bucket.proxy.headers if "x-amz-server-side-encryption" in headers]
+    assert len(asked) == 3  # the put, the start of the upload, and its record
+    assert all(headers["x-amz-server-side-encryption-bucket-key-enabled"] == "true" for headers in asked)
+
+
+def test_a_tree_is_its_url(bucket: Bucket) -> None:
+    tree = stores.StoreTree(f"{bucket.url}/a/b/")
+    tree.walk()
+    pickled = pickle.dumps(tree)
+    assert b"secret" not in pickled
+    assert len(pickled) < 200
+    assert pickle.loads(pickled).root == f"{bucket.url}/a/b"
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])
+def test_plain_http_must_be_asked_for(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setenv(variable, "http://store.example")
+    with pytest.raises(sc.StreamcryptError, match="AWS_ALLOW_HTTP"):
+        sc.open(f"{bucket.url}/m")
+
+
+def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    with pytest.raises(sc.StreamcryptError, match="no AWS credentials"):
+        sc.open(f"{bucket.url}/m")
+
+
+def test_exit_codes(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decrypt(url: str) -> tuple[int, bytes]:
+        done = run(["-m", "streamcrypt", "decrypt", url, str(tmp_path / "out")])
+        assert done.stderr.count(b"\n") == 1
+        return done.returncode, done.stderr
+
+    assert decrypt(f"{bucket.url}/none") == (
+        1,
+        f"streamcrypt: error: {bucket.url}/none: does not exist\n".encode(),
+    )
+    bucket.proxy.fault = lambda method, path: 403
+    code, text = decrypt(f"{bucket.url}/none")
+    assert (code, b"denied access" in text) == (1, True)
+    bucket.proxy.fault = lambda method, path: 503
+    assert decrypt(f"{bucket.url}/none")[0] == 5
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert decrypt(f"{bucket.url}/none")[0] == 5
+
+
+def test_resuming_is_refused(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(sc.StreamcryptError, match="no journal"):
+        sc.encrypt(source, f"{bucket.url}/enc", keys=key, resume=True)
+
+
+# -- uploads by the library alone, as Google's and Azure's stores get them
+
+
+def streamed(bucket: Bucket) -> Any:
+    return stores._StreamedUpload(stores.StoreTree(bucket.url), "m", f"{bucket.url}/m", "mark", BIG)
+
+
+def test_streamed_upload(bucket: Bucket) -> None:
+    data = random.Random(4).randbytes(BIG)
+    upload = streamed(bucket)
+    upload.add(bytearray(data[: 9 * MiB]))
+    upload.complete(bytearray(data[9 * MiB :]), overwrite=False)
+    assert (bucket.get("m"), bucket.uploads()) == (data, [])
+    again = streamed(bucket)
+    again.add(bytearray(9 * MiB))
+    with pytest.raises(sc.StreamcryptError, match="exists already"):
+        again.complete(bytearray(9 * MiB), overwrite=False)
+    assert (bucket.get("m"), bucket.uploads()) == (data, [])
+
+
+def test_streamed_upload_that_fails(bucket: Bucket) -> None:
+    upload = streamed(bucket)
+    upload.add(bytearray(9 * MiB))
+    upload.abort()
+    assert (bucket.names(), bucket.uploads()) == ([], [])
+    bucket.proxy.fault = lambda method, path: 403 if "partNumber=" in path else None
+    failing = streamed(bucket)
+    failing.add(bytearray(9 * MiB))
+    with pytest.raises(sc.StreamcryptError, match="denied access"):
+        failing.complete(bytearray(9 * MiB), overwrite=True)
+    assert (bucket.names(), bucket.uploads()) == ([], [])
