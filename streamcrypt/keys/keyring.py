@@ -18,7 +18,13 @@ import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-from streamcrypt.errors import IntegrityError, KeyAccessError, KeyUnavailableError, StreamcryptError
+from streamcrypt.errors import (
+    IntegrityError,
+    KeyAccessError,
+    KeyUnavailableError,
+    StreamcryptError,
+    WrappedKeyError,
+)
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import AlgorithmSuite
 
@@ -43,8 +49,8 @@ class KeyHolder:
         )
 
 
-class NoMatchingKeyError(KeyAccessError):
-    """None of the wrapped keys was made for this keyring, so nothing was tried."""
+class NoMatchingKeyError(WrappedKeyError):
+    """None of the wrapped keys was made for this keyring, or what says so was altered; nothing was tried."""
 
 
 class Keyring(KeyHolder, abc.ABC):
