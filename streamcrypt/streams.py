@@ -28,7 +28,7 @@ from streamcrypt.errors import (
     LimitExceededError,
 )
 from streamcrypt.message.derive import derive_for_reading, derive_keys
-from streamcrypt.message.footer import FOOTER_LENGTH, MAX_FOOTER_LENGTH, Signer, Verifier
+from streamcrypt.message.footer import MAX_FOOTER_LENGTH, Signer, Verifier
 from streamcrypt.message.frames import (
     FINAL_MARK,
     FINAL_OVERHEAD,
@@ -878,7 +878,6 @@ class EncryptingFile(io.BufferedIOBase):
 
 
 __all__ = [
-    "FOOTER_LENGTH",
     "DecryptingFile",
     "EncryptingFile",
     "FrameReader",

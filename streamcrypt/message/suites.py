@@ -22,7 +22,6 @@ COMMITMENT_LENGTH: Final = 32
 # The format allows 2^32 - 1 frames; 2^31 - 1 bytes is the longest frame that every official reader
 # opens (aws-encryption-sdk for Python refuses longer ones), so that is the longest we write.
 MAX_FRAMES: Final = 2**32 - 1
-MAX_FRAME_LENGTH: Final = 2**32 - 1
 MAX_WRITTEN_FRAME_LENGTH: Final = 2**31 - 1
 # NIST SP 800-38D, section 5.2.1.1: the longest plaintext of one GCM invocation.
 MAX_UNFRAMED_LENGTH: Final = 2**36 - 32
