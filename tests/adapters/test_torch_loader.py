@@ -502,8 +502,8 @@ os.kill(iterator._workers[0].pid, signal.SIGKILL)
 try:
     for _ in iterator:
         pass
-except RuntimeError as error:
-    print(error, flush=True)
+except (RuntimeError, OSError, EOFError) as error:
+    print(type(error).__name__, error, flush=True)
     os._exit(7)
 """
 
@@ -514,7 +514,9 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(data):
         [sys.executable, "-c", KILLED, str(data / "enc")], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 7, done.stderr
-    assert "killed by signal" in done.stdout or "exited unexpectedly" in done.stdout
+    # torch's own word for it, or the broken connection where it was fetching a batch from the dead worker.
+    told = ("killed by signal", "exited unexpectedly", "ConnectionResetError", "ConnectionRefusedError", "EOFError")
+    assert any(word in done.stdout for word in told), done.stdout
 
 
 # ------------------------------------------------------------------------------ rows of tensors
