@@ -515,7 +515,13 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(data):
     )
     assert done.returncode == 7, done.stderr
     # torch's own word for it, or the broken connection where it was fetching a batch from the dead worker.
-    told = ("killed by signal", "exited unexpectedly", "ConnectionResetError", "ConnectionRefusedError", "EOFError")
+    told = (
+        "killed by signal",
+        "exited unexpectedly",
+        "ConnectionResetError",
+        "ConnectionRefusedError",
+        "EOFError",
+    )
     assert any(word in done.stdout for word in told), done.stdout
 
 
