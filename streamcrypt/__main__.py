@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streamcrypt.cli import main
+from streamcrypt.cli import run
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run())

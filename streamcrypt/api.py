@@ -1,6 +1,7 @@
 """The public functions: each reads as the story of its command.
 
     encrypt decrypt verify rekey     files, folders, streams; they return a Report or raise
+    erase                            a key's deletion, and what it does to encrypted folders
     inspect                          what a message says of itself, without a key
     open                             one message as a file object
     encrypt_bytes decrypt_bytes      one message in memory
@@ -20,13 +21,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import IO, TYPE_CHECKING, Any, Literal, overload
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 from streamcrypt.engine import run
-from streamcrypt.engine.job import STORE_WORKERS, Job, Place, Progress, Report, default_workers
-from streamcrypt.engine.journal import JOURNAL
-from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
+from streamcrypt.engine.job import STORE_WORKERS, Job, Place, Progress, Report, default_workers, observers
+from streamcrypt.engine.journal import is_interrupted
+from streamcrypt.errors import DestinationError, FormatError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsStats
 from streamcrypt.keys.keyring import describe_wrapped_key
@@ -53,6 +53,10 @@ from streamcrypt.streams import (
 from streamcrypt.units import parse_size
 
 if TYPE_CHECKING:
+    from streamcrypt.engine.erasure import Erasure
+    from streamcrypt.keys.partition import KeyMap
+    from streamcrypt.keys.signing import PublicKey, SigningKey
+    from streamcrypt.s3client import ClientObject
     from streamcrypt.stores import StoreTree
 
 Path = str | os.PathLike[str]
@@ -71,6 +75,9 @@ def encrypt(
     authenticated_context: Mapping[str, str] | None = None,
     sign: bool = False,
     frame_size: int | str = DEFAULT_FRAME_LENGTH,
+    key_map: Path | Mapping[str, References] | None = None,
+    sign_manifest: str | None = None,
+    signing_algorithm: str | None = None,
     workers: int | None = None,
     cache: Cache = None,
     engine: str = "local",
@@ -95,8 +102,10 @@ def encrypt(
 
     ``authenticated_context``: pairs that are bound to the messages but not stored in them; a reader
     must supply them.  ``files``: names within the folder to take, instead of all.  ``fsync=False``
-    gives up durability across a power loss.  Raises StreamcryptError and its family; ValueError or
-    TypeError for bad arguments, before anything is touched.
+    gives up durability across a power loss.  ``key_map``: a file, or patterns and references, that gives
+    files keys of their own (keys/partition.py).  ``sign_manifest``: a key of a KMS that signs the whole
+    folder (engine/signature.py); ``signing_algorithm`` chooses among those of an RSA key.  Raises
+    StreamcryptError and its family; ValueError or TypeError for bad arguments, before anything is touched.
     """
     calls = _Calls(cache, engine, address)
     job = Job(
@@ -118,6 +127,8 @@ def encrypt(
         dry_run=dry_run,
         progress=progress,
         audit=audit,
+        key_map=calls.key_map(key_map, keys, max_encrypted_data_keys),
+        signing=calls.signing(sign_manifest, signing_algorithm),
     )
     return calls.report(job, run.encrypt)
 
@@ -133,6 +144,7 @@ def decrypt(
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
     require_signed: bool = False,
     require_manifest: bool = False,
+    signed_by: Path | None = None,
     workers: int | None = None,
     cache: Cache = None,
     engine: str = "local",
@@ -152,7 +164,8 @@ def decrypt(
     A file appears only when all of its message has been authenticated, the signature of a signed one
     included.  A tree with a manifest must be what its manifest lists: what is missing, swapped or
     added fails; ``require_manifest`` refuses a tree without one.  ``context`` names pairs that must
-    stand in every message.  Raises as ``encrypt`` does.
+    stand in every message.  ``signed_by``, the file of a public key: the tree must be what its signed
+    manifest lists, byte for byte, and that be signed by this key.  Raises as ``encrypt`` does.
     """
     calls = _Calls(cache, engine, address)
     job = Job(
@@ -173,6 +186,7 @@ def decrypt(
         dry_run=dry_run,
         progress=progress,
         audit=audit,
+        signed_by=_signer(signed_by),
     )
     return calls.report(job, run.decrypt)
 
@@ -188,6 +202,7 @@ def verify(
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
     require_signed: bool = False,
     require_manifest: bool = True,
+    signed_by: Path | None = None,
     workers: int | None = None,
     cache: Cache = None,
     engine: str = "local",
@@ -201,10 +216,13 @@ def verify(
     """Read and authenticate everything, write nothing.
 
     A folder is also held against its manifest: nothing missing, swapped, truncated or added.  With
-    ``against``, a plaintext file or folder, every message must equal it byte for byte.  Returns only
-    when all holds; raises IntegrityError (or what kept it from looking) otherwise.
+    ``against``, a plaintext file or folder, every message must equal it byte for byte.  With
+    ``signed_by``, the file of a public key, and nothing that needs the messages opened (``keys``,
+    ``against``, ``context`` …), no key is used and no KMS called: the tree is held against its signed
+    manifest.  Returns only when all holds; raises IntegrityError (or what kept it from looking) otherwise.
     """
     calls = _Calls(cache, engine, address)
+    opened = keys is not None or against is not None or context or authenticated_context or require_signed
     job = Job(
         "verify",
         _source(source),
@@ -219,7 +237,10 @@ def verify(
         names=tuple(files) if files is not None else None,
         progress=progress,
         audit=audit,
+        signed_by=_signer(signed_by),
     )
+    if signed_by is not None and not opened:
+        return calls.report(job._replace(reading=None), _verify_signature)
     return calls.report(job, run.verify)
 
 
@@ -236,8 +257,12 @@ def rekey(
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
     require_signed: bool = False,
     require_manifest: bool = False,
+    signed_by: Path | None = None,
     sign: bool = False,
     frame_size: int | str = DEFAULT_FRAME_LENGTH,
+    key_map: Path | Mapping[str, References] | None = None,
+    sign_manifest: str | None = None,
+    signing_algorithm: str | None = None,
     workers: int | None = None,
     cache: Cache = None,
     engine: str = "local",
@@ -256,7 +281,8 @@ def rekey(
 
     ``from_keys`` opens the old messages (None: found by the ARN in them), ``keys`` wraps the new data
     keys.  ``context`` names pairs that the old messages must hold; the new ones get ``new_context``,
-    or those same pairs when it is None.  Raises as ``encrypt`` and ``decrypt`` do.
+    or those same pairs when it is None.  ``key_map``, ``sign_manifest`` and ``signed_by`` are those of
+    ``encrypt`` and ``decrypt``.  Raises as these do.
     """
     calls = _Calls(cache, engine, address)
     job = Job(
@@ -282,38 +308,111 @@ def rekey(
         dry_run=dry_run,
         progress=progress,
         audit=audit,
+        key_map=calls.key_map(key_map, keys, max_encrypted_data_keys),
+        signing=calls.signing(sign_manifest, signing_algorithm),
+        signed_by=_signer(signed_by),
     )
     return calls.report(job, run.rekey)
 
 
-@dataclass(frozen=True, slots=True)
+def erase(
+    key: str,
+    *trees: Path,
+    keys: References | None = None,
+    authenticated_context: Mapping[str, str] | None = None,
+    pending_window: int = 30,
+    check: bool = False,
+    dry_run: bool = False,
+    lose_manifest: bool = False,
+    allow_unproved: bool = False,
+    workers: int | None = None,
+) -> Erasure:
+    """Schedule the deletion of a KMS key, and show what becomes unreadable in ``trees`` and that nothing else does.
+
+    ``pending_window``: days (7 to 30) in which it can be taken back (``Erasure.cancel``).  ``keys`` open
+    what other keys wrapped (None: found by the ARN).  ``check`` schedules nothing and looks at a key that
+    is scheduled or gone already; ``dry_run`` only tells what would become unreadable.  ``lose_manifest``
+    and ``allow_unproved`` go on where it refuses (engine/erasure.py).  Raises KeyAccessError when a
+    message does not open that should.
+    """
+    from streamcrypt.engine import erasure
+    from streamcrypt.keys.reference import reach_kms
+
+    if not 7 <= pending_window <= 30:
+        raise ValueError(f"a waiting period of {pending_window} days: KMS takes 7 to 30")
+    calls, key_id = reach_kms(key)
+    with contextlib.ExitStack() as cleanup:
+        places = [_source(tree) for tree in trees]
+        for place in places:
+            if place.is_stream:
+                raise ValueError("headers are read from files and folders, not from standard input")
+            cleanup.callback(place.tree.close)
+        rules = _rules(
+            None, authenticated_context, CommitmentPolicy.REQUIRE_ENCRYPT_ALLOW_DECRYPT, None, False
+        )
+        doomed = erasure.DoomedKey(calls, key_id, key)
+        look = erasure.Examination(
+            doomed, decrypting_keyring(keys), rules, places, _workers(workers, *trees)
+        )
+        return erasure.erase(
+            doomed,
+            look,
+            window=pending_window,
+            check=check,
+            dry_run=dry_run,
+            lose_manifest=lose_manifest,
+            allow_unproved=allow_unproved,
+        )
+
+
 class Inspection:
     """What a message says of itself.  Nothing of it is authenticated: no key was used.
 
     Lengths and sizes are in bytes; ``frames`` and ``plaintext_size`` come from the message's length.
     """
 
-    path: str
-    suite: str
-    version: int
-    committing: bool
-    signed: bool
-    message_id: str
-    encryption_context: dict[str, str]
-    encrypted_data_keys: list[dict[str, str]]
-    content: str
-    frame_length: int
-    frames: int
-    plaintext_size: int
-    header_length: int
-    message_size: int
-    authenticated: bool = False
+    def __init__(
+        self,
+        *,
+        path: str,
+        suite: str,
+        version: int,
+        committing: bool,
+        signed: bool,
+        message_id: str,
+        encryption_context: dict[str, str],
+        encrypted_data_keys: list[dict[str, str]],
+        content: str,
+        frame_length: int,
+        frames: int,
+        plaintext_size: int,
+        header_length: int,
+        message_size: int,
+    ) -> None:
+        self.path = path
+        self.suite = suite
+        self.version = version
+        self.committing = committing
+        self.signed = signed
+        self.message_id = message_id
+        self.encryption_context = encryption_context
+        self.encrypted_data_keys = encrypted_data_keys
+        self.content = content
+        self.frame_length = frame_length
+        self.frames = frames
+        self.plaintext_size = plaintext_size
+        self.header_length = header_length
+        self.message_size = message_size
+        self.authenticated = False
+
+    def __repr__(self) -> str:
+        return f"<Inspection {self.to_json()}>"
 
     def __getitem__(self, name: str) -> Any:
         return self.to_json()[name]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def inspect(path: Path | IO[bytes]) -> Inspection:
@@ -322,7 +421,14 @@ def inspect(path: Path | IO[bytes]) -> Inspection:
     FormatError when it is not a message; IntegrityError when its length fits no message.
     """
     with contextlib.closing(_open_source(path)) as source:
-        header = source_header(source, max_encrypted_data_keys=None)
+        try:
+            header = source_header(source, max_encrypted_data_keys=None)
+        except FormatError:
+            found = _client_object(path)
+            if found is None:
+                raise
+            with contextlib.closing(found):
+                return _inspect_client_object(found)
         if header.framed:
             geometry = source_geometry(source, header)
             frames, size = geometry.frames, geometry.plaintext_length
@@ -347,6 +453,26 @@ def inspect(path: Path | IO[bytes]) -> Inspection:
             header_length=header.length,
             message_size=source.size,
         )
+
+
+def _inspect_client_object(found: ClientObject) -> Inspection:
+    envelope = found.envelope
+    return Inspection(
+        path=found.path,
+        suite=envelope.algorithm,
+        version=envelope.version,
+        committing=envelope.committing,
+        signed=False,
+        message_id=envelope.message_id.hex(),
+        encryption_context=dict(envelope.context),
+        encrypted_data_keys=[{"provider_id": "kms+context", "key": "not named", "info": ""}],
+        content="s3-encryption-client",
+        frame_length=0,
+        frames=0,
+        plaintext_size=found.size,
+        header_length=0,
+        message_size=found.source.size,
+    )
 
 
 @overload
@@ -397,7 +523,15 @@ def _open_reader(
     materials = Materials(
         decrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
     )
-    file = DecryptingFile(_open_source(path), materials, rules, name=_name(path))
+    try:
+        file = DecryptingFile(_open_source(path), materials, rules, name=_name(path))
+    except FormatError:
+        found = _client_object(path)
+        if found is None:
+            raise
+        from streamcrypt.s3client import ClientFile
+
+        file = ClientFile(found, materials, rules, name=_name(path))
     if verify_signature:
         try:
             file.verify_signature()
@@ -514,17 +648,59 @@ class _Calls:
             encrypting_keyring(keys, stats=self.stats), cache=self.cache, max_encrypted_data_keys=limit
         )
 
+    def key_map(
+        self, key_map: Path | Mapping[str, References] | None, keys: References, limit: int | None
+    ) -> KeyMap | None:
+        if key_map is None:
+            return None
+        from streamcrypt.keys.partition import KeyMap, read_key_map
+
+        rules = read_key_map(key_map) if isinstance(key_map, str | os.PathLike) else key_map
+        found = KeyMap(rules, keys, stats=self.stats, cache=self.cache, limit=limit)
+        self._writing = found.references
+        return found
+
+    def signing(self, key: str | None, algorithm: str | None) -> SigningKey | None:
+        if key is None:
+            if algorithm is not None:
+                raise ValueError("signing_algorithm goes with sign_manifest")
+            return None
+        from streamcrypt.keys.signing import SigningKey
+
+        return SigningKey(key, algorithm, stats=self.stats)
+
     def report(self, job: Job, work: Callable[[Job], Report]) -> Report:
         """Run the job and complete its report; raises the gravest failure."""
         job = _placed(job)
-        if self._engine == "ray" and not job.dry_run:
+        if job.key_map is not None and job.resume:  # what was begun under an older map may be replaced
+            keyring = decrypting_keyring(job.key_map.references, stats=self.stats)
+            job = job._replace(
+                resuming=Materials(keyring, cache=self.cache, max_encrypted_data_keys=None)
+            )
+        if job.signing is not None and not job.dry_run:
+            job.signing.prepare()
+        with contextlib.ExitStack() as watched:
+            told = [watched.enter_context(observe(job)) for observe in observers]
+            report = self._completed(job, work)
+            for tell in told:
+                tell(report)
+            report.raise_for_failures()
+        return report
+
+    def _completed(self, job: Job, work: Callable[[Job], Report]) -> Report:
+        opens = job.reading is not None or job.writing is not None
+        if self._engine == "ray" and opens and not job.dry_run:
             from streamcrypt.engine.remote import Cluster  # start-up: only a cluster needs it
 
-            work = Cluster(self._address, self._reading, self._writing, self.stats).run
-        if job.source.is_stream or (job.destination is not None and job.destination.is_stream):
+            work = Cluster(self._address, self._reading, self._writing, self.stats, self.cache).run
+        client_object = None
+        if job.reading is not None and job.source.name is not None:
+            client_object = _client_object(job.source.path)
+        to_a_stream = job.destination is not None and job.destination.is_stream
+        if job.source.is_stream or to_a_stream or client_object is not None:
             from streamcrypt.engine import pipes
 
-            report = pipes.run(job)
+            report = pipes.run(job, client_object)
         else:
             try:
                 report = work(job)
@@ -537,9 +713,10 @@ class _Calls:
         if self.cache is not None and self._before is not None:
             report.cache = _difference(self.cache.stats(), self._before)
             report.advice = list(self.cache.advice())
-        if job.writing is None:  # data keys that were unwrapped
+        if job.key_map is not None:
+            report.keys = job.key_map.to_json()
+        if job.writing is None and opens:  # data keys that were unwrapped
             report.data_keys = report.cache["misses"] if report.cache else report.files
-        report.raise_for_failures()
         return report
 
 
@@ -548,6 +725,22 @@ def _difference(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         name: _difference(value, before[name]) if isinstance(value, dict) else value - before[name]
         for name, value in now.items()
     }
+
+
+def _signer(signed_by: Path | None) -> PublicKey | None:
+    if signed_by is None:
+        return None
+    from pathlib import Path as FilePath
+
+    from streamcrypt.keys.signing import read_public_key_file
+
+    return read_public_key_file(FilePath(signed_by))
+
+
+def _verify_signature(job: Job) -> Report:
+    from streamcrypt.engine import signature  # few jobs verify one
+
+    return signature.verify(job)
 
 
 def _begin(
@@ -666,6 +859,13 @@ def _placed(job: Job) -> Job:
     """The job with its places made to fit each other; DestinationError or SourceError when they cannot."""
     source, destination, against = job.source, job.destination, job.against
     whole_tree = source.name is None
+    for asked, what in (
+        (job.key_map, "a key map gives keys to the files of a folder"),
+        (job.signing, "a signed manifest is that of a folder"),
+        (job.signed_by, "a signed manifest is that of a folder"),
+    ):
+        if asked is not None and not whole_tree:
+            raise ValueError(f"{source.path}: {what}, and this is none")
     if against is not None and (against.name is None) != whole_tree:
         raise SourceError(f"{against.path}: a file is compared with a file, a folder with a folder")
     if destination is None or destination.is_stream:
@@ -684,20 +884,15 @@ def _placed(job: Job) -> Job:
         above, destination = destination.tree, Place(destination.tree.subtree(destination.name))
         above.close()
     elif not (job.overwrite or job.resume) and not destination.tree.is_empty():
-        interrupted = destination.tree.exists(JOURNAL)
+        interrupted = is_interrupted(destination.tree)
         reason = "holds an interrupted job; resume goes on with it" if interrupted else "is not empty"
         raise DestinationError(
             f"{destination.path}: exists already and {reason}; overwrite must be asked for"
         )
-    if job.resume and not isinstance(destination.tree, LocalTree):
-        raise DestinationError(
-            f"{destination.path}: no journal is kept on an object store, so nothing resumes there; "
-            "overwrite does the job again"
-        )
     inner, outer = destination.path + "/", source.path + "/"
     if inner.startswith(outer) or outer.startswith(inner):
         raise DestinationError(f"{destination.path}: lies within the source, or the source in it")
-    return replace(job, destination=destination)
+    return job._replace(destination=destination)
 
 
 def _open_source(path: Path | IO[bytes]) -> Source:
@@ -713,6 +908,16 @@ def _open_source(path: Path | IO[bytes]) -> Source:
         return place.tree.open(place.name)
     finally:
         place.tree.close()
+
+
+def _client_object(path: Path | IO[bytes]) -> ClientObject | None:
+    """What the Amazon S3 Encryption Client wrote, where that is no message; None for everything else."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path).startswith("s3://"):
+        return None
+    from streamcrypt.s3client import find  # start-up: only who has a URL needs it
+
+    place = _in_store(os.fspath(path))[1]
+    return find(cast("StoreTree", place.tree), place.name) if place.name is not None else None
 
 
 def _unframed_size(source: Source, header_length: int) -> int:

@@ -22,11 +22,9 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import stat
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import IO, Final, NamedTuple, Protocol, TypeAlias
 
@@ -57,17 +55,18 @@ class Entry(NamedTuple):
     """One object of a tree: its name, and its size in bytes.
 
     ``problem`` says why the object cannot be read (a symbolic link, a device …); ``folder`` marks an
-    empty folder, which is listed so that a tree comes back as it was.
+    empty folder, which is listed so that a tree comes back as it was.  ``state`` is that of the object,
+    where a listing tells it.
     """
 
     name: str
     size: int
     folder: bool = False
     problem: str | None = None
+    state: State | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
+class Filters(NamedTuple):
     """Which names of a tree belong to a job: shell patterns on the whole relative name."""
 
     include: tuple[str, ...] = ()
@@ -108,8 +107,11 @@ class Target(Protocol):
     def flush(self) -> None:
         """Make what was written durable."""
 
-    def publish(self, *, overwrite: bool) -> None:
-        """Give the object its final name.  The caller has flushed it, if it is to survive a power loss."""
+    def publish(self, *, overwrite: bool) -> State | None:
+        """Give the object its final name.  The caller has flushed it, if it is to survive a power loss.
+
+        Returns the object's state where that was not known before.
+        """
 
     def discard(self) -> None:
         """Drop the object; does nothing after ``publish``."""
@@ -151,6 +153,9 @@ class Tree(Protocol):
 
     def create(self, name: str, *, size: int | None = None, overwrite: bool = False) -> Target: ...
 
+    def remove(self, name: str) -> None:
+        """Remove an object, if there is one."""
+
     def make_folder(self, name: str) -> None: ...
 
     def remove_leftovers(self, folder: str) -> None: ...
@@ -182,12 +187,17 @@ def sort_key(name: str) -> list[str]:
     return name.split("/")
 
 
-@dataclass(slots=True)
 class LocalTree:
     """A local folder.  Not for use by several threads at once: each takes a copy."""
 
-    root: str
-    _folders: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    __slots__ = ("_folders", "root")
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._folders: dict[str, _Folder] = {}
+
+    def __repr__(self) -> str:
+        return f"LocalTree({self.root!r})"
 
     @property
     def in_order(self) -> bool:
@@ -203,8 +213,6 @@ class LocalTree:
         return LocalTree, (self.root,)
 
     def close(self) -> None:
-        for descriptor in self._folders.values():
-            os.close(descriptor)
         self._folders.clear()
 
     def path(self, name: str) -> str:
@@ -218,9 +226,8 @@ class LocalTree:
 
     def _walk(self, folder: str, filters: Filters) -> Iterator[Entry]:
         try:
-            descriptor = self._folder(folder)
             # Names only: a folder of a million files must not cost a million objects of a kilobyte.
-            names = os.listdir(descriptor)
+            names = os.listdir(self._folder(folder).descriptor)
         except OSError as error:
             yield Entry(folder, 0, problem=f"cannot be listed: {error.strerror}")
             return
@@ -233,7 +240,7 @@ class LocalTree:
             if is_ours(path):
                 continue
             try:
-                status = os.stat(name, dir_fd=self._folder(folder), follow_symlinks=False)
+                status = os.stat(name, dir_fd=self._folder(folder).descriptor, follow_symlinks=False)
             except OSError as error:
                 if filters.admit(path):
                     yield Entry(path, 0, problem=f"cannot be read: {error.strerror}")
@@ -258,7 +265,7 @@ class LocalTree:
         """The object of that name; SourceError when there is none that can be read."""
         folder, _, base = check_name(name).rpartition("/")
         try:
-            status = os.stat(base, dir_fd=self._folder(folder), follow_symlinks=False)
+            status = os.stat(base, dir_fd=self._folder(folder).descriptor, follow_symlinks=False)
         except OSError as error:
             raise SourceError(f"{self.path(name)}: cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
@@ -269,14 +276,14 @@ class LocalTree:
         """The state of the object of that name; None when there is none."""
         folder, _, base = check_name(name).rpartition("/")
         try:
-            return _state(os.stat(base, dir_fd=self._folder(folder), follow_symlinks=False))
+            return _state(os.stat(base, dir_fd=self._folder(folder).descriptor, follow_symlinks=False))
         except OSError:
             return None
 
     def exists(self, name: str) -> bool:
         folder, _, base = check_name(name).rpartition("/")
         try:
-            os.stat(base, dir_fd=self._folder(folder), follow_symlinks=False)
+            os.stat(base, dir_fd=self._folder(folder).descriptor, follow_symlinks=False)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 return False
@@ -288,7 +295,7 @@ class LocalTree:
         folder, _, base = check_name(name).rpartition("/")
         try:
             parent = self._folder(folder)
-            descriptor = os.open(base, _READ_FLAGS, dir_fd=parent)
+            descriptor = os.open(base, _READ_FLAGS, dir_fd=parent.descriptor)
         except OSError as error:
             reason = (
                 "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
@@ -305,7 +312,7 @@ class LocalTree:
         try:
             parent = self._folder(folder, create=True)
             # A small file finds out when it is published; a large one had better know before.
-            if not overwrite and (size is None or size > CLAIMED_LENGTH) and _exists(base, parent):
+            if not overwrite and (size is None or size > CLAIMED_LENGTH) and _exists(base, parent.descriptor):
                 raise DestinationError(f"{path}: exists already; overwrite must be asked for")
             return LocalTarget.create(path, parent, base, size)
         except OSError as error:
@@ -317,9 +324,19 @@ class LocalTree:
         path = self.path(name)
         try:
             flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-            return LocalPart(os.open(temporary, flags, dir_fd=self._folder(folder)), path)
+            return LocalPart(os.open(temporary, flags, dir_fd=self._folder(folder).descriptor), path)
         except OSError as error:
             raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if there is one."""
+        folder, _, base = check_name(name).rpartition("/")
+        try:
+            os.unlink(base, dir_fd=self.directory(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise DestinationError(f"{self.path(name)}: cannot be removed: {error.strerror}") from error
 
     def make_folder(self, name: str) -> None:
         """Make an empty folder."""
@@ -331,7 +348,7 @@ class LocalTree:
     def remove_leftovers(self, folder: str) -> None:
         """Remove temporary files that a killed job left in ``folder``; those of running jobs stay."""
         try:
-            parent = self._folder(folder)
+            parent = self._folder(folder).descriptor
             for name in os.listdir(parent):
                 if name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX):
                     _remove_leftover(name, parent)
@@ -342,7 +359,7 @@ class LocalTree:
         """Make the names in ``folder`` durable, and its own name in its parents."""
         try:
             while True:
-                os.fsync(self._folder(folder))
+                os.fsync(self._folder(folder).descriptor)
                 if not folder:
                     break
                 folder = folder.rpartition("/")[0]
@@ -353,35 +370,47 @@ class LocalTree:
 
     def directory(self, folder: str, *, create: bool = False) -> int:
         """A descriptor of a folder, which stays the tree's; OSError when there is none, or a link."""
-        return self._folder(folder, create=create)
+        return self._folder(folder, create=create).descriptor
 
-    def _folder(self, folder: str, *, create: bool = False) -> int:
-        """A descriptor of a folder below the root, reached without following a symbolic link."""
-        descriptor = self._folders.get(folder)
-        if descriptor is not None:
-            return descriptor
+    def _folder(self, folder: str, *, create: bool = False) -> _Folder:
+        """A folder below the root, reached without following a symbolic link."""
+        found = self._folders.get(folder)
+        if found is not None:
+            return found
         if not folder:
             if create:
                 os.makedirs(self.root, _FOLDER_MODE, exist_ok=True)
             descriptor = os.open(self.root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
         else:
             above, _, base = folder.rpartition("/")
-            parent = self._folder(above, create=create)
+            parent = self._folder(above, create=create).descriptor
             if create:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(base, _FOLDER_MODE, dir_fd=parent)
             descriptor = os.open(base, _FOLDER_FLAGS, dir_fd=parent)
         if len(self._folders) >= KEPT_FOLDERS:
             for old in [name for name in self._folders if name and not folder.startswith(name)][:1]:
-                os.close(self._folders.pop(old))
-        self._folders[folder] = descriptor
-        return descriptor
+                del self._folders[old]
+        found = self._folders[folder] = _Folder(descriptor)
+        return found
+
+
+class _Folder:
+    """An open folder.  It is closed when nobody holds it: neither its tree nor a file in it."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class LocalSource:
     """A local file that is being read."""
 
-    def __init__(self, descriptor: int, path: str, parent: int, base: str) -> None:
+    def __init__(self, descriptor: int, path: str, parent: _Folder, base: str) -> None:
         self._descriptor = descriptor
         self._path = path
         self._base = base
@@ -389,7 +418,7 @@ class LocalSource:
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise SourceError(f"{path}: {_kind_problem(status.st_mode)}")
-        self._parent = os.dup(parent)  # of its own, because the tree may close the one it keeps
+        self._parent = parent
         self.size = status.st_size
         self.state = _state(status)
 
@@ -407,7 +436,7 @@ class LocalSource:
 
     def check_unchanged(self) -> None:
         try:
-            named = os.stat(self._base, dir_fd=self._parent, follow_symlinks=False)
+            named = os.stat(self._base, dir_fd=self._parent.descriptor, follow_symlinks=False)
             unchanged = _state(os.fstat(self._descriptor)) == _state(named) == self.state
         except OSError:
             unchanged = False
@@ -416,7 +445,6 @@ class LocalSource:
 
     def close(self) -> None:
         os.close(self._descriptor)
-        os.close(self._parent)
 
 
 class LocalPart:
@@ -434,6 +462,13 @@ class LocalPart:
         except OSError as error:
             raise DestinationError(f"{self._path}: cannot be written: {error.strerror}") from error
 
+    def flush(self) -> None:
+        # A failed fsync is final: the kernel may have dropped the pages, and a second call would succeed.
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise DestinationError(f"{self._path}: cannot be flushed: {error.strerror}") from error
+
     def state(self) -> State:
         return _state(os.fstat(self._descriptor))
 
@@ -444,19 +479,19 @@ class LocalPart:
 class LocalTarget(LocalPart):
     """A local file that is being written under a temporary name."""
 
-    def __init__(self, descriptor: int, path: str, parent: int, base: str, temporary: str) -> None:
+    def __init__(self, descriptor: int, path: str, parent: _Folder, base: str, temporary: str) -> None:
         super().__init__(descriptor, path)
         self.temporary = temporary
-        self._parent = os.dup(parent)
+        self._parent = parent
         self._base = base
         self._open = True
 
     @classmethod
-    def create(cls, path: str, parent: int, base: str, size: int | None) -> LocalTarget:
+    def create(cls, path: str, parent: _Folder, base: str, size: int | None) -> LocalTarget:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
-            temporary = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
-            descriptor = os.open(temporary, flags, _FILE_MODE, dir_fd=parent)
+            temporary = f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
+            descriptor = os.open(temporary, flags, _FILE_MODE, dir_fd=parent.descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -472,21 +507,15 @@ class LocalTarget(LocalPart):
                 _claim(descriptor, size)
             return cls(descriptor, path, parent, base, temporary)
         except OSError:
-            os.unlink(temporary, dir_fd=parent)
+            os.unlink(temporary, dir_fd=parent.descriptor)
             os.close(descriptor)
             raise
-
-    def flush(self) -> None:
-        # A failed fsync is final: the kernel may have dropped the pages, and a second call would succeed.
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise DestinationError(f"{self._path}: cannot be flushed: {error.strerror}") from error
 
     def publish(self, *, overwrite: bool) -> None:
         try:
             if overwrite:
-                os.rename(self.temporary, self._base, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+                parent = self._parent.descriptor
+                os.rename(self.temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
             else:
                 self._link()
         except FileExistsError as error:
@@ -497,27 +526,27 @@ class LocalTarget(LocalPart):
 
     def _link(self) -> None:
         """Give the file its name, but never another file's: a link fails where a rename would replace."""
+        parent = self._parent.descriptor
         try:
-            os.link(self.temporary, self._base, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+            os.link(self.temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
                 raise
-            if _exists(self._base, self._parent):  # a file system without links: the best that is left
+            if _exists(self._base, parent):  # a file system without links: the best that is left
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-            os.rename(self.temporary, self._base, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+            os.rename(self.temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
         else:
-            os.unlink(self.temporary, dir_fd=self._parent)
+            os.unlink(self.temporary, dir_fd=parent)
 
     def discard(self) -> None:
         if self._open:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.temporary, dir_fd=self._parent)
+                os.unlink(self.temporary, dir_fd=self._parent.descriptor)
             self._close()
 
     def _close(self) -> None:
         self._open = False
         os.close(self._descriptor)
-        os.close(self._parent)
 
 
 class FileObjectSource:

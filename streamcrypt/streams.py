@@ -3,7 +3,7 @@
     seal_message, open_message     a message that is in memory
     MessageWriter                  plaintext in, message out, in order, of any length
     FrameReader                    any range of a message that can be read at offsets
-    open_stream                    a message that arrives in order (a pipe)
+    open_stream, open_messages     a message that arrives in order (a pipe), and several in a row
     EncryptingFile, DecryptingFile the same two as Python file objects
 
 Before any plaintext is given out: the header is parsed within limits, the commitment policy is
@@ -18,7 +18,7 @@ import io
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamcrypt.errors import (
@@ -28,7 +28,7 @@ from streamcrypt.errors import (
     LimitExceededError,
 )
 from streamcrypt.message.derive import derive_for_reading, derive_keys
-from streamcrypt.message.footer import MAX_FOOTER_LENGTH, Signer, Verifier
+from streamcrypt.message.footer import MAX_FOOTER_LENGTH, Signer, Verifier, parse_footer
 from streamcrypt.message.frames import (
     FINAL_MARK,
     FINAL_OVERHEAD,
@@ -226,8 +226,7 @@ class MessageWriter:
 # Reading
 
 
-@dataclass(frozen=True, slots=True)
-class ReadingRules:
+class ReadingRules(NamedTuple):
     """What a caller demands of a message before it is read.
 
     ``context``: pairs that must stand in the message's encryption context.
@@ -236,8 +235,8 @@ class ReadingRules:
 
     commitment_policy: CommitmentPolicy = CommitmentPolicy.REQUIRE_ENCRYPT_REQUIRE_DECRYPT
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS
-    context: Mapping[str, str] = field(default_factory=dict)
-    authenticated_context: Mapping[str, str] = field(default_factory=dict)
+    context: Mapping[str, str] = MappingProxyType({})
+    authenticated_context: Mapping[str, str] = MappingProxyType({})
     require_signed: bool = False
 
     def check(self, header: Header) -> None:
@@ -258,13 +257,15 @@ class ReadingRules:
                 )
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class UnlockedMessage:
+class UnlockedMessage(NamedTuple):
     """A message whose header has been authenticated, and the key that opens its frames."""
 
     header: Header
     content_key: bytes
     verification_key: ec.EllipticCurvePublicKey | None
+
+    def __repr__(self) -> str:
+        return f"<UnlockedMessage {self.header.message_id.hex()}>"
 
     @property
     def cipher(self) -> FrameCipher:
@@ -280,8 +281,10 @@ def unlock(header: Header, materials: Materials, rules: ReadingRules) -> Unlocke
     unwrapped = materials.for_decryption(
         header.suite, {**header.context, **unstored}, header.encrypted_data_keys
     )
-    content_key = derive_for_reading(header, unwrapped.data_key)
-    message = UnlockedMessage(header, content_key, unwrapped.verification_key)
+    # No variable of its own for the content key: one is shown with a traceback by many tools.
+    message = UnlockedMessage(
+        header, derive_for_reading(header, unwrapped.data_key), unwrapped.verification_key
+    )
     authenticate_header(header, message.cipher.aead, unstored)
     return message
 
@@ -448,7 +451,7 @@ class SequentialReader:
         if start != header_bytes:
             raise IntegrityError("the header changed while the message was read")
         position = len(header_bytes)
-        return _open_body(self._message, header_bytes, b"", read_into)
+        return _open_body(self._message, header_bytes, _Inbox(b"", read_into))
 
 
 def open_stream(
@@ -468,21 +471,52 @@ def open_stream(
     header, buffered = read_header(read, max_encrypted_data_keys=rules.max_encrypted_data_keys)
     message = unlock(header, materials, rules)
     length = header.length
-    return _open_body(message, bytes(buffered[:length]), bytes(buffered[length:]), readinto)
+    return _open_body(message, bytes(buffered[:length]), _Inbox(bytes(buffered[length:]), readinto))
+
+
+def open_messages(
+    readinto: Callable[[memoryview], int], materials: Materials, rules: ReadingRules
+) -> Iterator[tuple[Header, Iterator[memoryview]]]:
+    """Messages that arrive one after the other, until ``readinto`` gives 0: each header, and its plaintext.
+
+    As ``open_stream`` for each of them.  What the caller leaves of one is authenticated and passed over
+    before the next is given out.  That none is missing at the end is not proved: a manifest does that.
+    """
+    inbox = _Inbox(b"", readinto)
+    while len(inbox.peek(1)):
+        header, length = _next_header(inbox, rules.max_encrypted_data_keys)
+        header_bytes = bytes(inbox.peek(length))
+        inbox.drop(length)
+        chunks = _open_body(unlock(header, materials, rules), header_bytes, inbox, alone=False)
+        yield header, chunks
+        for _ in chunks:
+            pass
+
+
+def _next_header(inbox: _Inbox, max_encrypted_data_keys: int | None) -> tuple[Header, int]:
+    """The header that comes next, still in the inbox, and its length."""
+    wanted = _FIRST_READ
+    while True:
+        buffer = inbox.peek(wanted)
+        try:
+            return parse_header(buffer, max_encrypted_data_keys=max_encrypted_data_keys)
+        except HeaderCutShortError as error:
+            if len(buffer) < wanted:
+                raise
+            wanted = max(error.needed, 2 * wanted)
 
 
 def _open_body(
-    message: UnlockedMessage, header_bytes: bytes, buffered: bytes, readinto: Callable[[memoryview], int]
+    message: UnlockedMessage, header_bytes: bytes, inbox: _Inbox, *, alone: bool = True
 ) -> Iterator[memoryview]:
-    """Open frames as they come: ``buffered`` holds what was already read of the body."""
+    """Open frames as they come into the inbox; ``alone``: nothing may follow the message."""
     header, cipher = message.header, message.cipher
     verifier = None
     if message.verification_key is not None:
         verifier = Verifier(header.suite, message.verification_key)
         verifier.update(header_bytes)
-    inbox = _Inbox(buffered, readinto)
     if not header.framed:
-        yield _open_unframed_body(cipher, inbox, verifier)
+        yield _open_unframed_body(cipher, inbox, verifier, alone)
         return
     frame_length = header.frame_length
     stride = frame_length + REGULAR_OVERHEAD
@@ -505,12 +539,12 @@ def _open_body(
             index += regular // stride
             yield plaintext[:length]
         else:
-            yield _open_final_frame(cipher, inbox, verifier, index, frame_length)
+            yield _open_final_frame(cipher, inbox, verifier, index, frame_length, alone)
             return
 
 
 def _open_final_frame(
-    cipher: FrameCipher, inbox: _Inbox, verifier: Verifier | None, index: int, frame_length: int
+    cipher: FrameCipher, inbox: _Inbox, verifier: Verifier | None, index: int, frame_length: int, alone: bool
 ) -> memoryview:
     head = inbox.peek(24)
     if bytes(head[:4]) != FINAL_MARK or len(head) < 24:
@@ -522,11 +556,13 @@ def _open_final_frame(
     frame = rest[: FINAL_OVERHEAD + length]
     plaintext = memoryview(bytearray(min(length, len(frame))))
     cipher.open_final(frame, index, frame_length, plaintext)
-    _check_end(rest, len(frame), frame, verifier)
+    inbox.drop(_check_end(rest, len(frame), frame, verifier, alone))
     return plaintext
 
 
-def _open_unframed_body(cipher: FrameCipher, inbox: _Inbox, verifier: Verifier | None) -> memoryview:
+def _open_unframed_body(
+    cipher: FrameCipher, inbox: _Inbox, verifier: Verifier | None, alone: bool
+) -> memoryview:
     head = inbox.peek(UNFRAMED_PREFIX)
     if len(head) < UNFRAMED_PREFIX:
         raise IntegrityError("the body is cut short: the message is truncated")
@@ -539,17 +575,22 @@ def _open_unframed_body(cipher: FrameCipher, inbox: _Inbox, verifier: Verifier |
     rest = inbox.peek(UNFRAMED_OVERHEAD + length + MAX_FOOTER_LENGTH + 1)
     body = rest[: UNFRAMED_OVERHEAD + length]
     plaintext = cipher.open_unframed(body)
-    _check_end(rest, len(body), body, verifier)
+    inbox.drop(_check_end(rest, len(body), body, verifier, alone))
     return memoryview(plaintext)
 
 
-def _check_end(rest: memoryview, body_end: int, body: memoryview, verifier: Verifier | None) -> None:
-    """After the last frame comes the footer of a signed message, and then nothing."""
+def _check_end(
+    rest: memoryview, body_end: int, body: memoryview, verifier: Verifier | None, alone: bool
+) -> int:
+    """Where in ``rest`` the message ends: after the footer of a signed one; ``alone``: nothing follows."""
     if verifier is not None:
+        end = len(rest) if alone else body_end + parse_footer(rest[body_end:])[1]
         verifier.update(body)
-        verifier.verify(rest[body_end:])
-    elif len(rest) > body_end:
+        verifier.verify(rest[body_end:end])
+        return end
+    if alone and len(rest) > body_end:
         raise IntegrityError("bytes follow the message")
+    return body_end
 
 
 class _Inbox:
@@ -605,7 +646,7 @@ def open_message(blob: Buffer, materials: Materials, rules: ReadingRules) -> byt
             return len(data)
 
         return b"".join(
-            bytes(chunk) for chunk in _open_body(message, bytes(view[:header_length]), b"", read_into)
+            bytes(chunk) for chunk in _open_body(message, bytes(view[:header_length]), _Inbox(b"", read_into))
         )
     geometry = Geometry.of_message(header, len(blob))
     plaintext = bytearray(geometry.plaintext_length)

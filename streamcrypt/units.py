@@ -21,14 +21,14 @@ _DURATION_UNITS = {
     "d": 86400.0,
 }
 
-_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_NUMBER_AND_UNIT = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*"
 
 
 def parse_size(text: str | int) -> int:
     """Bytes from ``64KiB``, ``1MiB``, ``2GB`` or a bare number; ValueError otherwise."""
     if isinstance(text, int):
         return text
-    match = _NUMBER_AND_UNIT.fullmatch(text)
+    match = re.fullmatch(_NUMBER_AND_UNIT, text, re.ASCII)
     unit = _SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a size; write 64KiB, 1MiB or 2GB")
@@ -42,7 +42,7 @@ def parse_duration(text: str | float) -> float:
     """Seconds from ``30s``, ``5m``, ``250ms`` or a bare number of seconds; ValueError otherwise."""
     if isinstance(text, int | float):
         return float(text)
-    match = _NUMBER_AND_UNIT.fullmatch(text)
+    match = re.fullmatch(_NUMBER_AND_UNIT, text, re.ASCII)
     unit = _DURATION_UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a duration; write 30s, 5m or 250ms")

@@ -5,6 +5,7 @@
     measure.py   bench plan report
     advice.py    doctor iam-policy
     demo.py      demo
+    erase.py     erase
     output.py    progress, JSON, the one error line
 
 The command word decides which module is imported; its parser is built, nothing else.  Each module's
@@ -30,6 +31,7 @@ COMMANDS = {
     "decrypt": ((_DATA, "add_decrypt"), "a message to a file, a tree of messages to a folder"),
     "verify": ((_DATA, "add_verify"), "read and authenticate everything, write nothing"),
     "rekey": ((_DATA, "add_rekey"), "encrypt again under new data keys, without plaintext on disk"),
+    "erase": (("streamcrypt.cli.erase", "add_erase"), "schedule a key's deletion, and show what it makes unreadable"),
     "inspect": ((_DATA, "add_inspect"), "what a message says of itself; no key needed"),
     "cat": ((_DATA, "add_cat"), "plaintext of a message, or of a range of it, to standard output"),
     "kms": (("streamcrypt.cli.kms", "add_kms_commands"), "the embedded KMS, or AWS KMS, by the AWS CLI's names"),
@@ -53,6 +55,20 @@ exit codes: 0 done, 1 failed, 2 usage, 3 did not authenticate, 4 a key could not
 """
 
 
+def run() -> int:
+    """The console script: ``main`` in a process of its own.
+
+    Imports make some ten thousand objects that stay; looking through them for garbage, again and again
+    and once more at the end, was a sixth of a small command's time (benchmarks/README.md, "start-up").
+    """
+    import gc
+
+    gc.set_threshold(100_000, 20, 20)
+    code = main()
+    gc.freeze()
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code and never raises."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -61,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"streamcrypt {__version__}")  # noqa: T201
         return 0
+    if arguments is None:  # then the process is ours, and not one that calls us
+        from streamcrypt.hygiene import protect_process
+
+        protect_process()
     from streamcrypt.cli import output
 
     parsed = None

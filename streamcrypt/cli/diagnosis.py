@@ -10,29 +10,44 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from streamcrypt import api
 from streamcrypt.cli import output
+from streamcrypt.engine.journal import is_interrupted
 from streamcrypt.errors import KeyAccessError, StreamcryptError, TemporaryError
 from streamcrypt.keys.calls import KmsCalls, classify, error_code
 from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring, reach_kms
 from streamcrypt.kms import ROOT, cost, kms_client
-from streamcrypt.kms.policy import Caller, Grant, KeyFacts, Request, unmet_conditions, unmet_constraints
+from streamcrypt.kms.policy import (
+    Caller,
+    Grant,
+    KeyFacts,
+    Request,
+    grant_applies,
+    unmet_conditions,
+    unmet_constraints,
+)
 from streamcrypt.message.suites import UNSIGNED
 from streamcrypt.storage import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, is_ours
+
+if TYPE_CHECKING:
+    from streamcrypt.stores import OpenUpload
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 Cause = Literal[
     "", "identity policy", "key policy", "grant", "context", "key state", "network", "credentials"
 ]
 
+# So many open uploads are shown one by one.
+_SHOWN: Final = 5
 CLOCK_WARNING: Final = 60.0
 CLOCK_LIMIT: Final = 300.0  # SigV4 refuses a request that is five minutes off
 
@@ -105,6 +120,13 @@ def check_key(
         roles, first=first, symmetric=not metadata or metadata["KeySpec"] == "SYMMETRIC_DEFAULT"
     ):
         checks.append(_check_permission(client, operation, reference, arn, metadata, context, caller))
+    if "sagemaker" in roles:
+        found = (
+            "only SageMaker itself can try kms:CreateGrant, which the policy allows for AWS resources alone"
+        )
+        checks.append(
+            Check("kms:CreateGrant", "skipped", found, f"streamcrypt iam-policy --key {arn} --for sagemaker")
+        )
     region = calls.region
     checks.append(_check_quota(region, roles))
     return checks
@@ -332,7 +354,7 @@ def _explain(
             f"without the encryption context {pairs} it is allowed",
             "allow these pairs in the condition",
         )
-    unmet, constraints = _unmet(client, operation, arn, metadata, context, who)
+    unmet, constraints, lacking = _unmet(client, operation, arn, metadata, context, who)
     if constraints:
         cause = "context" if not unmet else "grant"
         return (
@@ -348,6 +370,12 @@ def _explain(
             else "meet the condition"
         )
         return cause, f"the key policy has a condition: {'; '.join(unmet)}", mend
+    if lacking:
+        return (
+            "grant",
+            "; ".join(lacking),
+            f"create a grant that lists {operation} too: {allow} --form grants --principal {who}",
+        )
     if "identity-based" in said:
         found = f"the key policy leaves it to IAM, and no policy of {who} allows {action}"
         if not context:
@@ -367,10 +395,11 @@ def _unmet(
     metadata: Mapping[str, Any] | None,
     context: Mapping[str, str],
     caller: str,
-) -> tuple[list[str], list[str]]:
-    """Conditions of the key policy and constraints of grants that fail, where the caller may read them."""
+) -> tuple[list[str], list[str], list[str]]:
+    """What fails, where the caller may read it: conditions of the key policy, constraints of grants, and
+    grants that list other operations only."""
     if not caller.startswith("arn:"):
-        return [], []
+        return [], [], []
     spec, usage = (
         (metadata["KeySpec"], metadata["KeyUsage"]) if metadata else ("SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT")
     )
@@ -391,7 +420,13 @@ def _unmet(
                 raise
     listed = _ask(client, "list_grants", KeyId=arn)
     grants = [_grant(entry) for entry in listed.response.get("Grants", ())] if listed.code is None else []
-    return unmet, unmet_constraints(request, grants)
+    lacking = [
+        f"grant {grant.grant_id[:12]}… allows {', '.join(sorted(grant.operations))}, and not {operation}"
+        for grant in grants
+        if operation not in grant.operations
+        and grant_applies(grant._replace(operations=grant.operations | {operation}), request)
+    ]
+    return unmet, unmet_constraints(request, grants), lacking
 
 
 def _grant(entry: Mapping[str, Any]) -> Grant:
@@ -415,6 +450,47 @@ def _check_quota(region: str, roles: Collection[str]) -> Check:
         f"{operation}: {found.per_second:,.0f}/s by default for the account in {region} ({cost.QUOTAS_DATE}), shared "
         "with every AWS service there; the account's own value is in Service Quotas",
     )  # fmt: skip
+
+
+def check_signing(reference: str) -> Check:
+    """Whether a key can sign manifests: its kind, and kms:GetPublicKey and kms:Sign by a dry run."""
+    from streamcrypt.keys.signing import SigningKey
+
+    try:
+        key = SigningKey(reference)
+        key.prepare()
+    except StreamcryptError as error:
+        code = output.TEMPORARY if isinstance(error, TemporaryError) else output.NO_KEY
+        action = (
+            f"kms:{error.operation}" if isinstance(error, KeyAccessError) and error.operation else "kms:Sign"
+        )
+        mend = (
+            f"streamcrypt iam-policy --key KEY --sign-manifest {reference}" if "Denied" in str(error) else ""
+        )
+        return Check(action, "failed", str(error), mend, code=code)
+    return Check("kms:Sign", "ok", f"{reference}: signs by {key.algorithm} (dry run)")
+
+
+# --- a request to SageMaker -----------------------------------------------------------------------
+
+
+def check_training_job(path: Path) -> list[Check]:
+    """The CreateTrainingJob request in a JSON file; ValueError when there is none."""
+    from streamcrypt.sagemaker import check_training_job
+
+    try:
+        request = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a request in JSON ({error})") from error
+    if not isinstance(request, dict):
+        raise ValueError(f"{path}: not a request in JSON")
+    found = check_training_job(request)
+    if not found:
+        return [Check("training job", "ok", "output, volume and traffic between containers are encrypted")]
+    return [
+        Check("training job", finding.status, f"{finding.field}: {finding.found}", finding.mend)
+        for finding in found
+    ]
 
 
 # --- the official SDK -----------------------------------------------------------------------------
@@ -569,6 +645,41 @@ def check_leftovers(source: Path) -> Check:
     return Check(
         "leftovers", "warning", found, "when no job runs: run the job again, it removes them; or delete them"
     )
+
+
+def check_uploads(url: str) -> Check:
+    """Multipart uploads below a place in a store that no one completed: whose, since when, and how to abort them."""
+    from streamcrypt.stores import StoreTree
+
+    tree = StoreTree(url)
+    try:
+        uploads = list(tree.open_uploads())
+        interrupted = is_interrupted(tree)
+    except StreamcryptError as error:
+        code = output.TEMPORARY if isinstance(error, TemporaryError) else output.FAILED
+        return Check("leftovers", "failed", str(error), "allow s3:ListBucketMultipartUploads and s3:ListBucket",
+                     code=code)  # fmt: skip
+    journal = "; the journal of a job that did not finish, or still runs" if interrupted else ""
+    if not uploads:
+        return Check("leftovers", "ok" if not interrupted else "warning", f"{url}: no open uploads{journal}",
+                     "when no job runs: the same command with --resume goes on" if interrupted else "")  # fmt: skip
+    ours = [upload for upload in uploads if upload.writer is not None]
+    found = f"{url}: {len(uploads)} open multipart uploads, {len(ours)} of streamcrypt{journal}"
+    for upload in uploads[:_SHOWN]:
+        found += f"; {upload.path} of {_whose(upload)}, begun {upload.begun:%Y-%m-%d %H:%M}, id {upload.upload_id}"
+    bucket, _, key = uploads[0].path.removeprefix("s3://").partition("/")
+    mend = (
+        "when no job runs: run the job again with --resume, it aborts its own; or one by one, "
+        f"aws s3api abort-multipart-upload --bucket {bucket} --key {shlex.quote(key)} "
+        f"--upload-id {uploads[0].upload_id}"
+    )
+    return Check("leftovers", "warning", found, mend)
+
+
+def _whose(upload: OpenUpload) -> str:
+    if upload.writer is None:
+        return "somebody else"
+    return f"a process of {upload.writer.host.partition(' ')[0]}{' that has ended' if upload.ended else ''}"
 
 
 def _is_temporary(path: Path) -> bool:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from contextlib import AbstractContextManager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamcrypt.errors import FormatError, IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
 from streamcrypt.keys.materials import Materials
 from streamcrypt.message.suites import UNSIGNED, AlgorithmSuite
 from streamcrypt.storage import Filters, Tree
 from streamcrypt.streams import DEFAULT_FRAME_LENGTH, ReadingRules
+
+if TYPE_CHECKING:  # few jobs have one of these
+    from streamcrypt.keys.partition import KeyMap
+    from streamcrypt.keys.signing import PublicKey, SigningKey
 
 
 def default_workers() -> int:
@@ -24,8 +30,7 @@ def default_workers() -> int:
 STORE_WORKERS: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A file (``name`` in its folder), a whole folder (``name`` None), or standard input or output."""
 
     tree: Tree
@@ -39,22 +44,21 @@ class Place:
         return self.tree.root if self.name is None else self.tree.path(self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a job is: files that are finished, plaintext bytes that are done."""
 
     files: int
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One call of encrypt, decrypt, verify or rekey.
 
     ``reading`` gives materials for the messages that are read, ``writing`` for those that are
     written; lengths are in bytes.  ``names`` limits the job to these names of the source.
     ``resume`` goes on with an interrupted job on the same folders; ``resuming`` then opens the messages
-    that it had written.
+    that it had written.  ``key_map`` gives some files other keys than ``writing``.  ``signing`` signs what
+    was written as a whole; ``signed_by`` is who must have signed what is read.
     """
 
     operation: str
@@ -63,26 +67,28 @@ class Job:
     against: Place | None = None
     reading: Materials | None = None
     writing: Materials | None = None
-    rules: ReadingRules = field(default_factory=ReadingRules)
-    context: Mapping[str, str] = field(default_factory=dict)
-    authenticated_context: Mapping[str, str] = field(default_factory=dict)
+    rules: ReadingRules = ReadingRules()
+    context: Mapping[str, str] = MappingProxyType({})
+    authenticated_context: Mapping[str, str] = MappingProxyType({})
     suite: AlgorithmSuite = UNSIGNED
     frame_length: int = DEFAULT_FRAME_LENGTH
-    workers: int = field(default_factory=default_workers)
+    workers: int = 1
     overwrite: bool = False
     resume: bool = False
     resuming: Materials | None = None
     durable: bool = True
     require_manifest: bool = False
-    filters: Filters = field(default_factory=Filters)
+    filters: Filters = Filters()
     names: tuple[str, ...] | None = None
     dry_run: bool = False
     progress: Callable[[Progress], None] | None = None
     audit: Callable[[dict[str, Any]], None] | None = None
+    key_map: KeyMap | None = None
+    signing: SigningKey | None = None
+    signed_by: PublicKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """One file that failed, and why."""
 
     path: str
@@ -103,27 +109,32 @@ _NO_CALLS: dict[str, Any] = {
 }
 
 
-@dataclass(slots=True)
 class Report:
     """What a job did.  ``bytes_in`` were read, ``bytes_out`` written; ``seconds`` is wall time.
 
     ``to_json`` gives the JSON object of the command line.
     """
 
-    operation: str
-    workers: int = 0
-    files: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    seconds: float = 0.0
-    data_keys: int = 0
-    skipped: int = 0
-    failed: list[Failure] = field(default_factory=list)
-    cache: dict[str, Any] = field(default_factory=dict)
-    kms: dict[str, Any] = field(default_factory=dict)
-    advice: list[str] = field(default_factory=list)
-    manifest_digest: str | None = None
-    dry_run: bool = False
+    def __init__(self, operation: str, workers: int = 0, *, dry_run: bool = False) -> None:
+        self.operation = operation
+        self.workers = workers
+        self.files = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.seconds = 0.0
+        self.data_keys = 0
+        self.skipped = 0
+        self.failed: list[Failure] = []
+        self.cache: dict[str, Any] = {}
+        self.kms: dict[str, Any] = {}
+        self.advice: list[str] = []
+        self.manifest_digest: str | None = None
+        self.keys: list[dict[str, Any]] | None = None
+        self.signature: dict[str, str] | None = None
+        self.dry_run = dry_run
+
+    def __repr__(self) -> str:
+        return f"<Report {json.dumps(self.to_json())}>"
 
     def __getitem__(self, name: str) -> Any:
         """A member of the JSON object."""
@@ -151,6 +162,10 @@ class Report:
         }
         if self.manifest_digest is not None:
             report["manifest"] = self.manifest_digest
+        if self.keys is not None:
+            report["keys"] = self.keys
+        if self.signature is not None:
+            report["signature"] = self.signature
         if self.dry_run:
             report["dry_run"] = True
         return report
@@ -173,3 +188,8 @@ def _gravity(error: StreamcryptError) -> float:
         if isinstance(error, kind):
             return (2, 1, 0)[rank]
     return math.inf
+
+
+# Who wants to know of every job (telemetry.py): called with the job, each gives a context manager around
+# it, whose value is called with the finished report.  Empty unless somebody asked.
+observers: list[Callable[[Job], AbstractContextManager[Callable[[Report], None]]]] = []

@@ -8,6 +8,11 @@ has finished.  One line a finished file, appended after the file has its name:
 A torn last line is what an interruption leaves and is ignored, with all that follows it.  The journal
 is a hint, not a proof: nothing that it says is taken over before the object itself was looked at, and
 a message before its header and final frame were authenticated (engine/run.py).
+
+On an object store nothing is appended to, and to look at every object would take as long as writing it.
+There the journal is a folder of parts, and a proof: each part is a message of its own under the job's keys
+and context, and a line also names the ETag that the store gave the object.  An object is taken over when
+the store's listing shows it with that ETag.
 """
 
 from __future__ import annotations
@@ -18,14 +23,41 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from streamcrypt.errors import DestinationError
-from streamcrypt.storage import RESERVED_FOLDER, LocalTree
+from streamcrypt.engine.job import Job
+from streamcrypt.errors import DestinationError, FormatError, IntegrityError
+from streamcrypt.message.footer import Signer
+from streamcrypt.message.frames import FINAL_OVERHEAD
+from streamcrypt.message.header import parse_header
+from streamcrypt.storage import RESERVED_FOLDER, LocalTree, Tree
+from streamcrypt.streams import (
+    OutgoingMessage,
+    ReadingRules,
+    header_template,
+    open_message,
+    read_bytes,
+)
+
+if TYPE_CHECKING:
+    from streamcrypt.stores import StoreTree, Writer
 
 _FLUSH_INTERVAL: Final = 5.0  # seconds
+# On a store: the same, and later this part of the time that the job has run; so parts do not grow many.
+_FLUSH_SHARE: Final = 0.01
 _NAME: Final = "journal"
 JOURNAL: Final = f"{RESERVED_FOLDER}/{_NAME}"
+# The frame length in the header of a part, which a job's own messages never have (MAX_WRITTEN_FRAME_LENGTH):
+# whatever somebody got encrypted as a file, its message is not taken for a part.
+_PART_FRAME_LENGTH: Final = 2**32 - 1
+_READERS: Final = 16
+
+
+def is_interrupted(tree: Tree) -> bool:
+    """Whether a journal lies in a folder: the job there did not finish, or still runs."""
+    if isinstance(tree, LocalTree):
+        return tree.exists(JOURNAL)
+    return not tree.subtree(JOURNAL).is_empty()
 
 
 class Finished(NamedTuple):
@@ -66,8 +98,7 @@ class Journal:
                     record = _parse(line)
                     if record is None or record.pop("operation", None) != self._operation:
                         break
-                    record["source"], record["made"] = tuple(record["source"]), tuple(record["made"])
-                    finished[record["name"]] = Finished(**record)
+                    finished[record["name"]] = _finished(record)
                     self._whole_length += len(line)
         except FileNotFoundError:
             pass
@@ -76,12 +107,9 @@ class Journal:
         return finished
 
     def add(self, finished: Finished) -> None:
-        text = json.dumps(
-            {"operation": self._operation, **finished._asdict()}, separators=(",", ":")
-        ).encode()
-        self._lines.append(b"%08x %s\n" % (zlib.crc32(text), text))
+        self._lines.append(_line(f'{{"operation":"{self._operation}",{_members(finished)}}}'))
 
-    def write(self) -> None:
+    def write(self, *, last: bool = False) -> None:
         """Write the lines that were added since the last time."""
         if not self._lines:
             return
@@ -133,8 +161,132 @@ class Journal:
             os.close(descriptor)
 
 
+class StoreJournal:
+    """The same on an object store: parts, each with a first line that says who wrote it."""
+
+    def __init__(self, tree: StoreTree, operation: str, job: Job) -> None:
+        from streamcrypt.stores import Writer
+
+        self._tree = tree
+        self._parts = tree.subtree(JOURNAL)
+        self._operation = operation
+        self._job = job
+        self._lines: list[bytes] = []
+        self._start = _line(json.dumps({"operation": operation, **Writer.this()._asdict()}))
+        self._began = time.monotonic()
+        self._write_at = self._began + _FLUSH_INTERVAL
+        self.writers: set[Writer] = set()  # of the parts that were read
+
+    def read(self) -> dict[str, Finished]:
+        """What an interrupted job of the same kind had finished, by name, from the parts that authenticate."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        finished: dict[str, Finished] = {}
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcrypt-journal") as readers:
+            for part in readers.map(self._read_part, [entry.name for entry in self._parts.walk()]):
+                finished.update(part)
+        return finished
+
+    def add(self, finished: Finished) -> None:
+        self._lines.append(_line(f"{{{_members(finished)}}}"))
+
+    def write(self, *, last: bool = False) -> None:
+        """Make a part of the lines that were added, when it is time for one, or when it is the ``last``."""
+        now = time.monotonic()
+        if not self._lines or (now < self._write_at and not last):
+            return
+        data = self._seal(b"".join((self._start, *self._lines)))
+        # Names in the order in which parts were made: a later line about a file replaces an earlier one.
+        target = self._parts.create(f"{time.time_ns():020}-{os.urandom(4).hex()}", size=len(data))
+        try:
+            target.write_at(0, data)
+            target.publish(overwrite=False)
+        finally:
+            target.discard()
+        self._lines.clear()
+        self._write_at = now + max(_FLUSH_INTERVAL, _FLUSH_SHARE * (now - self._began))
+
+    def close(self) -> None:
+        pass
+
+    def remove(self) -> None:
+        """The job has finished, or begins anew: nothing is left to resume."""
+        with contextlib.suppress(DestinationError):  # parts that stay prove nothing wrong
+            names = [f"{JOURNAL}/{entry.name}" for entry in self._parts.walk()]
+            if names:
+                self._tree.delete(names)
+
+    def _read_part(self, name: str) -> dict[str, Finished]:
+        from streamcrypt.stores import Writer
+
+        source = self._parts.open(name)
+        try:
+            first, *lines = self._open(bytes(read_bytes(source, 0, source.size))).splitlines(keepends=True)
+        except IntegrityError:
+            return {}
+        finally:
+            source.close()
+        start = _parse(first)
+        if start is None or start.pop("operation", None) != self._operation:
+            return {}
+        self.writers.add(Writer(**start))
+        records = [_parse(line) for line in lines]
+        return {record["name"]: _finished(record) for record in records if record is not None}
+
+    def _seal(self, lines: bytes) -> bytes:
+        """The part as it is stored: as it is where the job has no key to encrypt with."""
+        job = self._job
+        if job.writing is None:
+            return lines
+        context = {**job.context, **job.authenticated_context}
+        materials = job.writing.for_encryption(job.suite, context, len(lines))
+        template = header_template(materials, _PART_FRAME_LENGTH, job.authenticated_context)
+        message = OutgoingMessage.begin(materials, template, _PART_FRAME_LENGTH)
+        frame = bytearray(FINAL_OVERHEAD + len(lines))
+        message.cipher.seal_final(lines, 0, memoryview(frame))
+        part = message.header + frame
+        if message.signing_key is not None:
+            signer = Signer(job.suite, message.signing_key)
+            signer.update(part)
+            part += signer.footer()
+        return part
+
+    def _open(self, part: bytes) -> bytes:
+        job = self._job
+        if job.resuming is None:
+            return part
+        header, _ = parse_header(part, max_encrypted_data_keys=None)
+        if header.frame_length != _PART_FRAME_LENGTH:
+            raise FormatError("a message, but not a part of a journal")
+        rules = ReadingRules(
+            max_encrypted_data_keys=None,
+            authenticated_context=job.authenticated_context,
+            require_signed=job.suite.signed,
+        )
+        return open_message(part, job.resuming, rules)
+
+
 def _opener(folder: int) -> Callable[[str, int], int]:
     return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+
+
+def _members(finished: Finished) -> str:
+    # Written out for speed: numbers and hexadecimal digits need no escapes.
+    return (
+        f'"name":{json.dumps(finished.name)},"source":{list(finished.source)},"made":{list(finished.made)},'
+        f'"size":{finished.size},"message_length":{finished.message_length},'
+        f'"message_id":"{finished.message_id}","header_tag":"{finished.header_tag}"'
+    )
+
+
+def _line(text: str) -> bytes:
+    data = text.encode()
+    return b"%08x %s\n" % (zlib.crc32(data), data)
+
+
+def _finished(record: dict[str, Any]) -> Finished:
+    record["source"], record["made"] = tuple(record["source"]), tuple(record["made"])
+    return Finished(**record)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

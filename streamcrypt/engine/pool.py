@@ -22,9 +22,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from streamcrypt.engine.spans import FileTask, SpanTask
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker
@@ -37,11 +35,10 @@ Tasks: TypeAlias = Sequence[FileTask | SpanTask]
 
 # Lists that a worker holds: the one that it works on, and one more so that it need not wait for it.
 _HELD: Final = 2
-_PACKAGE_ROOT: Final = str(Path(__file__).resolve().parents[2])
+_PACKAGE_ROOT: Final = os.path.realpath(f"{__file__}/../../..")
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(NamedTuple):
     """Tasks that were with a worker when it died."""
 
     tasks: Tasks
@@ -224,6 +221,9 @@ def serve() -> None:
     """The main function of a worker process; its argument is the descriptor of its socket."""
     from multiprocessing.connection import Connection
 
+    from streamcrypt.hygiene import protect_process
+
+    protect_process()
     _die_with_parent()
     connection = Connection(int(sys.argv[1]))
     try:

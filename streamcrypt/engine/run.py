@@ -11,25 +11,30 @@ fail every file.  A message whose worker died starts again under a new message i
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
+import json
 import os
 import resource
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
-from streamcrypt.engine.journal import Finished, Journal
+from streamcrypt.engine.journal import Finished, Journal, StoreJournal
 from streamcrypt.engine.manifest import Listed, ManifestWriter, read_manifest
 from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
 from streamcrypt.engine.spans import (
     BATCH_FILES,
     MANIFEST,
+    SIGNATURE,
     SPAN_LENGTH,
     SPLIT_LENGTH,
+    STATEMENT,
     FileTask,
     Opening,
     Sealing,
@@ -38,12 +43,30 @@ from streamcrypt.engine.spans import (
     is_large,
 )
 from streamcrypt.engine.worker import Outcome, Setup, Worker, located
-from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
-from streamcrypt.keys.materials import EncryptionMaterials
+from streamcrypt.errors import (
+    ContextMismatchError,
+    DestinationError,
+    IntegrityError,
+    KeyAccessError,
+    SourceError,
+    StreamcryptError,
+    TemporaryError,
+)
+from streamcrypt.keys.materials import EncryptionMaterials, Materials
 from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
 from streamcrypt.message.header import Header, HeaderTemplate
 from streamcrypt.message.suites import TAG_LENGTH
-from streamcrypt.storage import KEPT_FOLDERS, Entry, LocalTarget, LocalTree, Source, State, sort_key
+from streamcrypt.storage import (
+    KEPT_FOLDERS,
+    Entry,
+    LocalTarget,
+    LocalTree,
+    Source,
+    State,
+    Target,
+    Tree,
+    sort_key,
+)
 from streamcrypt.streams import (
     DEFAULT_FRAME_LENGTH,
     DecryptingFile,
@@ -58,9 +81,14 @@ from streamcrypt.streams import (
     unlock,
 )
 
+if TYPE_CHECKING:
+    from streamcrypt.engine.hashing import HashingTarget
+    from streamcrypt.engine.signature import StatementWriter
+    from streamcrypt.stores import StoreTree
+
 _ATTEMPTS: Final = 3
 # The first entries are looked at to choose threads or processes.
-_SAMPLE: Final = 4096
+SAMPLE: Final = 4096
 # What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
 # seconds: see benchmarks/README.md, "threads or processes".
 _INTERPRETER_PER_FILE: Final = 150e-6
@@ -68,6 +96,14 @@ _INTERPRETER_PER_FRAME: Final = 4e-6
 _PROCESSES_PAY: Final = 0.4
 # Descriptors that are left to whatever else this process opens meanwhile.
 _OTHER_DESCRIPTORS: Final = 32
+
+
+def processes_pay(files: int, frames: float) -> bool:
+    """Whether the interpreter has so much to do with a job of these that more than one worker are processes.
+
+    `files` are those of the sample by which a job chooses, at most ``SAMPLE``.  A plan asks it too.
+    """
+    return files * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME > _PROCESSES_PAY
 
 
 def encrypt(job: Job) -> Report:
@@ -97,17 +133,17 @@ class _Item(NamedTuple):
     listed: Listed | None
 
 
-@dataclass(slots=True)
 class _Large:
     """A file that is cut into spans: its target, how many spans are out, and what went wrong."""
 
-    task: FileTask
-    source_state: State
-    target: LocalTarget | None
-    spans_out: int = 0
-    all_sent: bool = False
-    error: StreamcryptError | None = None
-    lost: str | None = None
+    def __init__(self, task: FileTask, source_state: State, target: LocalTarget | None) -> None:
+        self.task = task
+        self.source_state = source_state
+        self.target = target
+        self.spans_out = 0
+        self.all_sent = False
+        self.error: StreamcryptError | None = None
+        self.lost: str | None = None
 
 
 class _Run:
@@ -130,22 +166,51 @@ class _Run:
         self._deaths = False
         self._pool: Pool | None = None
         self._manifest: ManifestWriter | None = None
+        self._manifest_target: HashingTarget | None = None
+        self._statement: StatementWriter | None = None
+        self._wrapped: set[int] = set()  # data keys that were made, of a job with a key map
+        self._refused: dict[int, KeyAccessError] = {}  # data keys that no key opens, and why
         self._batch_files = BATCH_FILES
         # A resumed job replaces what the interrupted one made; `_resumed` looks before it does.
         self._may_replace = job.overwrite or job.resume
-        self._journal: Journal | None = None
+        self._journal: Journal | StoreJournal | None = None
         self._before: dict[str, Finished] = {}
+        self._made: _Listing | None = None  # what a store holds already, for a job that goes on there
         self._unlisted: set[int] = set()  # decrypted files that are there without a line in the journal
         tree = job.destination.tree if job.destination is not None else None
-        self._undivided = tree is not None and tree.in_order
-        if self._whole_tree and isinstance(tree, LocalTree) and not job.dry_run:
-            self._journal = Journal(tree, job.operation, durable=job.durable)
-            if job.resume:
-                self._before = self._journal.read()
-            else:
-                self._journal.remove()
+        self._undivided = (tree is not None and tree.in_order) or job.signing is not None
+        if self._whole_tree and tree is not None and not job.dry_run:
+            self._journal = self._open_journal(tree)
         if self._whole_tree and job.writing is not None and not job.dry_run:
             self._manifest = ManifestWriter(self._create_manifest)
+            if job.signing is not None:
+                from streamcrypt.engine.signature import StatementWriter
+
+                assert tree is not None
+                self._statement = StatementWriter(
+                    tree, job.signing, overwrite=self._may_replace, durable=job.durable
+                )
+
+    def _open_journal(self, tree: Tree) -> Journal | StoreJournal:
+        job = self.job
+        kind = _kind(job)
+        if isinstance(tree, LocalTree):
+            journal = Journal(tree, kind, durable=job.durable)
+            if job.resume:
+                self._before = journal.read()
+            else:
+                journal.remove()
+            return journal
+        store = cast("StoreTree", tree)
+        store_journal = StoreJournal(store, kind, job)
+        if job.resume:
+            self._before = store_journal.read()
+            # Whoever resumes a job says that it has ended, on whichever machine.
+            store.abort_uploads(of=store_journal.writers)
+            self._made = _Listing(tree.walk(job.filters))
+        elif job.overwrite:
+            store_journal.remove()
+        return store_journal
 
     def __enter__(self) -> _Run:
         self._started = time.perf_counter()
@@ -185,8 +250,10 @@ class _Run:
             else:
                 if self._manifest is not None:
                     self._manifest.discard()
+                if self._statement is not None:
+                    self._statement.discard()
                 if self._journal is not None:
-                    self._journal.write()
+                    self._journal.write(last=True)
 
     def _finish(self, destination: Place) -> None:
         """Names first, manifest last: what was reported as done is durable."""
@@ -197,11 +264,17 @@ class _Run:
                 self.report.failed.append(Failure(folder or ".", error))
         if self._manifest is not None:
             self._manifest.publish()
+            if self._statement is not None:
+                if self.report.failed:  # what is not whole is not signed
+                    self._statement.discard()
+                else:
+                    assert self._manifest_target is not None
+                    self.report.signature = self._statement.publish(self._manifest_target)
             if self.job.durable:
                 destination.tree.sync_folder(MANIFEST.rpartition("/")[0])
         if self._journal is not None:
             if any(not isinstance(failure.error, IntegrityError) for failure in self.report.failed):
-                self._journal.write()  # what failed can be tried again, but what did not authenticate
+                self._journal.write(last=True)  # what failed can be tried again, but what did not authenticate
             else:
                 self._journal.remove()
 
@@ -244,31 +317,47 @@ class _Run:
         What only one side has fails: a message that the manifest does not list was added, one that
         is not there was removed.
         """
+        if self.job.signed_by is not None and not self.job.dry_run:
+            yield from self._matched(entries, self._admitted(self._signed_lines()))
+            return
         manifest = self._open_manifest() if self._whole_tree and not self.job.dry_run else None
         if manifest is None:
             yield from self.readable(entries)
             return
         with manifest:
             lines = self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))
-            for entry, line in _merge(entries, lines):
-                if line is None:
-                    assert entry is not None
-                    if not entry.folder:  # an empty folder that was added holds nothing
-                        self._fail_integrity(entry.name, "is not listed in the manifest: it was added")
-                elif line.failed is not None:
-                    reason = f"was left out when the tree was encrypted: {line.failed}"
-                    self._fail(
-                        self._take_number(), line.name, SourceError(f"{self._path(line.name)}: {reason}")
-                    )
-                elif entry is None:
-                    if line.folder:
-                        yield from self.readable((Entry(line.name, 0, folder=True),))
-                    else:
-                        self._fail_integrity(line.name, "is missing: the manifest lists it")
-                elif entry.folder != line.folder:
-                    self._fail_integrity(entry.name, "is a folder in one place and a file in the other")
+            yield from self._matched(entries, lines)
+
+    def _matched(self, entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[_Item]:
+        for entry, line in merge(entries, lines):
+            if line is None:
+                assert entry is not None
+                if not entry.folder:  # an empty folder that was added holds nothing
+                    self._fail_integrity(entry.name, "is not listed in the manifest: it was added")
+            elif line.failed is not None:
+                reason = f"was left out when the tree was encrypted: {line.failed}"
+                self._fail(self._take_number(), line.name, SourceError(f"{self._path(line.name)}: {reason}"))
+            elif entry is None:
+                if line.folder:
+                    yield from self.readable((Entry(line.name, 0, folder=True),))
                 else:
-                    yield from self.readable((entry,), line)
+                    self._fail_integrity(line.name, "is missing: the manifest lists it")
+            elif entry.folder != line.folder:
+                self._fail_integrity(entry.name, "is a folder in one place and a file in the other")
+            else:
+                yield from self.readable((entry,), line)
+
+    def _signed_lines(self) -> Iterator[Listed]:
+        """The lines of the signed manifest, which then stands in for the encrypted one."""
+        from streamcrypt.engine.signature import Statement, check_manifest
+
+        tree, signed_by = self.job.source.tree, self.job.signed_by
+        assert signed_by is not None
+        with Statement(tree, signed_by) as statement:
+            self.report.signature = statement.summary
+            yield from statement.lines()
+            if (error := check_manifest(tree, statement)) is not None:
+                self.report.failed.append(Failure(MANIFEST, error))
 
     def _admitted(self, lines: Iterator[Listed]) -> Iterator[Listed]:
         names = frozenset(self.job.names) if self.job.names is not None else None
@@ -305,8 +394,10 @@ class _Run:
             return FileTask(number, entry.name, None, entry.size)
         if self.job.resume and self._resumed(number, entry):
             return None
+        sealing = self._sealing_or_failure(number, entry.name, entry.size)
+        if sealing is None:
+            return None
         target = self._target_name(entry.name)
-        sealing = self._sealing(entry.size)
         return FileTask(number, entry.name, target, entry.size, sealing=sealing, undivided=self._undivided)
 
     def open(self, item: _Item) -> FileTask | None:
@@ -321,7 +412,7 @@ class _Run:
                 listed.check(header, source.size)
             if job.resume and self._resumed(number, entry, header):
                 return None
-            content_key = b"" if job.dry_run else unlock(header, job.reading, job.rules).content_key
+            content_key = b"" if job.dry_run else self._content_key(header, job.reading)
             geometry = source_geometry(source, header) if header.framed else None
             if geometry is not None:
                 length = geometry.plaintext_length
@@ -339,27 +430,60 @@ class _Run:
         if job.dry_run:
             return FileTask(number, entry.name, None, length)
         opening = Opening(header.serialize(), header.message_id, content_key, geometry, header.suite.signed)
+        sha256 = listed.sha256 if listed is not None else ""
         if number in self._unlisted and not job.overwrite:
             # A file that is there, but not in the journal, is the interrupted job's last or somebody
             # else's: it stays if it is what the message holds, and is an error if not.
             self._unlisted.remove(number)
-            return FileTask(number, entry.name, None, length, opening, against=entry.name)
+            return FileTask(
+                number, entry.name, None, length, opening, None, entry.name, undivided=bool(sha256), sha256=sha256
+            )
+        sealing = None
+        if job.writing is not None:
+            sealing = self._sealing_or_failure(number, entry.name, length)
+            if sealing is None:
+                return None
+        sha256 = listed.sha256 if listed is not None else ""
         return FileTask(
             number,
             entry.name,
             self._target_name(entry.name) if job.destination is not None else None,
             length,
             opening,
-            self._sealing(length) if job.writing is not None else None,
+            sealing,
             None if job.against is None else job.against.name or entry.name,
-            undivided=self._undivided,
+            undivided=self._undivided or bool(sha256),
+            sha256=sha256,
         )
 
-    def _sealing(self, plaintext_length: int) -> Sealing:
+    def _content_key(self, header: Header, reading: Materials) -> bytes:
+        """The key that opens a message's frames; a data key that a key refused to unwrap is not asked for again."""
+        name = hash((header.encrypted_data_keys, frozenset(header.context.items())))
+        if (refused := self._refused.get(name)) is not None:
+            raise copy.copy(refused)
+        try:
+            return unlock(header, reading, self.job.rules).content_key
+        except KeyAccessError as error:
+            if not isinstance(error, TemporaryError | IntegrityError | ContextMismatchError):
+                self._refused[name] = copy.copy(error)
+            raise
+
+    def _sealing_or_failure(self, number: int, name: str, plaintext_length: int) -> Sealing | None:
+        """As ``_sealing``; with a key map, a key that cannot be used fails its own files only."""
+        try:
+            return self._sealing(name, plaintext_length)
+        except KeyAccessError as error:
+            if self.job.key_map is None or isinstance(error, TemporaryError):
+                raise
+            self._fail(number, name, located(error, self._path(name)))
+            return None
+
+    def _sealing(self, name: str, plaintext_length: int) -> Sealing:
         job = self.job
         assert job.writing is not None
         context = {**job.context, **job.authenticated_context}
-        materials = job.writing.for_encryption(job.suite, context, plaintext_length)
+        writing = job.writing if job.key_map is None else job.key_map.of(name)
+        materials = writing.for_encryption(job.suite, context, plaintext_length)
         template, signing_key = self._template_for(materials)
         message = OutgoingMessage.begin(materials, template, job.frame_length)
         return Sealing(
@@ -374,7 +498,11 @@ class _Run:
     def _template_for(self, materials: EncryptionMaterials) -> tuple[HeaderTemplate, bytes | None]:
         """The header that all messages of one data key share, and their signing key for the workers."""
         if self._template is None or self._template[0] is not materials:
-            self.report.data_keys += 1
+            if self.job.key_map is None:
+                self.report.data_keys += 1
+            else:  # its data keys take turns, and each is counted once
+                self._wrapped.add(hash(materials.encrypted_data_keys))
+                self.report.data_keys = len(self._wrapped)
             key, encoded = materials.signing_key, None
             if key is not None:
                 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -401,32 +529,54 @@ class _Run:
 
         ``header`` is the source's, where that is a message.  The journal only says where to look: a
         message is taken over when it is the one that was listed and its final frame authenticates
-        under our keys; a decrypted file when neither it nor its message has changed since.  What is
-        there but not listed is replaced if it is a message under our keys, the remains of the moment
-        of the interruption; DestinationError if it is somebody else's.
+        under our keys; a decrypted file when neither it nor its message has changed since.  On a store
+        the journal itself was authenticated, and a message is taken over when the store lists it with
+        the ETag that it had.  What is there but not in the journal is replaced if it is a message under
+        our keys, the remains of the moment of the interruption; DestinationError if it is somebody
+        else's.
         """
         destination = self.job.destination
         assert destination is not None
         finished = self._before.pop(entry.name, None)
-        made = destination.tree.state(entry.name)
+        listing = self._made
+        made = destination.tree.state(entry.name) if listing is None else listing.state(entry.name)
         if made is None:
             return False
-        same = finished is not None and self.job.source.tree.state(entry.name) == finished.source
+        same = finished is not None and (
+            finished.source == (entry.state or self.job.source.tree.state(entry.name))
+        )
         if self.job.writing is None:
             return self._resumed_plaintext(number, entry, header, finished if same else None, made)
-        if not self._is_ours(entry.name, finished if same else None):
-            if finished is None and not self.job.overwrite and not self._is_ours(entry.name, None):
+        proved = listing is not None and finished is not None and finished.made == made and made[2] != 0
+        if self.job.key_map is not None:  # it may have changed: the message must be under the key that it now says
+            proved = False
+        ours = self._made_by(entry.name)
+        if not proved and not self._is_ours(entry.name, finished if same else None, ours):
+            theirs = self.job.resuming
+            assert theirs is not None
+            if finished is None and not self.job.overwrite and not self._is_ours(entry.name, None, theirs):
                 raise DestinationError(
                     f"{destination.tree.path(entry.name)}: exists, and the interrupted job did not make it"
                 )
             return False
         if finished is None or not same:
             return False
+        sha256 = ""
+        if self._statement is not None:
+            try:
+                sha256 = self._sha256_of_made(entry.name, entry.name)
+            except StreamcryptError:
+                return False
         self.report.skipped += 1
         self._list(
             number,
             Listed(
-                entry.name, finished.size, finished.message_length, finished.message_id, finished.header_tag
+                entry.name,
+                finished.size,
+                finished.message_length,
+                finished.message_id,
+                finished.header_tag,
+                sha256=sha256,
             ),
         )
         return True
@@ -448,11 +598,9 @@ class _Run:
         self._list(number, None)
         return True
 
-    def _is_ours(self, name: str, finished: Finished | None) -> bool:
+    def _is_ours(self, name: str, finished: Finished | None, materials: Materials) -> bool:
         """Whether the destination holds a message that authenticates under our keys, and is the finished one."""
         assert self.job.destination is not None
-        materials = self.job.resuming
-        assert materials is not None
         try:
             source = self.job.destination.tree.open(name)
         except SourceError:
@@ -466,13 +614,34 @@ class _Run:
                 or source.size != finished.message_length
             ):
                 return False
-            cipher = unlock(header, materials, replace(rules, max_encrypted_data_keys=None)).cipher
+            cipher = unlock(header, materials, rules._replace(max_encrypted_data_keys=None)).cipher
             FrameReader(source, cipher, source_geometry(source, header)).open_final()
         except (IntegrityError, SourceError):
             return False
         finally:
             source.close()
         return True
+
+    def _made_by(self, source_name: str) -> Materials:
+        """What opens the messages that this job makes, or an interrupted one has made."""
+        job = self.job
+        if job.key_map is not None:
+            return job.key_map.of(source_name).resuming
+        materials = job.resuming or job.writing
+        assert materials is not None
+        return materials
+
+    def _sha256_of_made(self, target_name: str, source_name: str) -> str:
+        """The digest of a message of this job, every frame of which is opened on the way."""
+        from streamcrypt.engine.signature import authenticated_sha256
+
+        assert self.job.destination is not None
+        rules = ReadingRules(
+            max_encrypted_data_keys=None, authenticated_context=self.job.authenticated_context
+        )
+        with contextlib.closing(self.job.destination.tree.open(target_name)) as source:
+            header = source_header(source, max_encrypted_data_keys=None)
+            return authenticated_sha256(source, unlock(header, self._made_by(source_name), rules))
 
     # -- tasks to workers, outcomes back
 
@@ -487,8 +656,12 @@ class _Run:
                 if (task := task_of(item)) is not None:
                     self._finish_file(task, Outcome(task.number, bytes_in=task.length))
             return
+        if self._manifest is not None and self._may_replace:
+            assert self.job.destination is not None
+            for name in (SIGNATURE, STATEMENT):  # of what was there before
+                self.job.destination.tree.remove(name)
         # Items, not tasks: nothing waits for data keys that are not needed yet.
-        sample = list(islice(items, _SAMPLE))
+        sample = list(islice(items, SAMPLE))
         if not sample:
             return
         pool = self._pool = self._choose_pool([item.entry for item in sample])
@@ -513,9 +686,11 @@ class _Run:
         target = job.destination.tree if job.destination is not None else None
         # A resumed job compares what is there already with what it would have made.
         compared = target if job.resume else job.against.tree if job.against is not None else None
-        setup = Setup(job.source.tree, target, compared, self._may_replace, job.durable)
+        setup = Setup(
+            job.source.tree, target, compared, self._may_replace, job.durable, job.signing is not None
+        )
         frame_length = job.frame_length if job.writing is not None else self._frame_length_of(sample[0])
-        if len(sample) < _SAMPLE:  # all: no more workers than there is work for, and every one gets some
+        if len(sample) < SAMPLE:  # all: no more workers than there is work for, and every one gets some
             pieces = sum(
                 1 + (entry.size // SPAN_LENGTH if entry.size > SPLIT_LENGTH else 0) for entry in sample
             )
@@ -523,12 +698,11 @@ class _Run:
             self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * workers)))
         frames = sum(entry.size // frame_length + 1 for entry in sample)
         on_a_store = any(tree is not None and tree.in_order for tree in (job.source.tree, target, compared))
-        interpreter_time = len(sample) * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME
         # Who waits for a store needs no processor of its own.
-        if workers > 1 and interpreter_time > _PROCESSES_PAY and not on_a_store:
+        if workers > 1 and processes_pay(len(sample), frames) and not on_a_store:
             return ProcessPool(setup, workers)
-        # Threads share this process's descriptors: a file that is being written holds two, and source
-        # and target each keep some folders open.
+        # Threads share this process's descriptors: a file that is being written holds its own and perhaps
+        # its folder's, and source and target each keep some folders open.
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if descriptors != resource.RLIM_INFINITY:
             spare = descriptors - _used_descriptors() - 2 * KEPT_FOLDERS * (workers + 1)
@@ -664,7 +838,7 @@ class _Run:
             error = StreamcryptError(f"{self._path(task.source)}: {reason} each time it had this file")
             self._fail(task.number, task.source, error)
         else:
-            sealing = self._sealing(task.length) if task.sealing is not None else None
+            sealing = self._sealing(task.source, task.length) if task.sealing is not None else None
             again = task._replace(sealing=sealing, attempt=task.attempt + 1)
             self._feeds.append(self._lists(iter((again,))))
 
@@ -707,7 +881,15 @@ class _Run:
                 sealing.geometry.message_length,
                 sealing.message_id.hex(),
                 sealing.header[-TAG_LENGTH:].hex(),
+                sha256=outcome.sha256,
             )
+            if self._statement is not None and not outcome.sha256:  # its worker died before it could say it
+                assert task.target is not None
+                listed = listed._replace(sha256=self._sha256_of_made(task.target, task.source))
+            if self.job.key_map is not None:
+                partition = self.job.key_map.of(task.source)
+                partition.files += 1
+                partition.bytes += task.length
         if self._journal is not None and outcome.source_state is not None and outcome.made_state is not None:
             self._journal.add(self._journal_line(task, listed, outcome.source_state, outcome.made_state))
         self._list(task.number, listed)
@@ -746,6 +928,8 @@ class _Run:
             self._next_listing += 1
             if self._manifest is not None and line is not None:
                 self._manifest.add(line)
+                if self._statement is not None:
+                    self._statement.add(line)
         if self.job.progress is not None:
             self.job.progress(Progress(self.report.files, self._done_bytes))
 
@@ -761,7 +945,11 @@ class _Run:
         message = OutgoingMessage.begin(materials, template, job.frame_length)
         self.report.manifest_digest = f"{message.message_id.hex()}{message.header[-TAG_LENGTH:].hex()}"
         tree.remove_leftovers(MANIFEST.rpartition("/")[0])
-        target = tree.create(MANIFEST, overwrite=self._may_replace)
+        target: Target = tree.create(MANIFEST, overwrite=self._may_replace)
+        if self._statement is not None:
+            from streamcrypt.engine.hashing import HashingTarget
+
+            target = self._manifest_target = HashingTarget(target)
         return EncryptingFile(
             target, message, overwrite=self._may_replace, durable=job.durable, name=tree.path(MANIFEST)
         )
@@ -785,7 +973,36 @@ class _Run:
         return self.job.source.tree.path(name)
 
 
-def _merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[Entry | None, Listed | None]]:
+class _Listing:
+    """The states of what a tree holds, asked for in the order of the names: a page at a time, not one by one."""
+
+    def __init__(self, entries: Iterator[Entry]) -> None:
+        self._entries = entries
+        self._next = next(entries, None)
+
+    def state(self, name: str) -> State | None:
+        """The state of the object of that name, None when there is none; names must ascend."""
+        while self._next is not None and sort_key(self._next.name) < sort_key(name):
+            self._next = next(self._entries, None)
+        if self._next is None or self._next.name != name:
+            return None
+        return self._next.state
+
+
+def _kind(job: Job) -> str:
+    """What a resumed job must have in common with the interrupted one for their results to be alike."""
+    signer = ""
+    if job.signed_by is not None:
+        from streamcrypt.keys.signing import fingerprint
+
+        signer = f", signed by {fingerprint(job.signed_by)}"
+    if job.writing is None:
+        return job.operation + signer
+    settings = json.dumps([job.suite.id, job.frame_length, sorted(job.context.items())])
+    return f"{job.operation} {zlib.crc32(settings.encode()):08x}{signer}"
+
+
+def merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[Entry | None, Listed | None]]:
     """Two sequences in the order of their names, side by side; None where one lacks a name."""
     entry, line = next(entries, None), next(lines, None)
     while entry is not None or line is not None:

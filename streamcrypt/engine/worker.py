@@ -10,11 +10,9 @@ others' metadata with it.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -22,18 +20,20 @@ from streamcrypt.engine.spans import FileTask, Opening, Sealing, SpanTask, unit_
 from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.materials import read_public_key
 from streamcrypt.message.footer import Signer
-from streamcrypt.message.frames import FINAL_OVERHEAD, REGULAR_OVERHEAD, FrameCipher
+from streamcrypt.message.frames import FINAL_OVERHEAD, REGULAR_OVERHEAD, FrameCipher, Geometry
 from streamcrypt.message.header import Buffer, parse_header
 from streamcrypt.message.suites import suite_by_id
 from streamcrypt.storage import LocalTree, Source, State, Target, Tree
 from streamcrypt.streams import BATCH_LENGTH, FrameReader, SequentialReader, UnlockedMessage, seal_frames
 
+if TYPE_CHECKING:
+    from streamcrypt.engine.hashing import HashingSource, HashingTarget
+
 # Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
 LOOP_LENGTH: Final = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
+class Setup(NamedTuple):
     """What all tasks of a job have in common; sent to a worker once."""
 
     source: Tree
@@ -41,6 +41,7 @@ class Setup:
     against: Tree | None = None
     overwrite: bool = False
     durable: bool = True
+    hashing: bool = False  # of what is written
 
 
 class Outcome(NamedTuple):
@@ -56,6 +57,7 @@ class Outcome(NamedTuple):
     error: StreamcryptError | None = None
     source_state: State | None = None
     made_state: State | None = None
+    sha256: str = ""
 
 
 class Cancelled(Exception):  # noqa: N818  (not an error of the job: it was told to stop)
@@ -71,6 +73,7 @@ class Worker:
         self._against_tree = setup.against.copy() if setup.against is not None else None
         self._overwrite = setup.overwrite
         self._durable = setup.durable
+        self._hashing = setup.hashing
         self._cancelled = cancelled or threading.Event()
         self._plaintext = memoryview(b"")
         self._sealed = memoryview(b"")  # frames that are read
@@ -86,37 +89,39 @@ class Worker:
         if isinstance(tasks[0], SpanTask):
             return [self._guard(task, self._span) for task in tasks if isinstance(task, SpanTask)]
         written: list[tuple[Target, Outcome]] = []
-        outcomes = []
         try:
-            for task in tasks:
-                assert isinstance(task, FileTask)
-                outcomes.append(self._guard(task, lambda task=task: self._file(task, written)))
+            outcomes = [
+                self._guard(task, self._file, written) for task in tasks if isinstance(task, FileTask)
+            ]
             self._publish(written, outcomes)
         finally:
             for target, _ in written:
                 target.discard()
         return outcomes
 
-    def _guard(self, task: FileTask | SpanTask, work: Callable[..., Outcome]) -> Outcome:
-        file = task.file if isinstance(task, SpanTask) else task
+    def _guard(self, task: FileTask | SpanTask, work: Callable[..., Outcome], *arguments: Any) -> Outcome:
         try:
-            return work(task) if isinstance(task, SpanTask) else work()
+            return work(task, *arguments)
         except Cancelled:
             raise
         except StreamcryptError as error:
             return Outcome(task.number, error=error)
         except Exception as error:  # noqa: BLE001  (the outermost loop: the error goes home, not down)
+            file = task.file if isinstance(task, SpanTask) else task
             return Outcome(task.number, error=unexpected(self._source_tree.path(file.source), error))
 
     def _publish(self, written: list[tuple[Target, Outcome]], outcomes: list[Outcome]) -> None:
         failed: dict[int, StreamcryptError] = {}
+        made: dict[int, State] = {}
         for step in ("flush", "publish"):
             for target, outcome in written:
                 if outcome.number in failed:
                     continue
                 try:
                     if step == "publish":
-                        target.publish(overwrite=self._overwrite)
+                        state = target.publish(overwrite=self._overwrite)
+                        if state is not None:
+                            made[outcome.number] = state
                     elif self._durable:
                         target.flush()
                 except StreamcryptError as error:
@@ -124,6 +129,8 @@ class Worker:
         for position, outcome in enumerate(outcomes):
             if outcome.number in failed:
                 outcomes[position] = Outcome(outcome.number, error=failed[outcome.number])
+            elif outcome.number in made:
+                outcomes[position] = outcome._replace(made_state=made[outcome.number])
 
     # -- one file
 
@@ -131,26 +138,32 @@ class Worker:
         path = self._source_tree.path(task.source)
         source = self._source_tree.open(task.source)
         target: Target | None = None
+        hashed: HashingTarget | None = None
+        length = task.target_length
         try:
             if task.opening is None and source.size != task.length:
                 raise _changed(path)
             if task.target is not None:
                 assert self._target_tree is not None
-                target = self._target_tree.create(
-                    task.target, size=task.target_length, overwrite=self._overwrite
-                )
+                target = self._target_tree.create(task.target, size=length, overwrite=self._overwrite)
+                if self._hashing:
+                    from streamcrypt.engine.hashing import HashingTarget  # few jobs sign
+
+                    target = hashed = HashingTarget(target)
             try:
                 self._copy(task, source, target)
                 source.check_unchanged()
             except StreamcryptError as error:
                 raise located(error, path) from error.__cause__
-            made = target.state() if target is not None else None
+            if target is None:
+                return Outcome(task.number, source.size, 0, task.length, None, source.state)
             outcome = Outcome(
-                task.number, source.size, task.target_length or 0, task.length, None, source.state, made
+                task.number, source.size, length or 0, task.length, None, source.state, target.state()
             )
-            if target is not None:
-                written.append((target, outcome))
-                target = None
+            if hashed is not None:
+                outcome = outcome._replace(sha256=hashed.sha256())
+            written.append((target, outcome))
+            target = None
             return outcome
         finally:
             source.close()
@@ -159,8 +172,9 @@ class Worker:
 
     def _copy(self, task: FileTask, source: Source, target: Target | None) -> None:
         """All of one file, from its source to where it goes."""
-        with contextlib.closing(self._writing(task, target)) as writing:
-            if task.opening is not None and task.opening.in_order:
+        writing = self._writing(task, target)
+        try:
+            if task.opening is not None and (task.opening.in_order or task.sha256):
                 self._copy_in_order(task, task.opening, source, writing)
             else:
                 reading = self._reading(task, source)
@@ -168,6 +182,8 @@ class Worker:
                     reading.open_final()  # first of all: it proves the length of the message
                 self._loop(task, reading, writing, 0, task.length)
             writing.finish()
+        finally:
+            writing.close()
 
     def _copy_in_order(self, task: FileTask, opening: Opening, source: Source, writing: Writing) -> None:
         """A message that must be read in order: its signature, or its one tag, comes at the end."""
@@ -175,6 +191,11 @@ class Worker:
         message = UnlockedMessage(header, opening.content_key, read_public_key(header.suite, header.context))
         regrouped = _Regrouping(writing, step_length(task))
         position = 0
+        signed: HashingSource | None = None
+        if task.sha256:
+            from streamcrypt.engine.hashing import HashingSource
+
+            source = signed = HashingSource(source)
         for chunk in SequentialReader(source, message).chunks():
             self._stop_if_cancelled()
             position += len(chunk)
@@ -183,6 +204,8 @@ class Worker:
             regrouped.take(chunk)
         if position != task.length:
             raise _changed(self._source_tree.path(task.source))
+        if signed is not None:
+            signed.check(task.sha256)
         regrouped.end()
 
     # -- one span of a file
@@ -200,8 +223,11 @@ class Worker:
                 assert file.target is not None
                 part = self._target_tree.open_part(file.target, task.temporary)
             try:
-                with contextlib.closing(self._writing(file, part)) as writing:
+                writing = self._writing(file, part)
+                try:
                     self._loop(file, self._reading(file, source), writing, task.start, task.stop)
+                finally:
+                    writing.close()
                 source.check_unchanged()
             except StreamcryptError as error:
                 raise located(error, path) from error.__cause__
@@ -244,7 +270,9 @@ class Worker:
             return Writing()
         if task.sealing is None:
             return _PlainWriting(target)
-        return _SealingInto(task.sealing, target, self._room("_frames", _frames_length(task)))
+        return _SealingInto(
+            task.sealing, target, self._room("_frames", _frames_length(task, task.sealing.geometry))
+        )
 
     def _room(self, name: str, length: int) -> memoryview:
         buffer: memoryview = getattr(self, name)
@@ -403,13 +431,13 @@ def step_length(task: FileTask) -> int:
     return max(1, LOOP_LENGTH // unit) * unit
 
 
-def _frames_length(task: FileTask) -> int:
+def _frames_length(task: FileTask, geometry: Geometry) -> int:
     """Room for what one step of the loop seals, the header and the final frame included."""
-    assert task.sealing is not None
-    frame_length = unit_length(task)
-    frames = min(step_length(task), max(task.length, 1)) // frame_length + 1
-    header_length = task.sealing.geometry.header_length
-    return header_length + frames * REGULAR_OVERHEAD + min(step_length(task), task.length) + FINAL_OVERHEAD
+    step = step_length(task)
+    if task.length <= step:
+        return geometry.body_end
+    frames = step // geometry.frame_length
+    return geometry.header_length + step + frames * REGULAR_OVERHEAD + FINAL_OVERHEAD
 
 
 def located(error: StreamcryptError, path: str) -> StreamcryptError:

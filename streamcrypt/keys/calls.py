@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import sys
 import threading
 import time
@@ -28,9 +27,12 @@ from typing import Any, Final, NamedTuple
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, KeyUnavailableError, WrappedKeyError
+from streamcrypt.hygiene import forget_variables
 from streamcrypt.keys.keyring import printable
 
-DEADLINE: Final = 60.0  # seconds from the first attempt of a call after which no further one starts
+# Seconds from the first attempt of a call after which it has failed: an outage of a minute is waited out,
+# with what it takes to notice its end.
+DEADLINE: Final = 75.0
 
 _METHODS: Final = {
     "GenerateDataKey": "generate_data_key",
@@ -41,6 +43,8 @@ _METHODS: Final = {
     "DescribeKey": "describe_key",
     "GetPublicKey": "get_public_key",
     "DeriveSharedSecret": "derive_shared_secret",
+    "Sign": "sign",
+    "ScheduleKeyDeletion": "schedule_key_deletion",
 }
 
 _THROTTLED: Final = frozenset(
@@ -98,8 +102,12 @@ class KmsStats:
         self._max = max(self._max, latency_ms)
         if len(self._samples) < self.MAX_SAMPLES:
             self._samples.append(latency_ms)
-        elif (place := random.randrange(self._answered)) < self.MAX_SAMPLES:  # noqa: S311 - a sample, no secret
-            self._samples[place] = latency_ms
+        else:
+            from random import randrange
+
+            place = randrange(self._answered)  # noqa: S311 - a sample, no secret
+            if place < self.MAX_SAMPLES:
+                self._samples[place] = latency_ms
 
     def merge(self, other: KmsStats) -> None:
         """Add what ``other`` counted (another process, another keyring)."""
@@ -277,11 +285,17 @@ _paces_lock = threading.Lock()
 
 def pace_of(client: Any) -> Pace:
     """The pace of this client's service."""
-    endpoint = getattr(getattr(client, "meta", None), "endpoint_url", None)
+    endpoint = endpoint_of(client)
     with _paces_lock:
-        if isinstance(endpoint, str) and not endpoint.endswith(".invalid"):  # .invalid: in this process
+        if endpoint is not None:
             return _paces_by_endpoint.setdefault(endpoint, Pace())
         return _paces_by_client.setdefault(client, Pace())
+
+
+def endpoint_of(client: Any) -> str | None:
+    """The URL of this client's service; None where it answers in this process."""
+    endpoint = getattr(getattr(client, "meta", None), "endpoint_url", None)
+    return endpoint if isinstance(endpoint, str) and not endpoint.endswith(".invalid") else None
 
 
 def _forget_in_child() -> None:
@@ -362,7 +376,7 @@ class KmsCalls:
         while pace.wait(give_up_at):
             started = self._clock()
             try:
-                response: dict[str, Any] = method(**request)
+                response = self._attempt(method, request, give_up_at)
             except Exception as error:
                 outcome = classify(error)
                 if outcome is None:
@@ -376,7 +390,9 @@ class KmsCalls:
                     pace.unreachable()
                 else:
                     pace.succeeded(started)
+                    forget_variables(error)
                     raise self.refusal(error, operation, key, request.get("EncryptionContext")) from error
+                forget_variables(error)
                 reason = error
             else:
                 # botocore gives nothing but its metadata for an answer that broke off.
@@ -390,11 +406,40 @@ class KmsCalls:
                 reason = ConnectionError("the answer broke off")
             retries += 1
             # Full jitter (M. Brooker, "Exponential Backoff And Jitter", AWS, 2015).
-            delay = random.uniform(0, min(2.0, 0.05 * 2**retries))  # noqa: S311 - timing, no secret
+            from random import uniform
+
+            delay = uniform(0, min(1.0, 0.05 * 2**retries))  # noqa: S311 - timing, no secret
             if self._clock() + delay >= give_up_at:
                 break
             self._sleep(delay)
         raise self._unavailable(operation, key, reason) from reason
+
+    def _attempt(
+        self, method: Callable[..., dict[str, Any]], request: dict[str, Any], give_up_at: float
+    ) -> dict[str, Any]:
+        """What KMS answers; TimeoutError when the deadline comes before the whole answer.
+
+        A client's own timeouts run from byte to byte, so an answer that drips would hold its caller for as
+        long as it likes.  A KMS that is far is therefore asked by a thread, which is then left to itself.
+        """
+        if endpoint_of(self.client) is None:
+            return method(**request)
+        found: list[dict[str, Any] | BaseException] = []
+
+        def ask() -> None:
+            try:
+                found.append(method(**request))
+            except BaseException as error:  # noqa: BLE001 - raised again where the call was made
+                found.append(error)
+            done.set()
+
+        done = threading.Event()
+        threading.Thread(target=ask, name="streamcrypt-kms", daemon=True).start()
+        if not done.wait(max(0.0, give_up_at - self._clock())):
+            raise TimeoutError("no whole answer came before the deadline")
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
 
     def refusal(
         self, error: Exception, operation: str, key: str, context: Mapping[str, str] | None
@@ -436,6 +481,8 @@ def error_code(error: BaseException) -> str | None:
 
 def classify(error: Exception) -> Outcome | None:
     """The kind of failure, or None for an error that is not KMS's nor botocore's."""
+    if isinstance(error, TimeoutError):
+        return Outcome(throttled=False, unreachable=True, answered=False)
     code = error_code(error)
     if code is not None:
         response: dict[str, Any] = error.response  # type: ignore[attr-defined]  # error_code() saw it
@@ -461,7 +508,7 @@ def translate(
     if code is None:
         return _translate_local(error, operation, key)
     response: dict[str, Any] = error.response  # type: ignore[attr-defined]  # error_code() saw it
-    said = printable(str(response["Error"].get("Message") or ""))
+    said = printable(str(response["Error"].get("Message") or "")).removesuffix(".")  # ours goes on
     details: dict[str, Any] = {"code": code, "operation": operation, "key": key}
     refused = f"{key}: KMS refused {operation} ({code})"
     if code in ("AccessDeniedException", "AccessDenied"):

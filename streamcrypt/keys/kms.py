@@ -11,12 +11,10 @@ Source: AWS Encryption SDK specification, framework/aws-kms/aws-kms-*.md.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, WrappedKeyError
@@ -24,6 +22,7 @@ from streamcrypt.keys.calls import KmsCalls, KmsStats, require_bytes, require_pu
 from streamcrypt.keys.keyring import (
     KMS_PROVIDER,
     KMS_RSA_PROVIDER,
+    DataKey,
     Keyring,
     printable,
 )
@@ -37,8 +36,7 @@ __all__ = ["KeyArn", "KmsCalls", "KmsDiscoveryKeyring", "KmsKeyring", "KmsRsaKey
 _MULTI_REGION_PREFIX: Final = "mrk-"
 
 
-@dataclass(frozen=True, slots=True)
-class KeyArn:
+class KeyArn(NamedTuple):
     """An ARN of a KMS key or alias, in its parts."""
 
     partition: str
@@ -76,7 +74,7 @@ class KeyArn:
         """Whether both are one key: equal, or replicas of one multi-Region key."""
         if self == other:
             return True
-        return self.multi_region and other.multi_region and replace(self, region=other.region) == other
+        return self.multi_region and other.multi_region and self._replace(region=other.region) == other
 
 
 def is_multi_region(key_id: str) -> bool:
@@ -131,7 +129,7 @@ def _checked_data_key(
 ) -> bytes:
     if response.get("KeyId") != key_arn:
         raise IntegrityError(f"{key_arn}: KMS answered {operation} for another key; the answer is refused")
-    data_key = require_bytes(response, "Plaintext", key_arn, operation)
+    data_key = DataKey(require_bytes(response, "Plaintext", key_arn, operation))
     if len(data_key) != suite.key_length:
         raise IntegrityError(
             f"{key_arn}: KMS answered {operation} with a data key of {len(data_key)} bytes where suite "
@@ -199,6 +197,9 @@ class KmsKeyring(_SymmetricKms):
             self._arn = arn
         return str(self._arn)
 
+    def kms_key_arns(self) -> tuple[str, ...]:
+        return (self.key_arn(),)
+
     def generate(
         self, suite: AlgorithmSuite, context: Mapping[str, str]
     ) -> tuple[bytes, tuple[EncryptedDataKey, ...]]:
@@ -242,7 +243,7 @@ class KmsKeyring(_SymmetricKms):
             if asked.kind == "key":
                 fits = arn == asked
             else:  # an alias stands for a key of its own partition, region and account
-                fits = arn == replace(asked, kind="key", id=arn.id if arn is not None else "")
+                fits = arn == asked._replace(kind="key", id=arn.id if arn is not None else "")
         elif fits and arn is not None and not self._key_id.startswith("alias/"):
             fits = arn.id == self._key_id
         if not fits:
@@ -336,7 +337,7 @@ class KmsDiscoveryKeyring(_SymmetricKms):
         calls = self._reach(arn)
         assert calls is not None, "_matches() reached it"
         if self._multi_region and arn.multi_region:
-            arn = replace(arn, region=calls.region)
+            arn = arn._replace(region=calls.region)
         return self._decrypt(calls, str(arn), suite, context, encrypted)
 
 
@@ -430,7 +431,9 @@ class KmsRsaKeyring(Keyring):
             raise IntegrityError(f"{self._key_arn}: KMS answered Decrypt for another key; refused")
         payload = require_bytes(response, "Plaintext", self._key_arn, "Decrypt")
         digest, data_key = payload[:_CONTEXT_DIGEST_LENGTH], payload[_CONTEXT_DIGEST_LENGTH:]
-        if not hmac.compare_digest(digest, _context_digest(context)):
+        from cryptography.hazmat.primitives.constant_time import bytes_eq
+
+        if not bytes_eq(digest, _context_digest(context)):
             raise WrappedKeyError(
                 f"{self._key_arn}: the encryption context is not the one under which the data key was wrapped",
                 key=self._key_arn,
@@ -446,4 +449,6 @@ class KmsRsaKeyring(Keyring):
 
 
 def _context_digest(context: Mapping[str, str]) -> bytes:
-    return hashlib.sha384(serialize_context(context)).digest()
+    digest = hashes.Hash(hashes.SHA384())
+    digest.update(serialize_context(context))
+    return digest.finalize()

@@ -12,12 +12,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from streamcrypt.errors import IntegrityError, LimitExceededError
+from streamcrypt.hygiene import lock
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.keyring import KeyHolder, Keyring
 from streamcrypt.message.context import PUBLIC_KEY_NAME, check_caller_context
@@ -27,28 +27,45 @@ from streamcrypt.message.suites import AlgorithmSuite
 DEFAULT_MAX_ENCRYPTED_DATA_KEYS = 10
 
 
-@dataclass(frozen=True, slots=True)
 class EncryptionMaterials(KeyHolder):
     """What a message is written with; shared by all messages of one cached data key.
 
     ``context`` is the full map under which the data key is wrapped, read-only.
     """
 
-    suite: AlgorithmSuite
-    context: Mapping[str, str]
-    encrypted_data_keys: tuple[EncryptedDataKey, ...]
-    data_key: bytes = field(repr=False)
-    signing_key: ec.EllipticCurvePrivateKey | None = field(repr=False, default=None)
+    __slots__ = ("context", "data_key", "encrypted_data_keys", "signing_key", "suite")
+
+    def __init__(
+        self,
+        suite: AlgorithmSuite,
+        context: Mapping[str, str],
+        encrypted_data_keys: tuple[EncryptedDataKey, ...],
+        data_key: bytes,
+        signing_key: ec.EllipticCurvePrivateKey | None = None,
+    ) -> None:
+        self.suite = suite
+        self.context = context
+        self.encrypted_data_keys = encrypted_data_keys
+        self.data_key = data_key
+        self.signing_key = signing_key
 
 
-@dataclass(frozen=True, slots=True)
 class DecryptionMaterials(KeyHolder):
     """What a message is read with."""
 
-    suite: AlgorithmSuite
-    context: Mapping[str, str]
-    data_key: bytes = field(repr=False)
-    verification_key: ec.EllipticCurvePublicKey | None = None
+    __slots__ = ("context", "data_key", "suite", "verification_key")
+
+    def __init__(
+        self,
+        suite: AlgorithmSuite,
+        context: Mapping[str, str],
+        data_key: bytes,
+        verification_key: ec.EllipticCurvePublicKey | None = None,
+    ) -> None:
+        self.suite = suite
+        self.context = context
+        self.data_key = data_key
+        self.verification_key = verification_key
 
 
 class Materials:
@@ -111,6 +128,10 @@ class Materials:
             lambda: self._open_materials(suite, context, encrypted_data_keys),
         )
 
+    def kms_key_arns(self) -> tuple[str, ...]:
+        """The KMS keys that open messages here, as far as they are named; none for discovery."""
+        return self._keyring.kms_key_arns()
+
     def _new_materials(self, suite: AlgorithmSuite, context: Mapping[str, str]) -> EncryptionMaterials:
         full = check_caller_context(context)
         signing_key = None
@@ -118,6 +139,7 @@ class Materials:
             signing_key = ec.generate_private_key(suite.curve)
             full[PUBLIC_KEY_NAME] = encode_public_key(signing_key.public_key())
         data_key, encrypted = self._keyring.generate(suite, full)
+        lock(data_key)
         self._check_count(len(encrypted))
         return EncryptionMaterials(suite, MappingProxyType(full), encrypted, data_key, signing_key)
 
@@ -130,6 +152,7 @@ class Materials:
         full = dict(context)
         verification_key = read_public_key(suite, full)
         data_key = self._keyring.unwrap(suite, full, encrypted_data_keys)
+        lock(data_key)
         return DecryptionMaterials(suite, MappingProxyType(full), data_key, verification_key)
 
     def _check_count(self, count: int) -> None:

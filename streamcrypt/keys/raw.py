@@ -17,8 +17,6 @@ Source: AWS Encryption SDK specification, framework/raw-aes-keyring.md and raw-r
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import struct
 from collections.abc import Hashable, Mapping, Sequence
@@ -29,6 +27,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding as asymmetric_padding
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from streamcrypt.errors import KeyAccessError, WrappedKeyError
 from streamcrypt.keys.keyring import RESERVED_PROVIDERS, Keyring, none_opened, printable
@@ -47,7 +46,9 @@ _FINGERPRINT_KEY: Final = os.urandom(32)
 
 def fingerprint(key: bytes) -> bytes:
     """A name of ``key`` that is the same all through this process and says nothing about the key."""
-    return hmac.digest(_FINGERPRINT_KEY, key, hashlib.sha256)
+    mac = HMAC(_FINGERPRINT_KEY, hashes.SHA256())
+    mac.update(key)
+    return mac.finalize()
 
 
 def _check_name(namespace: str, name: str) -> None:

@@ -29,7 +29,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.errors import KeyAccessError, StreamcryptError
@@ -37,7 +36,8 @@ from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsCalls, KmsStats
 from streamcrypt.keys.keyring import Keyring, MultiKeyring, printable
 from streamcrypt.keys.kms import KeyArn, KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring, is_multi_region
-from streamcrypt.kms import default_home, kms_client, open_service
+from streamcrypt.kms import home_folder, kms_client, open_service
+from streamcrypt.kms.store import BRANCH_KEYS_NAME, FOLDER_NAME
 from streamcrypt.units import parse_duration
 
 # A command uses one kind of key: the others' modules are imported by the functions that need them
@@ -205,7 +205,7 @@ def _discovery(where: str, stats: KmsStats | None, options: Mapping[str, str]) -
             reached[arn.region] = local_calls(stats) if is_local else aws_calls(arn.region, stats)
         return reached[arn.region]
 
-    identity = (where, str(default_home()), _environment())
+    identity = (where, home_folder(), _environment())
     return KmsDiscoveryKeyring(reach, partition=partition, accounts=accounts, identity=identity)
 
 
@@ -215,7 +215,7 @@ def _kms_rsa(rest: str, *, stats: KmsStats | None) -> Keyring:
     text, options = _split_options(rest, ("padding",))
     key, _, file = text.partition("@")
     padding = options.get("padding", DEFAULT_RSA_PADDING)
-    public_key = _rsa_public_key(Path(file), f"kms-rsa:{key}") if file else None
+    public_key = _rsa_public_key(file, f"kms-rsa:{key}") if file else None
     calls, key_id = _reach(key, {}, stats)
     if not key_id.startswith("arn:") or KeyArn.parse(key_id).kind != "key":
         # The message must name the key by its ARN.
@@ -232,7 +232,7 @@ def _ecdh(reference: str, rest: str, *, encrypting: bool, stats: KmsStats | None
     names = dict(item.partition("=")[::2] for item in items)
     if set(names) - {"recipient"}:
         raise ValueError(f"{printable(reference)!r}: write ecdh:FILE.pem&recipient=FILE.pem")
-    recipient = _ec_public_key(Path(names["recipient"]), reference) if "recipient" in names else None
+    recipient = _ec_public_key(names["recipient"], reference) if "recipient" in names else None
     if encrypting and recipient is None:
         raise ValueError(
             f"{printable(reference)!r}: encrypting needs the other's public key: &recipient=FILE.pem"
@@ -244,14 +244,14 @@ def _ecdh(reference: str, rest: str, *, encrypting: bool, stats: KmsStats | None
     if own.partition(":")[0] in ("local", "aws", "arn"):
         calls, key_id = _reach(own, {}, stats)
         return KmsEcdhKeyring(calls, key_id, recipient, label=own)
-    path = Path(own)
+    path = own
     private_key = load_private_key(_read_key_file(path, reference, private=True), path)
     if not isinstance(private_key, EllipticCurvePrivateKey):
         raise KeyAccessError(f"{path}: not an elliptic-curve key; ecdh: needs one on P-256, P-384 or P-521")
     return RawEcdhKeyring(private_key, recipient)
 
 
-def _ec_public_key(path: Path, reference: str) -> EllipticCurvePublicKey:
+def _ec_public_key(path: str, reference: str) -> EllipticCurvePublicKey:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     pem = _read_key_file(path, reference, private=False)
@@ -286,34 +286,46 @@ def branch_key_store(
     return _branch_key_store(place, stats, kms_key_arn)[0]
 
 
+def make_branch_key_table(place: str) -> str:
+    """Make the table of ``dynamodb:TABLE?…``; its name.  ValueError for ``local``, which needs none."""
+    from streamcrypt.keys.hierarchy import DynamoBranchKeyTable
+
+    table = _branch_key_table(*_split_options(place, _STORE_OPTIONS))
+    if not isinstance(table, DynamoBranchKeyTable):
+        raise ValueError(f"{printable(place)!r} needs no table; it is made with its first branch key")
+    table.create_table()
+    return table.name
+
+
+_STORE_OPTIONS: Final = ("logical", "region", "kms", "ttl")
+
+
+def _branch_key_table(text: str, options: Mapping[str, str]) -> BranchKeyTable:
+    from streamcrypt.keys.hierarchy import DynamoBranchKeyTable, SqliteBranchKeyTable
+    from streamcrypt.kms import default_home
+
+    if text == "local":
+        return SqliteBranchKeyTable(default_home() / FOLDER_NAME / BRANCH_KEYS_NAME)
+    if not text.startswith("dynamodb:") or text == "dynamodb:":
+        raise ValueError(f"{printable(text)!r} is not a branch-key store; write local or dynamodb:TABLE")
+    environment, region = _environment(), options.get("region")
+
+    def connect() -> Any:
+        return _shared_client("dynamodb", region, None, environment, plaintext_allowed=False)
+
+    return DynamoBranchKeyTable(connect, text.partition(":")[2], identity=(region, environment))
+
+
 def _branch_key_store(
     place: str, stats: KmsStats | None, kms_key_arn: str | None = None
 ) -> tuple[BranchKeyStore, float]:
-    from streamcrypt.keys.hierarchy import (
-        DEFAULT_TTL,
-        BranchKeyStore,
-        DynamoBranchKeyTable,
-        SqliteBranchKeyTable,
-    )
+    from streamcrypt.keys.hierarchy import DEFAULT_TTL, BranchKeyStore
 
-    text, options = _split_options(place, ("logical", "region", "kms", "ttl"))
+    text, options = _split_options(place, _STORE_OPTIONS)
     ttl = parse_duration(options["ttl"]) if "ttl" in options else DEFAULT_TTL
     kms_key_arn = kms_key_arn or options.get("kms")
-    table: BranchKeyTable
-    if text == "local":
-        table = SqliteBranchKeyTable(default_home() / "kms" / "branch-keys.sqlite3")
-        logical_name = options.get("logical", "streamcrypt")
-    elif text.startswith("dynamodb:") and text != "dynamodb:":
-        name = text.partition(":")[2]
-        environment, region = _environment(), options.get("region")
-
-        def connect() -> Any:
-            return _shared_client("dynamodb", region, None, environment, plaintext_allowed=False)
-
-        table = DynamoBranchKeyTable(connect, name, identity=(region, environment))
-        logical_name = options.get("logical", name)
-    else:
-        raise ValueError(f"{printable(place)!r} is not a branch-key store; write local or dynamodb:TABLE")
+    table = _branch_key_table(text, options)
+    logical_name = options.get("logical", "streamcrypt" if text == "local" else text.partition(":")[2])
 
     def reach(arn: KeyArn) -> KmsCalls:
         return local_calls(stats) if arn.region == LOCAL_REGION else aws_calls(arn.region, stats)
@@ -331,7 +343,7 @@ def _branch_keys_for(ttl: float) -> DataKeyCache:
 
 def local_calls(stats: KmsStats | None = None) -> KmsCalls:
     """The embedded KMS of this home, in this process."""
-    home = default_home()
+    home = os.path.abspath(home_folder())
 
     def connect() -> Any:
         try:
@@ -343,7 +355,7 @@ def local_calls(stats: KmsStats | None = None) -> KmsCalls:
                 f"{error}; make a key first: streamcrypt kms create-key --alias alias/NAME"
             ) from error
 
-    return KmsCalls(connect, stats=stats, name="the embedded KMS", identity=("local", str(home.absolute())))
+    return KmsCalls(connect, stats=stats, name="the embedded KMS", identity=("local", home))
 
 
 def aws_calls(
@@ -411,7 +423,13 @@ def _make_client(service: str, region: str | None, endpoint: str | None) -> Any:
     withhold_secrets_from_logs()
     # Attempts at KMS are ours to count and to pace (calls.Pace): one throttle must reach all threads.
     retries: Any = {"total_max_attempts": 1, "mode": "standard"} if service == "kms" else None
-    config = Config(retries=retries, connect_timeout=5, read_timeout=10, max_pool_connections=64)
+    # KMS answers in milliseconds; one that hangs is asked again soon (calls.py, "deadline").
+    config = Config(
+        retries=retries,
+        connect_timeout=3,
+        read_timeout=3 if service == "kms" else 10,
+        max_pool_connections=64,
+    )
     if service == "kms" and endpoint is not None:  # an embedded KMS elsewhere, or one of this home
         return kms_client(f"local@{endpoint}", config=config)
     session: Any = boto3.session.Session()  # boto3's stubs want a literal service name
@@ -492,7 +510,7 @@ def _raw_aes(reference: str, rest: str) -> Keyring:
     from streamcrypt.keys.raw import AES_KEY_LENGTHS, RawAesKeyring
 
     namespace, name, file = _raw_name(reference, rest)
-    key = _read_key_file(Path(file), reference, private=True)
+    key = _read_key_file(file, reference, private=True)
     if len(key) not in AES_KEY_LENGTHS:
         raise KeyAccessError(
             f"{file}: {len(key)} bytes, and an AES wrapping key is 16, 24 or 32 raw bytes (no text, no newline); "
@@ -509,7 +527,7 @@ def _raw_rsa(reference: str, rest: str, *, encrypting: bool) -> Keyring:
     text, options = _split_options(rest, ("padding",))
     namespace, name, file = _raw_name(reference, text)
     padding = options.get("padding", DEFAULT_RSA_PADDING)
-    path = Path(file)
+    path = file
     pem = _read_key_file(path, reference, private=False)
     if b"PRIVATE KEY" in pem:
         _warn_if_readable_by_all(path)
@@ -525,7 +543,7 @@ def _raw_rsa(reference: str, rest: str, *, encrypting: bool) -> Keyring:
     return RawRsaKeyring(namespace, name, public_key=public_key, padding=padding)
 
 
-def _rsa_public_key(path: Path, reference: str) -> RSAPublicKey:
+def _rsa_public_key(path: str, reference: str) -> RSAPublicKey:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
     pem = _read_key_file(path, reference, private=False)
@@ -544,11 +562,11 @@ def _raw_name(reference: str, text: str) -> tuple[str, str, str]:
     return namespace, name, file
 
 
-def _read_key_file(path: Path, reference: str, *, private: bool) -> bytes:
+def _read_key_file(path: str, reference: str, *, private: bool) -> bytes:
     if private:
         _warn_if_readable_by_all(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             key = file.read(_MAX_KEY_FILE + 1)
     except OSError as error:
         raise KeyAccessError(
@@ -561,12 +579,12 @@ def _read_key_file(path: Path, reference: str, *, private: bool) -> bytes:
 
 
 _MAX_KEY_FILE: Final = 64 * 1024
-_warned: set[Path] = set()
+_warned: set[str] = set()
 
 
-def _warn_if_readable_by_all(path: Path) -> None:
+def _warn_if_readable_by_all(path: str) -> None:
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(path).st_mode
     except OSError:
         return  # opening it says why
     if mode & 0o004 and path not in _warned:
@@ -578,21 +596,21 @@ def _warn_if_readable_by_all(path: Path) -> None:
         )
 
 
-def load_private_key(pem: bytes, path: Path) -> Any:
+def load_private_key(pem: bytes, path: str) -> Any:
     """The private key in ``pem``; KeyAccessError, without a word of its content, when there is none."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     return _load(lambda: load_pem_private_key(pem, password=None), path, "private key")
 
 
-def load_public_key(pem: bytes, path: Path) -> Any:
+def load_public_key(pem: bytes, path: str) -> Any:
     """The public key in ``pem``, or KeyAccessError."""
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     return _load(lambda: load_pem_public_key(pem), path, "public key")
 
 
-def _load(load: Callable[[], Any], path: Path, what: str) -> Any:
+def _load(load: Callable[[], Any], path: str, what: str) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:

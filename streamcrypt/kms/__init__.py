@@ -10,17 +10,19 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamcrypt.kms.errors import KmsError
 from streamcrypt.kms.policy import ROOT, Caller
 from streamcrypt.kms.service import Service
 from streamcrypt.kms.store import Store
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 __all__ = ["ROOT", "Caller", "KmsError", "Service", "default_home", "kms_client", "open_service"]
 
-_services: dict[Path, Service] = {}
+_services: dict[str, Service] = {}
 _lock = threading.Lock()
 
 
@@ -32,13 +34,20 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def default_home() -> Path:
+def home_folder() -> str:
     """$STREAMCRYPT_HOME, or ``streamcrypt`` in the platform's folder for user data."""
     named = os.environ.get("STREAMCRYPT_HOME")
     if named:
-        return Path(named)
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "streamcrypt"
+        return named
+    base = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return os.path.join(base, "streamcrypt")
+
+
+def default_home() -> Path:
+    """``home_folder`` as a path."""
+    from pathlib import Path
+
+    return Path(home_folder())
 
 
 def open_service(
@@ -57,7 +66,7 @@ def open_service(
     (default: the file that $STREAMCRYPT_PASSPHRASE_FILE names).  After a fork the child
     opens the database again by itself.  KeyAccessError when the root key is missing or wrong.
     """
-    place = (Path(home) if home is not None else default_home()).absolute()
+    place = os.path.abspath(home if home is not None else home_folder())
     with _lock:
         service = _services.get(place)
         if service is None:

@@ -13,18 +13,18 @@ Source: AWS KMS Developer Guide, "Logging AWS KMS API calls with AWS CloudTrail"
 from __future__ import annotations
 
 import base64
-import gzip
-import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamcrypt.errors import SourceError
+from streamcrypt.kms.errors import new_uuid
 from streamcrypt.kms.policy import Caller
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS audit (
@@ -36,7 +36,8 @@ CREATE TABLE IF NOT EXISTS audit (
     error TEXT,
     detail TEXT NOT NULL
 )"""
-INSERT: Final = "INSERT INTO audit (time, operation, caller, key, error, detail) VALUES (?, ?, ?, ?, ?, ?)"
+INTO: Final = "INSERT INTO audit (time, operation, caller, key, error, detail)"
+INSERT: Final = f"{INTO} VALUES (?, ?, ?, ?, ?, ?)"
 """Takes what ``row`` and ``service_row`` return."""
 COLUMNS: Final = ("id", "time", "operation", "caller", "key", "error", "detail")
 """What ``Filter.select`` reads and ``event`` expects."""
@@ -90,9 +91,7 @@ _CONTEXTS: Final = frozenset(
     }
 )  # fmt: skip
 _SERVICE_CALLER: Final = "AWS Internal"
-_EVENT_IDS: Final = uuid.UUID(
-    "5f1cf7ac-6f5b-4f0b-9d2e-0a4c3c1be5d1"
-)  # ours: event ids follow from request ids
+_EVENT_IDS: Final = "5f1cf7ac-6f5b-4f0b-9d2e-0a4c3c1be5d1"  # ours: event ids follow from request ids
 
 
 def _plain(value: object) -> Any:
@@ -156,11 +155,13 @@ def row(
 
 def service_row(time: float, event_name: str, key: str, *, region: str = "local") -> Row:
     """The row of what KMS did by itself: ``DeleteKey`` at the end of the window, ``RotateKey``."""
-    return time, event_name, _SERVICE_CALLER, key, None, _encode({"id": str(uuid.uuid4()), "region": region})
+    return time, event_name, _SERVICE_CALLER, key, None, _encode({"id": new_uuid(), "region": region})
 
 
 def event(row: Row) -> dict[str, Any]:
     """The CloudTrail event of a row that was read with ``Filter.select``."""
+    import uuid
+
     _, time, operation, caller_arn, key_text, error, detail_text = row
     detail = json.loads(detail_text)
     keys = key_text.split()
@@ -183,7 +184,7 @@ def event(row: Row) -> dict[str, Any]:
         "requestParameters": parameters or None,
         "responseElements": _camel(detail["response"]) if "response" in detail else None,
         "requestID": detail["id"],
-        "eventID": str(uuid.uuid5(_EVENT_IDS, detail["id"])),
+        "eventID": str(uuid.uuid5(uuid.UUID(_EVENT_IDS), detail["id"])),
         "readOnly": not operation.startswith(_CHANGING),
         "resources": [{"accountId": _account(arn), "type": "AWS::KMS::Key", "ARN": arn} for arn in keys],
         "eventType": "AwsServiceEvent" if by_service else "AwsApiCall",
@@ -210,6 +211,8 @@ def _user_identity(arn: str, detail: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "AWSService", "invokedBy": arn}
     resource = arn.split(":", 5)[5]
     kind, _, name = resource.partition("/")
+    import hashlib
+
     # Unique ids belong to IAM; ours are made from the ARN, so that equal principals have equal ids.
     unique = base64.b32encode(hashlib.sha256(arn.encode()).digest()).decode()[:17]
     identity: dict[str, Any] = {"type": "Root", "principalId": account, "arn": arn, "accountId": account}
@@ -253,8 +256,7 @@ def _account(arn: str) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
+class Filter(NamedTuple):
     """Which events: every given field must match.  Times are Unix seconds."""
 
     since: float | None = None
@@ -264,7 +266,7 @@ class Filter:
     operation: str | None = None
     key: str | None = None
     """Key ARN or id."""
-    context: Mapping[str, str] = field(default_factory=dict)
+    context: Mapping[str, str] = MappingProxyType({})
     """Pairs that the encryption context holds."""
     error: str | None = None
     """An error code, ``*`` for any error, '' for success only."""
@@ -398,6 +400,8 @@ def read_cloudtrail(paths: Iterable[Path | str]) -> Iterator[dict[str, Any]]:
     --json`` wrote reads the same.  A folder means the ``.json`` and ``.json.gz`` files below it.
     SourceError names the file that is none of these.
     """
+    from pathlib import Path
+
     for path in paths:
         for file in _files(Path(path)):
             for found in _records(file):
@@ -414,6 +418,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
+    import gzip
+
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":

@@ -10,13 +10,14 @@ AWS's words; whatever it resolved goes into the audit row, also when the call th
 from __future__ import annotations
 
 import base64
-import hmac
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn, TypeVar
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from streamcrypt.kms import managed, material, policy
 from streamcrypt.kms.errors import KmsError, refuse
@@ -24,8 +25,9 @@ from streamcrypt.kms.store import Key, Material, Store, key_arn
 
 DEFAULT_ACCOUNT: Final = "000000000000"
 
-_KEY_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}", re.ASCII)
-_ARN: Final = re.compile(r"arn:aws[a-z0-9-]*:kms:([^:]*):([0-9]{12}):(key|alias)/(.+)", re.ASCII)
+# Patterns are text: `re` compiles each when it is first used, not when the module is imported.
+_KEY_ID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32}"
+_ARN: Final = r"arn:aws[a-z0-9-]*:kms:([^:]*):([0-9]{12}):(key|alias)/(.+)"
 
 # Operations that a principal of another account may use (AWS's guide, "cross-account use").
 _CROSS_ACCOUNT: Final = frozenset(
@@ -45,22 +47,47 @@ _TOKEN_MAC_LENGTH: Final = 32
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True)
 class Call:
-    """A request, its circumstances, and the checks that it must pass."""
+    """A request, its circumstances, and the checks that it must pass.
 
-    store: Store
-    operation: str
-    request: dict[str, Any]
-    caller: policy.Caller
-    region: str
-    now: float
-    grant_delay: float = 0.0
-    """Seconds until a new grant works without its token; AWS says "usually within five minutes"."""
-    prepared: bytes = field(default=b"", repr=False)
-    """Material made before the transaction began, because making it takes long."""
-    keys: list[Key] = field(default_factory=list)
-    """The keys that this call resolved, for the audit row."""
+    ``grant_delay``: seconds until a new grant works without its token; AWS says "usually within five
+    minutes".  ``prepared`` is material made before the transaction began, because making it takes
+    long.  ``keys`` are those that this call resolved, for the audit row.
+    """
+
+    __slots__ = (
+        "caller",
+        "grant_delay",
+        "keys",
+        "now",
+        "operation",
+        "prepared",
+        "region",
+        "request",
+        "store",
+    )
+
+    def __init__(
+        self,
+        store: Store,
+        operation: str,
+        request: dict[str, Any],
+        caller: policy.Caller,
+        region: str,
+        now: float,
+        *,
+        grant_delay: float = 0.0,
+        prepared: bytes = b"",
+    ) -> None:
+        self.store = store
+        self.operation = operation
+        self.request = request
+        self.caller = caller
+        self.region = region
+        self.now = now
+        self.grant_delay = grant_delay
+        self.prepared = prepared
+        self.keys: list[Key] = []
 
     @property
     def account(self) -> str:
@@ -96,17 +123,17 @@ class Call:
     def _parse(self, reference: str, aliases: bool) -> tuple[str, str, str, str]:
         """Region, account, "key" or "alias", and the id or the alias name with its prefix."""
         if reference.startswith("arn:"):
-            match = _ARN.fullmatch(reference)
+            match = re.fullmatch(_ARN, reference)
             if match is None:
                 refuse("InvalidArnException", f"Invalid arn {reference}")
             region, account, kind, name = match.groups()
             if kind == "alias":
                 name = f"alias/{name}"
-            elif not _KEY_ID.fullmatch(name):
+            elif not re.fullmatch(_KEY_ID, name):
                 refuse("NotFoundException", f"Invalid keyId '{name}'")
         elif reference.startswith("alias/"):
             region, account, kind, name = self.region, self.account, "alias", reference
-        elif _KEY_ID.fullmatch(reference):
+        elif re.fullmatch(_KEY_ID, reference):
             region, account, kind, name = self.region, self.account, "key", reference
         else:
             refuse("NotFoundException", f"Invalid keyId '{reference}'")
@@ -193,18 +220,22 @@ class Call:
 
     def read_grant_token(self, token: str) -> str:
         """The grant that a token stands for; InvalidGrantTokenException for what is no token of ours."""
+        from cryptography.hazmat.primitives.constant_time import bytes_eq
+
         try:
             raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         except ValueError:
             refuse("InvalidGrantTokenException", "The grant token is not valid.")
         body, given = raw[:-_TOKEN_MAC_LENGTH], raw[-_TOKEN_MAC_LENGTH:]
         whole = len(_GRANT_TOKEN_VERSION) + _GRANT_ID_LENGTH + _TOKEN_NONCE_LENGTH
-        if len(body) != whole or not hmac.compare_digest(self._token_mac(body), given):
+        if len(body) != whole or not bytes_eq(self._token_mac(body), given):
             refuse("InvalidGrantTokenException", "The grant token is not valid.")
         return body[1 : 1 + _GRANT_ID_LENGTH].hex()
 
     def _token_mac(self, body: bytes) -> bytes:
-        return hmac.digest(self.store.secret(b"grant token"), body, "sha256")
+        mac = HMAC(self.store.secret(b"grant token"), hashes.SHA256())
+        mac.update(body)
+        return mac.finalize()
 
     # -- state, usage, algorithm -----------------------------------------------------------------
 

@@ -6,6 +6,9 @@
     holds when every OPERATOR and every KEY holds; one VALUE that matches is enough,
     and for a negated NAME (StringNotEquals …) none may match
 
+Each KEY becomes a Test, which says what of a request it reads: tests that read the same are asked
+together (policy.py), and equal tests are one object.
+
 A key that is absent from the request fails a positive operator and satisfies a negated one,
 ``…IfExists`` and ``ForAllValues``.  Names of keys ignore case; values follow the operator.
 What AWS leaves open, a multi-valued key without a set operator, is read as the statement that
@@ -21,9 +24,10 @@ import base64
 import binascii
 import ipaddress
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 from streamcrypt.kms.errors import KmsError
 
@@ -32,11 +36,29 @@ Context = Mapping[str, Values]
 """Lower-cased condition key -> the request's value, a tuple of several, or None where the request has none."""
 RESOURCE: Final = "resource"
 """Where a Context holds the ARN of the request's resource (no condition key: those have a prefix)."""
-Condition = Callable[[Context], bool]
 Matcher = Callable[[str], bool]
 
-_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_VARIABLE = r"\$\{([^}]*)\}"
 _LITERAL_VARIABLES: Final = frozenset("*?$")
+
+
+class Test(NamedTuple):
+    """One key of a Condition, or a Resource: what it reads of a request, and whether that passes."""
+
+    keys: tuple[str, ...]
+    """The condition key, then those of the policy variables in its values."""
+    holds: Callable[[Any], bool]
+    """Takes the value of the one key; of several keys a tuple."""
+
+
+def read(keys: tuple[str, ...], context: Context) -> Any:
+    """The value of one key, a tuple of the values of several."""
+    return context[keys[0]] if len(keys) == 1 else tuple([context[key] for key in keys])
+
+
+def all_hold(tests: Iterable[Test], context: Context) -> bool:
+    """Whether every test passes."""
+    return all(test.holds(read(test.keys, context)) for test in tests)
 
 
 def malformed(message: str) -> KmsError:
@@ -44,49 +66,41 @@ def malformed(message: str) -> KmsError:
     return KmsError("MalformedPolicyDocumentException", message)
 
 
-def compile_conditions(element: object, *, variables: bool, every_value: bool) -> Condition:
-    """The test that a Condition element stands for: all of its operators and keys hold.
+def compile_conditions(element: object, *, variables: bool, every_value: bool) -> tuple[Test, ...]:
+    """The tests that a Condition element stands for: all of its operators and keys must hold.
 
     ``variables``: ``${aws:username}`` is replaced (policy version 2012-10-17).  ``every_value``:
     how a multi-valued key is read without a set operator.  Raises MalformedPolicyDocumentException.
     """
     if not isinstance(element, dict):
         raise malformed("Condition must be an object.")
-    on_context: list[Condition] = []
-    others: list[Condition] = []
+    tests = []
     for operator, keys in element.items():
         if not isinstance(keys, dict):
             raise malformed(f"Condition operator {operator} must hold an object of condition keys.")
         for key, values in keys.items():
             texts = _texts(values, f"{operator} of {key}")
-            test = _compile_test(operator, key, texts, variables=variables, every_value=every_value)
-            (on_context if key.lower().startswith("kms:encryptioncontext") else others).append(test)
-    # The order changes no outcome.  Requests differ most in their encryption context: it fails first.
-    return all_of(on_context + others)
+            tests.append(_compile_test(operator, key.lower(), texts, variables, every_value))
+    return tuple(tests)
 
 
-def all_of(tests: Sequence[Condition]) -> Condition:
-    """One test that holds when all do.  Of one test it is that test: no call more than needed."""
-    if not tests:
-        return always
-    if len(tests) == 1:
-        return tests[0]
-    if len(tests) == 2:
-        first, second = tests
-        return lambda context: first(context) and second(context)
-    return lambda context: all(test(context) for test in tests)
+def compile_resource(patterns: Sequence[str], *, negated: bool, variables: bool) -> Test | None:
+    """The test of Resource (or, negated, NotResource): the ARN that the context holds under RESOURCE.
+
+    None where every resource passes.  "*" in a key policy is the key; an ARN there means the key
+    only where it is this one.
+    """
+    if "*" in patterns and not negated:
+        return None
+    return _compile_test("ArnNotLike" if negated else "ArnLike", RESOURCE, tuple(patterns), variables, True)
 
 
-def always(context: Context) -> bool:
-    """The test that holds."""
-    return True
-
-
-def wildcard_match(pattern: str, *, ignore_case: bool = False) -> Matcher:
+def wildcard_match(pattern: str) -> Matcher:
     """A test for ``*`` (any characters, also none) and ``?`` (one character)."""
-    return _matches(_wildcard_regex([pattern]), re.IGNORECASE if ignore_case else re.NOFLAG)
+    return _matches(_wildcard_regex([pattern]))
 
 
+@lru_cache(maxsize=1024)
 def arn_match(pattern: str) -> Matcher:
     """A test for ARNs: a wildcard stays within its part, but the last part may hold colons.
 
@@ -95,23 +109,25 @@ def arn_match(pattern: str) -> Matcher:
     return _matches(_arn_regex([pattern]))
 
 
-def _matches(regex: str, flags: re.RegexFlag = re.NOFLAG) -> Matcher:
-    fullmatch = re.compile(regex, flags | re.DOTALL).fullmatch
+def _matches(regex: str) -> Matcher:
+    fullmatch = re.compile(regex, re.DOTALL).fullmatch
     return lambda text: fullmatch(text) is not None
 
 
+# The same test stands in many statements: compiled once it is one object, and is asked once.
+@lru_cache(maxsize=4096)
 def _compile_test(
-    operator: str, key: str, values: list[str], *, variables: bool, every_value: bool
-) -> Condition:
+    operator: str, key: str, values: tuple[str, ...], variables: bool, every_value: bool
+) -> Test:
     quantifier, colon, name = operator.rpartition(":")
     if colon and quantifier not in ("ForAllValues", "ForAnyValue"):
         raise malformed(f"Unknown condition operator {operator}.")
     name, if_exists = (name.removesuffix("IfExists"), True) if name.endswith("IfExists") else (name, False)
-    lower = key.lower()
     if name == "Null":
         if if_exists or colon:
             raise malformed(f"Condition operator {operator} does not exist.")
-        return _null_test(lower, values)
+        wanted = {_parsed(_bool, value) for value in values}
+        return Test((key,), lambda given: (given is None) in wanted)
     try:
         matcher_of, negated = _OPERATORS[name]
     except KeyError:
@@ -120,44 +136,43 @@ def _compile_test(
     ask = any if quantifier == "ForAnyValue" or (not quantifier and not every_value) else all
     when_absent = if_exists or quantifier == "ForAllValues" or (negated and not quantifier)
     templates = [_parse_template(value) for value in values] if variables else [[value] for value in values]
-    if any(isinstance(part, _Variable) for template in templates for part in template):
-        _check_values(matcher_of, templates, operator)
+    fixed = [
+        [part for part in template if isinstance(part, str)]
+        for template in templates
+        if not any(isinstance(part, _Variable) for part in template)
+    ]
+    matches = matcher_of(fixed)  # refuses now what can be refused now: the values without variables
+    if len(fixed) == len(templates):
 
-        def matcher_in(context: Context) -> Matcher:
-            resolved = [text for template in templates if (text := _resolve(template, context)) is not None]
-            return matcher_of(resolved)
-
-        def dynamic_test(context: Context) -> bool:
-            given = context[lower]
+        def holds(given: Values) -> bool:
+            if given.__class__ is str:  # one value, as nearly always
+                return matches(given) is not negated  # type: ignore[arg-type]  # it is a str
             if given is None:
                 return when_absent
-            matches = matcher_in(context)
-            values = (given,) if isinstance(given, str) else given
-            return ask(matches(value) != negated for value in values)
+            return ask(matches(value) is not negated for value in given)
 
-        return dynamic_test
+        return Test((key,), holds)
 
-    matches = matcher_of([[part for part in template if isinstance(part, str)] for template in templates])
+    parts = (part for template in templates for part in template)
+    named = tuple(dict.fromkeys(part.key for part in parts if isinstance(part, _Variable)))
 
-    def test(context: Context) -> bool:
-        given = context[lower]
-        if (
-            given.__class__ is str
-        ):  # one value, as nearly always: the path that 50 us for 100 statements needs
-            return matches(given) is not negated
-        if given is None:
+    @lru_cache(maxsize=64)
+    def matcher_for(*replacements: Values) -> Matcher:
+        having = dict(zip(named, replacements, strict=True))
+        resolved = [_resolve(template, having) for template in templates]
+        return matcher_of([text for text in resolved if text is not None])
+
+    def holds_with_variables(given: tuple[Values, ...]) -> bool:
+        if given[0] is None:
             return when_absent
-        return ask(matches(value) is not negated for value in given)
+        matches = matcher_for(*given[1:])
+        values = (given[0],) if isinstance(given[0], str) else given[0]
+        return ask(matches(value) is not negated for value in values)
 
-    return test
-
-
-def _null_test(key: str, values: list[str]) -> Condition:
-    wanted = {_parsed(_bool, value) for value in values}
-    return lambda context: (context[key] is None) in wanted
+    return Test((key, *named), holds_with_variables)
 
 
-def _texts(values: Any, where: str) -> list[str]:
+def _texts(values: Any, where: str) -> tuple[str, ...]:
     texts = []
     for value in values if isinstance(values, list) else [values]:
         if isinstance(value, bool):
@@ -166,7 +181,7 @@ def _texts(values: Any, where: str) -> list[str]:
             texts.append(str(value))
         else:
             raise malformed(f"A value of {where} is neither text, number nor boolean.")
-    return texts
+    return tuple(texts)
 
 
 # --- values with variables ------------------------------------------------------------------------
@@ -195,7 +210,7 @@ class _Variable:
 def _parse_template(value: str) -> list[str | _Variable]:
     parts: list[str | _Variable] = []
     position = 0
-    for match in _VARIABLE.finditer(value):
+    for match in re.finditer(_VARIABLE, value):
         if match.start() > position:
             parts.append(value[position : match.start()])
         name = match[1]
@@ -219,27 +234,6 @@ def _resolve(template: Sequence[str | _Variable], context: Context) -> list[str]
             return None
         resolved.append(text)
     return resolved
-
-
-def resource_condition(pattern: str, *, variables: bool) -> Condition:
-    """The test of a Resource pattern: whether it matches the ARN that the context holds under RESOURCE."""
-    if pattern == "*":
-        return always
-    template: list[str | _Variable] = _parse_template(pattern) if variables else [pattern]
-    if any(isinstance(part, _Variable) for part in template):
-
-        def dynamic_test(context: Context) -> bool:
-            resolved = _resolve(template, context)
-            return resolved is not None and _arn_like([resolved])(_resource(context))
-
-        return dynamic_test
-    matches = _arn_like([[part for part in template if isinstance(part, str)]])
-    return lambda context: matches(_resource(context))
-
-
-def _resource(context: Context) -> str:
-    arn = context[RESOURCE]
-    return arn if isinstance(arn, str) else ""
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -298,17 +292,21 @@ def _compare(
 ) -> Callable[[list[Parts]], Matcher]:
     """Operators on parsed values.  A bad value of the policy is malformed; one of the request matches nothing."""
 
+    @lru_cache(maxsize=256)
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError:
+            return None
+
     def matcher_of(values: list[Parts]) -> Matcher:
         wanted = [_parsed(parse, "".join(parts)) for parts in values]
-
-        def match(text: str) -> bool:
-            try:
-                given = parse(text)
-            except ValueError:
-                return False
-            return any(holds(given, value) for value in wanted)
-
-        return match
+        if len(wanted) == 1:
+            (only,) = wanted
+            return lambda text: (given := parsed(text)) is not None and holds(given, only)
+        return lambda text: (
+            (given := parsed(text)) is not None and any(holds(given, value) for value in wanted)
+        )
 
     return matcher_of
 
@@ -343,12 +341,14 @@ def _binary(text: str) -> bytes:
         raise ValueError(text) from error
 
 
-def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    return ipaddress.ip_network(text, strict=False)
+def _network(text: str) -> tuple[int, int, int]:
+    """IP version, first and last address of a network or of one address."""
+    network = ipaddress.ip_network(text, strict=False)
+    return network.version, int(network.network_address), int(network.broadcast_address)
 
 
-def _within(address: Any, network: Any) -> bool:
-    return address.version == network.version and bool(address.subnet_of(network))
+def _within(given: tuple[int, int, int], network: tuple[int, int, int]) -> bool:
+    return given[0] == network[0] and network[1] <= given[1] and given[2] <= network[2]
 
 
 _equal_numbers = _compare(float, lambda given, value: given == value)
@@ -385,17 +385,3 @@ _OPERATORS: Final[dict[str, tuple[Callable[[list[Parts]], Matcher], bool]]] = {
     "ArnNotEquals": (_arn_like, True),
     "ArnNotLike": (_arn_like, True),
 }
-
-
-def _check_values(
-    matcher_of: Callable[[list[Parts]], Matcher],
-    templates: Sequence[Sequence[str | _Variable]],
-    operator: str,
-) -> None:
-    """Refuse now what can be refused now: the values without variables."""
-    fixed = [
-        [part for part in template if isinstance(part, str)]
-        for template in templates
-        if not any(isinstance(part, _Variable) for part in template)
-    ]
-    matcher_of(fixed)

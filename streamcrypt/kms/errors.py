@@ -57,11 +57,16 @@ def _rebuild(code: str, message: str | None, operation_name: str, request_id: st
     return error
 
 
-def new_request_id() -> str:
-    """A random UUID (version 4) as text; uuid.uuid4() takes five times as long, on every call."""
+def new_uuid() -> str:
+    """A random UUID (version 4, RFC 9562) as text; uuid.uuid4() takes five times as long, on every call."""
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+    return uuid_text(f"{digits[:12]}4{digits[13:16]}{variant}{digits[17:]}")
+
+
+def uuid_text(digits: str) -> str:
+    """32 hexadecimal digits as the text of a UUID."""
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def refuse(code: str, message: str | None = None) -> NoReturn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Final
 
 from streamcrypt.kms import lifecycle, policy
@@ -14,7 +13,7 @@ from streamcrypt.kms.errors import refuse
 from streamcrypt.kms.store import GrantRecord, Key
 
 GRANTS_PER_KEY: Final = 50_000
-_GRANT_ID: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_GRANT_ID: Final = "[0-9a-f]{64}"
 
 Response = dict[str, Any]
 
@@ -74,8 +73,8 @@ def _wanted(call: Call) -> GrantRecord:
 
 
 def _same(existing: GrantRecord, wanted: GrantRecord) -> bool:
-    grant = replace(existing.grant, grant_id=wanted.grant.grant_id)
-    return replace(existing, grant=grant, created=wanted.created) == wanted
+    grant = existing.grant._replace(grant_id=wanted.grant.grant_id)
+    return existing._replace(grant=grant, created=wanted.created) == wanted
 
 
 def list_grants(call: Call) -> Response:
@@ -83,7 +82,7 @@ def list_grants(call: Call) -> Response:
     key = call.resolve(request["KeyId"], aliases=False)
     call.authorize(key)
     grant_id = request.get("GrantId")
-    if grant_id is not None and not _GRANT_ID.fullmatch(grant_id):
+    if grant_id is not None and not re.fullmatch(_GRANT_ID, grant_id):
         refuse("InvalidGrantIdException", f"Invalid grant id {grant_id}")
     grantee = request.get("GranteePrincipal") or request.get("GranteeServicePrincipal")
     found = (
@@ -186,7 +185,7 @@ def _by_token(call: Call, token: str) -> tuple[Key, GrantRecord]:
 
 
 def _find(key: Key, grant_id: str) -> GrantRecord:
-    if not _GRANT_ID.fullmatch(grant_id):
+    if not re.fullmatch(_GRANT_ID, grant_id):
         refuse("InvalidGrantIdException", f"Invalid grant id {grant_id}")
     record = next((record for record in key.grants if record.grant.grant_id == grant_id), None)
     if record is None:

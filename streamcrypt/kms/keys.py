@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from typing import Any, Final
 
 from streamcrypt.kms import audit, managed, material, policy
 from streamcrypt.kms.call import Call, timestamp
-from streamcrypt.kms.errors import refuse
+from streamcrypt.kms.errors import new_uuid, refuse
 from streamcrypt.kms.store import Key, Material, key_arn
 
 ALIASES_PER_KEY: Final = 50
@@ -40,7 +39,9 @@ def create_key(call: Call) -> Response:
     if tags:
         call.authorize_account("kms:TagResource", conditions=tag_conditions(tags))
     multi_region = bool(request.get("MultiRegion"))
-    key_id = f"mrk-{uuid.uuid4().hex}" if multi_region else str(uuid.uuid4())
+    key_id = new_uuid()
+    if multi_region:
+        key_id = f"mrk-{key_id.replace('-', '')}"
     key = Key(
         account=call.account,
         region=call.region,

@@ -8,10 +8,10 @@ service, and directly only read about it.
 from __future__ import annotations
 
 import json
-import uuid
 from typing import Final
 
 from streamcrypt.kms import material
+from streamcrypt.kms.errors import new_uuid
 from streamcrypt.kms.store import Key, Material, Store
 
 PREFIX: Final = "alias/aws/"
@@ -35,7 +35,7 @@ def ensure_key(store: Store, account: str, region: str, name: str, now: float) -
         if existing is not None:
             return existing
         service = name.removeprefix(PREFIX)
-        key_id = str(uuid.uuid4())
+        key_id = new_uuid()
         fresh = material.generate(material.SPECS[material.SYMMETRIC])
         identity = material.material_id(key_id, fresh)
         key = Key(

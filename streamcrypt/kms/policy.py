@@ -10,8 +10,8 @@ A caller of another account needs a policy of its own in cases of the key policy
 root user needs none.  A key policy without a statement for the account leaves the account's own
 policies void, which no other AWS service does: never take an identity policy's Allow for enough.
 
-A policy is parsed and compiled once for a text (``_compile`` remembers it); statements are then
-found by action.  Sources: AWS KMS Developer Guide, "Key policies", "Grants", "Troubleshooting
+A policy is parsed and compiled once for a text (``_compile`` remembers it).  Statements are then
+found by action and asked together, by what they read of a request (``_About``).  Sources: AWS KMS Developer Guide, "Key policies", "Grants", "Troubleshooting
 key access"; IAM User Guide, "Policy elements"; texts of AccessDeniedException as AWS sends them.
 """
 
@@ -21,22 +21,22 @@ import json
 import re
 import time as time_module
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from streamcrypt.kms.conditions import (
     RESOURCE,
-    Condition,
     Context,
+    Test,
     Values,
-    all_of,
-    always,
+    all_hold,
     arn_match,
     compile_conditions,
+    compile_resource,
     malformed,
-    resource_condition,
+    read,
     wildcard_match,
 )
 from streamcrypt.kms.errors import KmsError
@@ -51,8 +51,7 @@ KEY_POLICY_LIMIT: Final = 32_768
 # --- the question ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who calls: a user, a role or its session, an account's root, or a service (``x.amazonaws.com``)."""
 
     arn: str
@@ -65,9 +64,9 @@ class Caller:
     """``sagemaker.us-east-1.amazonaws.com`` when that service calls on behalf of the principal."""
     source_ip: str = "127.0.0.1"
     user_agent: str = "streamcrypt"
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = MappingProxyType({})
     """aws:PrincipalTag/*"""
-    conditions: Mapping[str, Value] = field(default_factory=dict)
+    conditions: Mapping[str, Value] = MappingProxyType({})
     """Further condition keys: aws:PrincipalOrgID, aws:SourceArn, aws:SourceAccount, aws:SecureTransport …"""
 
     @property
@@ -79,8 +78,7 @@ class Caller:
 ROOT: Final = Caller("arn:aws:iam::000000000000:root")
 
 
-@dataclass(frozen=True, slots=True)
-class KeyFacts:
+class KeyFacts(NamedTuple):
     """What conditions may ask about a key.  Build one per key and keep it."""
 
     arn: str
@@ -92,11 +90,10 @@ class KeyFacts:
     """PRIMARY or REPLICA"""
     aliases: tuple[str, ...] = ()
     """Names: ``alias/ml``"""
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """A grant as the evaluator sees it; the store keeps name, tokens and dates beside it."""
 
     grant_id: str
@@ -112,8 +109,7 @@ class Grant:
     source_arn: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One question to the evaluator."""
 
     caller: Caller
@@ -125,7 +121,7 @@ class Request:
     """ARN where it is not the key's: an alias ARN.  Default: the key's ARN, ``*`` without a key."""
     encryption_context: Mapping[str, str] | None = None
     """The context of the request (ReEncryptFrom: the source's); CreateGrant takes it from ``new_grant``."""
-    conditions: Mapping[str, Value] = field(default_factory=dict)
+    conditions: Mapping[str, Value] = MappingProxyType({})
     """Condition keys of this operation by AWS's names: ``{"kms:EncryptionAlgorithm": "SYMMETRIC_DEFAULT",
     "kms:RequestAlias": "alias/ml", "kms:SigningAlgorithm": …, "aws:TagKeys": […], "aws:RequestTag/team": …}``.
     What follows from the other fields (spec, usage, tags, caller, grant) need not be repeated here."""
@@ -138,8 +134,7 @@ class Request:
 Source = Literal["key policy", "identity policy", "grant", ""]
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The answer, with the rule that gave it.
 
     ``source`` and ``statement`` (the Sid, or ``statement 3``; a grant's id) name what allowed or
@@ -183,27 +178,26 @@ def evaluate(request: Request, key_policy: str | None, grants: Iterable[Grant] =
     direct: _Statement | None = None
     delegated: _Statement | None = None
     if key_policy is not None:
-        denies, allows = _compile(key_policy, "key").about(action, identity)
-        for _, statement in denies:
-            if statement.applies(context):
-                reason = "with an explicit deny in a resource-based policy"
-                return Decision(False, "key policy", statement.label, reason, explicit=True)
-        for match, statement in allows:
-            if (match == _ITSELF or delegated is None) and statement.applies(context):
-                if match == _ITSELF:
-                    direct = statement
-                    break
-                delegated = statement
+        about = _compile(key_policy, "key").about(action)
+        itself, account = about.named(identity)
+        applying = about.applying(itself | account, context)
+        if denies := applying & about.denies:
+            reason = "with an explicit deny in a resource-based policy"
+            return Decision(False, "key policy", about.first(denies).label, reason, explicit=True)
+        if applying & itself:
+            direct = about.first(applying & itself)
+        elif applying:
+            delegated = about.first(applying)
 
     own: _Statement | None = None
     for text in caller.policies:
-        denies, allows = _compile(text, "identity").about(action, identity)
-        for _, statement in denies:
-            if statement.applies(context):
-                reason = "with an explicit deny in an identity-based policy"
-                return Decision(False, "identity policy", statement.label, reason, explicit=True)
-        if own is None:
-            own = next((statement for _, statement in allows if statement.applies(context)), None)
+        about = _compile(text, "identity").about(action)
+        applying = about.applying(about.named(identity)[0], context)
+        if denies := applying & about.denies:
+            reason = "with an explicit deny in an identity-based policy"
+            return Decision(False, "identity policy", about.first(denies).label, reason, explicit=True)
+        if own is None and applying:
+            own = about.first(applying)
     own_allows = own is not None or identity.is_root
 
     no_own = f"because no identity-based policy allows the {action} action"
@@ -288,12 +282,12 @@ def unmet_conditions(request: Request, text: str, kind: Literal["key", "identity
     for number, statement in enumerate(statements, 1):
         compiled = _compile_statement(statement, f"statement {number}", kind, variables=variables)
         about = compiled.allow and compiled.names(identity) and compiled.covers(request.action.lower())
-        if not about or compiled.applies(context):
+        if not about or all_hold(compiled.tests, context):
             continue
-        for operator, tests in statement.get("Condition", {}).items():
-            for key, wanted in tests.items():
-                test = compile_conditions({operator: {key: wanted}}, variables=variables, every_value=True)
-                if not test(context):
+        for operator, conditions in statement.get("Condition", {}).items():
+            for key, wanted in conditions.items():
+                tests = compile_conditions({operator: {key: wanted}}, variables=variables, every_value=True)
+                if not all_hold(tests, context):
                     has = context[key.lower()]
                     unmet.append(
                         f"{compiled.label}: {operator} {key} {json.dumps(wanted)}, and the request has {has!r}"
@@ -345,10 +339,10 @@ def check_key_policy(text: str, request: Request, *, bypass_lockout_check: bool 
     caller = request.caller
     again = Request(caller, "kms:PutKeyPolicy", request.key, conditions={"kms:PolicyName": "default"})
     identity, context = _identity(caller.arn, caller.role), _RequestContext(again)
-    denies, allows = policy.about(again.action, identity)
-    if any(deny.applies(context) for _, deny in denies) or not any(
-        allow.applies(context) for _, allow in allows
-    ):
+    about = policy.about(again.action)
+    itself, account = about.named(identity)
+    applying = about.applying(itself | account, context)
+    if applying & about.denies or not applying:
         raise malformed("The new key policy will not allow you to update the key policy in the future.")
 
 
@@ -384,7 +378,11 @@ def check_new_grant(grant: Grant, key: KeyFacts) -> None:
     The texts for operations and constraints are ours: AWS documents the rules, not the wording.
     """
     for principal in (grant.grantee, grant.retiring):
-        if principal is not None and not _is_service(principal) and _PRINCIPAL.fullmatch(principal) is None:
+        if (
+            principal is not None
+            and not _is_service(principal)
+            and re.fullmatch(_PRINCIPAL, principal) is None
+        ):
             raise KmsError("InvalidArnException", f"Invalid Arn {principal}")
     if (
         _is_service(grant.grantee)
@@ -423,15 +421,15 @@ _NOBODY: Final = 0
 _ITS_ACCOUNT: Final = 1
 _ITSELF: Final = 2
 
-_PRINCIPAL = re.compile(
+# Patterns are text: `re` compiles each when it is first used, not when the module is imported.
+_PRINCIPAL = (
     r"arn:aws[a-z-]*:(?:iam::\d{12}:(?:root|(?:user|role)/[\w+=,.@/-]+)"
     r"|sts::\d{12}:(?:assumed-role/[\w+=,.@-]+/[\w+=,.@-]+|federated-user/[\w+=,.@-]+))"
 )
-_ACCOUNT = re.compile(r"(?:arn:aws[a-z-]*:iam::)?(\d{12})(?::root)?")
+_ACCOUNT = r"(?:arn:aws[a-z-]*:iam::)?(\d{12})(?::root)?"
 
 
-@dataclass(frozen=True, slots=True)
-class _Identity:
+class _Identity(NamedTuple):
     """The names under which a policy may mean a caller."""
 
     arn: str
@@ -477,7 +475,7 @@ def _names_principal(principal: str, identity: _Identity) -> int:
 @lru_cache(maxsize=4096)
 def _canonical(principal: str) -> str:
     """A principal as policies are compiled with it: an account is its twelve digits."""
-    account = _ACCOUNT.fullmatch(principal)
+    account = re.fullmatch(_ACCOUNT, principal)
     return account[1] if account else principal
 
 
@@ -533,32 +531,34 @@ def _is_narrower(child: Grant, parent: Grant) -> bool:
 class _RequestContext(dict[str, Values]):
     """Condition keys (lower case) to the request's values, worked out when a condition first asks."""
 
-    __slots__ = ("_request",)
+    __slots__ = ("_filled", "_request")
 
     def __init__(self, request: Request) -> None:
         super().__init__()
         self._request = request
+        self._filled = False
 
     def __missing__(self, key: str) -> Values:
-        values = self._find(key)
-        self[key] = values
+        if not self._filled:
+            self._fill()
+            return self[key]
+        resolve = _CONDITION_KEYS.get(key)
+        values = self[key] = None if resolve is None else _values(resolve(self._request))
         return values
 
-    def _find(self, key: str) -> Values:
+    def _fill(self) -> None:
+        """What the request itself names: the pairs of its encryption context, tags, further condition keys."""
         request = self._request
-        for given in (request.conditions, request.caller.conditions):
-            for name, value in given.items():
-                if name.lower() == key:
-                    return _values(value)
-        resolve = _CONDITION_KEYS.get(key)
-        if resolve is not None:
-            return _values(resolve(request))
+        self._filled = True
         for prefix, mapping in _CONDITION_KEY_FAMILIES.items():
-            if key.startswith(prefix):
-                wanted = key[len(prefix) :]
+            for name, value in mapping(request).items():
+                key = prefix + name.lower()
+                held = self.get(key)
                 # "The condition key is not case sensitive": pairs that differ in case only are all meant.
-                return _values([value for name, value in mapping(request).items() if name.lower() == wanted])
-        return None
+                self[key] = value if held is None else (*((held,) if isinstance(held, str) else held), value)
+        for given in (request.caller.conditions, request.conditions):
+            for name, value in given.items():
+                self[name.lower()] = _values(value)
 
 
 def _values(value: Value | None) -> Values:
@@ -668,8 +668,7 @@ _STATEMENT_ELEMENTS: Final = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _Statement:
+class _Statement(NamedTuple):
     label: str
     allow: bool
     principals: frozenset[str]
@@ -678,8 +677,8 @@ class _Statement:
     """NotPrincipal: the statement means everyone but ``principals``."""
     covers: Callable[[str], bool]
     """Whether the statement is about an action (lower case)."""
-    applies: Condition
-    """Whether resource and conditions hold."""
+    tests: tuple[Test, ...]
+    """Resource and conditions."""
 
     def names(self, identity: _Identity) -> int:
         """Whether the statement's principal is the caller itself, its account, or neither."""
@@ -694,31 +693,109 @@ class _Statement:
         return _NOBODY if identity.chain <= self.principals else _ITSELF
 
 
-_Matched = tuple[tuple[int, _Statement], ...]
-"""Statements, each with how it names the caller (``_ITSELF`` or ``_ITS_ACCOUNT``)."""
-
-
 class _Policy:
-    """The statements of a policy; those about one action and one caller are looked up once."""
+    """The statements of a policy; those about one action are looked up once."""
 
     def __init__(self, statements: Sequence[_Statement]) -> None:
         self._statements = statements
-        self._found: dict[tuple[str, str, str], tuple[_Matched, _Matched]] = {}
+        self._about: dict[str, _About] = {}
 
-    def about(self, action: str, identity: _Identity) -> tuple[_Matched, _Matched]:
-        """The Deny and the Allow statements about an action that name the caller, in the policy's order."""
-        key = (action, identity.arn, identity.principal_arn)
-        found = self._found.get(key)
+    def about(self, action: str) -> _About:
+        found = self._about.get(action)
         if found is None:
             lower = action.lower()
-            named = [(statement.names(identity), statement) for statement in self._statements]
-            about = [(match, statement) for match, statement in named if match and statement.covers(lower)]
-            denies = tuple(pair for pair in about if not pair[1].allow)
-            found = denies, tuple(pair for pair in about if pair[1].allow)
-            if len(self._found) >= 1024:  # many sessions of one role: forget, do not grow
-                self._found.clear()
-            self._found[key] = found
+            found = self._about[action] = _About([s for s in self._statements if s.covers(lower)])
         return found
+
+
+class _About:
+    """The statements of a policy about one action, in the policy's order; each is a bit of the masks below.
+
+    All statements that read the same of a request are asked together (``_Column``), and what the
+    answer was is remembered, so that a hundred statements cost little more than one.
+    """
+
+    __slots__ = ("_columns", "_conditional", "_named", "_statements", "denies")
+
+    def __init__(self, statements: Sequence[_Statement]) -> None:
+        self._statements = statements
+        self._named: dict[tuple[str, str], tuple[int, int]] = {}
+        self.denies = 0
+        readers: dict[tuple[str, ...], dict[Callable[[Any], bool], int]] = {}
+        for number, statement in enumerate(statements):
+            self.denies |= 0 if statement.allow else 1 << number
+            for test in statement.tests:
+                asking = readers.setdefault(test.keys, {})
+                asking[test.holds] = asking.get(test.holds, 0) | 1 << number
+        # Requests differ most in their encryption context: asked first, it leaves least to ask.
+        order = sorted(readers, key=lambda keys: (len(keys), not keys[0].startswith("kms:encryptioncontext")))
+        self._columns = [_Column(keys, readers[keys]) for keys in order]
+        self._conditional = 0
+        for column in self._columns:
+            self._conditional |= column.bits
+
+    def named(self, identity: _Identity) -> tuple[int, int]:
+        """The statements that name the caller itself, and those that name its account."""
+        key = (identity.arn, identity.principal_arn)
+        masks = self._named.get(key)
+        if masks is None:
+            itself = account = 0
+            for number, statement in enumerate(self._statements):
+                match = statement.names(identity)
+                itself |= (match == _ITSELF) << number
+                account |= (match == _ITS_ACCOUNT) << number
+            if len(self._named) >= 1024:  # many sessions of one role: forget, do not grow
+                self._named.clear()
+            masks = self._named[key] = itself, account
+        return masks
+
+    def applying(self, mask: int, context: Context) -> int:
+        """Those of ``mask`` whose resource and conditions hold."""
+        if mask & self._conditional:
+            for column in self._columns:
+                asked = mask & column.bits
+                if asked:
+                    mask ^= column.failing(asked, context)
+                    if not mask:
+                        break
+        return mask
+
+    def first(self, mask: int) -> _Statement:
+        """The first statement of ``mask`` in the policy's order."""
+        return self._statements[(mask & -mask).bit_length() - 1]
+
+
+class _Column:
+    """The tests of many statements that read the same condition key of a request."""
+
+    __slots__ = ("_failing", "_keys", "_tests", "bits")
+
+    def __init__(self, keys: tuple[str, ...], tests: Mapping[Callable[[Any], bool], int]) -> None:
+        self._keys = keys
+        self._tests = [(bits, holds) for holds, bits in tests.items()]
+        self._failing: dict[tuple[int, Any], int] = {}
+        self.bits = 0
+        for bits in tests.values():
+            self.bits |= bits
+
+    def failing(self, asked: int, context: Context) -> int:
+        """The statements of ``asked`` with a test that does not hold."""
+        value = read(self._keys, context)
+        known = self._failing.get((asked, value))
+        if known is not None:
+            return known
+        failing = 0
+        for bits, holds in self._tests:
+            if bits & asked and not holds(value):
+                failing |= bits
+        failing &= asked
+        if len(self._failing) >= _REMEMBERED:  # values that never come again (a time): forget, do not grow
+            self._failing.clear()
+        self._failing[asked, value] = failing
+        return failing
+
+
+_REMEMBERED: Final = 64
 
 
 @lru_cache(maxsize=1024)
@@ -782,29 +859,25 @@ def _compile_statement(statement: Any, label: str, kind: _Kind, *, variables: bo
     resources, spared_resources = _patterns(statement, "Resource")
     if kind == "key":
         _refuse_overly_permissive(statement.get("Condition"))
-    # "*" in a key policy is the key; an ARN there means the key only where it is this one.
-    resource = _any_of(
-        [resource_condition(text, variables=variables) for text in resources], spared_resources
-    )
-    condition = compile_conditions(statement.get("Condition", {}), variables=variables, every_value=allow)
+    tests = compile_conditions(statement.get("Condition", {}), variables=variables, every_value=allow)
+    resource = compile_resource(resources, negated=spared_resources, variables=variables)
     return _Statement(
         label=sid or label,
         allow=allow,
         principals=_principals(statement, kind),
         spares="NotPrincipal" in statement,
-        # Actions ignore case: AWS KMS Developer Guide, "Permissions reference".
-        covers=_any_of([wildcard_match(pattern.lower()) for pattern in actions], spared_actions),
-        applies=all_of([test for test in (resource, condition) if test is not always]),
+        covers=_covers(actions, spared_actions) if resources else _covers((), False),
+        tests=tests if resource is None else (*tests, resource),
     )
 
 
-def _any_of(tests: Sequence[Callable[[Any], bool]], negated: bool) -> Callable[[Any], bool]:
-    """One test of many; without any, none: a statement without Action or Resource has no effect."""
-    if not tests:
+def _covers(patterns: Sequence[str], negated: bool) -> Callable[[str], bool]:
+    """Which actions; without a pattern none: a statement without Action or Resource has no effect."""
+    # Actions ignore case: AWS KMS Developer Guide, "Permissions reference".
+    matches = [wildcard_match(pattern.lower()) for pattern in patterns]
+    if not matches:
         return lambda _: False
-    if len(tests) == 1 and not negated:
-        return tests[0]
-    return lambda given: any(test(given) for test in tests) != negated
+    return lambda action: any(match(action) for match in matches) != negated
 
 
 def _patterns(statement: dict[str, Any], element: str) -> tuple[list[str], bool]:
@@ -844,7 +917,7 @@ def _principals(statement: dict[str, Any], kind: _Kind) -> frozenset[str]:
 def _principal_name(type_: str, value: Any) -> str:
     if isinstance(value, str):
         if type_ == "AWS":
-            if value == "*" or _ACCOUNT.fullmatch(value) or _PRINCIPAL.fullmatch(value):
+            if value == "*" or re.fullmatch(_ACCOUNT, value) or re.fullmatch(_PRINCIPAL, value):
                 return _canonical(value)
         elif (type_ == "Service" and _is_service(value)) or (
             type_ in ("Federated", "CanonicalUser") and value

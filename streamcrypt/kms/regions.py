@@ -6,7 +6,6 @@ description and state are each Region's own.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from streamcrypt.kms import keys, lifecycle, policy
@@ -48,7 +47,7 @@ def replicate_key(call: Call) -> Response:
         materials=primary.materials,
     )
     arn = key_arn(replica.account, region, replica.id)
-    replica.facts = replace(primary.facts, arn=arn, multi_region_key_type="REPLICA", aliases=(), tags=tags)
+    replica.facts = primary.facts._replace(arn=arn, multi_region_key_type="REPLICA", aliases=(), tags=tags)
     if "Policy" in request:
         keys.check_policy(call, replica, request["Policy"])
     call.store.save_key(replica)

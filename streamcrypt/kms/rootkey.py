@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
@@ -37,6 +36,7 @@ _MEMORY_KIB: Final = 64 * 1024
 _KEYSTORE_SERVICE: Final = "streamcrypt"
 
 Passphrase = Callable[[], bytes]
+FilePath = str | os.PathLike[str]  # `pathlib` is not imported for its own sake: it takes 4 ms
 
 
 def passphrase_from_environment() -> bytes:
@@ -47,13 +47,14 @@ def passphrase_from_environment() -> bytes:
             "the root key of this KMS is protected by a passphrase: name the file that holds it in "
             "STREAMCRYPT_PASSPHRASE_FILE"
         )
-    return read_passphrase_file(Path(name))
+    return read_passphrase_file(name)
 
 
-def read_passphrase_file(path: Path) -> bytes:
+def read_passphrase_file(path: FilePath) -> bytes:
     """The passphrase in a file: its bytes without one line end at the end."""
     try:
-        passphrase = path.read_bytes()
+        with open(path, "rb") as file:
+            passphrase = file.read()
     except OSError as error:
         raise KeyAccessError(f"{path}: the passphrase cannot be read ({error.strerror})") from error
     passphrase = passphrase.removesuffix(b"\n").removesuffix(b"\r")
@@ -88,22 +89,23 @@ def document(root: bytes, store_id: str, kind: str, passphrase: Passphrase) -> d
     return made
 
 
-def write(path: Path, made: dict[str, Any]) -> None:
+def write(path: FilePath, made: dict[str, Any]) -> None:
     """Write a document with mode 0600; it is on the disk when this returns."""
     with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+        os.unlink(path)
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(made, file)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(path.parent)
+    sync_folder(os.path.dirname(path))
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: FilePath) -> dict[str, Any]:
     """The document in a file; FileNotFoundError where there is none."""
     try:
-        found = json.loads(path.read_text())
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
         if not isinstance(found["kind"], str) or not isinstance(found["store"], str):
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
@@ -167,7 +169,7 @@ def check(root: bytes, store_id: str, made: bytes, *, name: str) -> None:
         ) from error
 
 
-def sync_folder(path: Path) -> None:
+def sync_folder(path: FilePath) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

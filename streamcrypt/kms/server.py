@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from http import HTTPStatus
@@ -42,6 +41,7 @@ _MAX_HEAD: Final = 32 * 1024
 # Twice the largest request that the model allows (a policy of 131,072 characters).
 _MAX_BODY: Final = 512 * 1024
 _CLOCK_SKEW: Final = 300.0  # seconds; AWS's own limit
+_SWEEPS: Final = 4  # looks for connections that are too slow, in the time that a request may take
 _SLOW_THREADS: Final = 4
 
 # What is done in microseconds, and so in the event loop.
@@ -180,12 +180,17 @@ class _BadRequestError(Exception):
 
 
 class _Connection(asyncio.Protocol):
-    """One kept-alive HTTP/1.1 connection: requests one after the other."""
+    """One kept-alive HTTP/1.1 connection: requests one after the other.
+
+    A peer that sends faster than it is answered, or does not read its answers, is not read from.
+    """
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._buffer = bytearray()
         self._busy = False
+        self._unread = False  # answers wait for the peer to read them
+        self._since = server.loop.time()  # when the request at hand began, or the last one was answered
         self._transport: Any = None
         self._tls: bool | str = False
         self._peer = ""
@@ -205,9 +210,33 @@ class _Connection(asyncio.Protocol):
         self._server.forget(self)
 
     def data_received(self, data: bytes) -> None:
+        if not self._buffer:
+            self._since = self._server.loop.time()
         self._buffer += data
         if not self._busy:
             self._serve_buffered()
+        if len(self._buffer) > _MAX_HEAD + _MAX_BODY:
+            self._transport.pause_reading()
+
+    def pause_writing(self) -> None:
+        self._unread = True
+
+    def resume_writing(self) -> None:
+        self._unread = False
+        if not self._busy:
+            self._serve_buffered()
+
+    def close_when_late(self, now: float) -> None:
+        """Close when a request takes too long to arrive, an answer to be read, or the next request to begin."""
+        if self._busy:
+            return
+        late = now - self._since
+        if self._unread and late > self._server.request_timeout:
+            self._transport.abort()
+        elif self._buffer and late > self._server.request_timeout:
+            self._write(408, "", b"", keep=False)
+        elif late > self._server.idle_timeout:
+            self._transport.close()
 
     def close_when_idle(self) -> None:
         if not self._busy:
@@ -219,10 +248,12 @@ class _Connection(asyncio.Protocol):
     def _serve_buffered(self) -> None:
         """Answer every whole request in the buffer; stop at one that is answered later."""
         try:
-            while not self._busy:
+            while not (self._busy or self._unread or self._transport.is_closing()):
                 request = self._next_request()
                 if request is None:
                     return
+                self._since = self._server.loop.time()
+                self._transport.resume_reading()
                 self._serve(*request)
         except _BadRequestError as error:
             self._write(error.status, "", b"", keep=False)
@@ -291,6 +322,7 @@ class _Connection(asyncio.Protocol):
             await asyncio.sleep(delay)
         answer = await self._server.loop.run_in_executor(self._server.executor, run)
         self._busy = False
+        self._since = self._server.loop.time()
         self._write(answer.status, answer.request_id, answer.body, keep=keep)
         if keep:
             self._serve_buffered()
@@ -300,7 +332,7 @@ class _Connection(asyncio.Protocol):
         if known is None or known[0] is not key:
             if len(self._callers) > 16:
                 self._callers.clear()
-            caller = replace(key.caller, source_ip=self._peer, user_agent=user_agent)
+            caller = key.caller._replace(source_ip=self._peer, user_agent=user_agent)
             known = self._callers[key.id, user_agent] = (key, caller)
         return known[1]
 
@@ -345,6 +377,10 @@ class Server:
     """The listening server; ``run`` serves until it is told to stop."""
 
     max_connections = 1024
+    request_timeout = 20.0
+    """Seconds in which a request must have arrived, and an answer must have been read."""
+    idle_timeout = 120.0
+    """Seconds after which a kept connection without a request is closed."""
 
     def __init__(
         self,
@@ -369,6 +405,8 @@ class Server:
         self.connections: set[_Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.stopping = False
+        self.interrupted = False
+        """Whether it was SIGINT (Ctrl-C) that ended run()."""
         self.executor = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="kms")
         self.loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
@@ -400,12 +438,18 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self._stop, self._drained = asyncio.Event(), asyncio.Event()
         if signals:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.loop.add_signal_handler(number, self._stop.set)
+            self.loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+            self.loop.add_signal_handler(signal.SIGINT, self._interrupt)
         listener = await self.loop.create_server(
-            lambda: _Connection(self), self.host, self.port, ssl=self._context, backlog=512
+            lambda: _Connection(self),
+            self.host,
+            self.port,
+            ssl=self._context,
+            ssl_handshake_timeout=self.request_timeout if self._context is not None else None,
+            backlog=512,
         )
         self.port = listener.sockets[0].getsockname()[1]
+        self._sweep()
         if ready is not None:
             ready(self.url)
         await self._stop.wait()
@@ -423,6 +467,17 @@ class Server:
                     connection.abort()
                 await asyncio.sleep(0)
         self.executor.shutdown(wait=True)
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+        self._stop.set()
+
+    def _sweep(self) -> None:
+        """Close connections that are too slow, again and again."""
+        now = self.loop.time()
+        for connection in list(self.connections):
+            connection.close_when_late(now)
+        self.loop.call_later(min(self.request_timeout, self.idle_timeout) / _SWEEPS, self._sweep)
 
     def forget(self, connection: _Connection) -> None:
         """A connection is gone."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from streamcrypt.kms import audit, cryptographic, grants, imports, keys, lifecycle, regions, shapes
 from streamcrypt.kms.call import Call
-from streamcrypt.kms.errors import KmsError, new_request_id
+from streamcrypt.kms.errors import KmsError, new_uuid
 from streamcrypt.kms.policy import ROOT, Caller
 from streamcrypt.kms.simulation import Simulation
 from streamcrypt.kms.store import Store
@@ -79,6 +79,13 @@ _WRITING: Final[dict[str, Handler]] = {
     "RevokeGrant": grants.revoke_grant,
 }
 
+# Reading operations first see what other processes have changed, or, which is cheaper, find out with
+# their audit row and are then done again: those that would not take long, and this often.
+_SLOW: Final = frozenset(
+    {"GenerateDataKeyPair", "GenerateDataKeyPairWithoutPlaintext", "GetParametersForImport"}
+)
+_TRIES: Final = 3
+
 # What takes long and touches nothing is done before the transaction begins.
 _PREPARING: Final[dict[str, Callable[[Call], bytes]]] = {"CreateKey": keys.prepare_create_key}
 
@@ -136,46 +143,65 @@ class Service:
         reading, writing = _READING.get(operation), _WRITING.get(operation)
         if shape is None or (reading is None and writing is None):
             raise KmsError("UnknownOperationException", operation_name=operation)
-        now = self._clock()
-        request_id = request_id or new_request_id()
+        request_id = request_id or new_uuid()
         call = Call(
             self.store,
             operation,
             {name: value for name, value in request.items() if value is not None},
             caller,
             region or self.region,
-            now,
-            self.grant_delay,
+            self._clock(),
+            grant_delay=self.grant_delay,
         )
+        tries = _TRIES if reading is not None and operation not in _SLOW else 0
+        simulation = self.simulation
         try:
-            if self.simulation is not None:
-                self.simulation.admit(operation)
-                if wait:
-                    self.simulation.wait()
-            shape.validate(call.request)
-            self.store.refresh()
-            if self.store.next_due() <= now:
-                lifecycle.settle(self.store, now)
-            if reading is not None:
-                response = self._run(reading, call)
-                self.store.record_event(_row(call, request_id, response, tls=tls))
-            elif writing is not None:
-                prepare = _PREPARING.get(operation)
-                if prepare is not None:
-                    call.prepared = prepare(call)
-                with self.store.transaction():
-                    response = self._run(writing, call)
-                    self.store.record_event(_row(call, request_id, response, tls=tls))
-        except KmsError as error:
-            error.operation_name = operation
-            error.request_id = request_id
-            self.store.record_event(_row(call, request_id, None, error=error, tls=tls))
-            raise
+            while True:
+                response, refused = None, None
+                try:
+                    if simulation is not None:
+                        simulation.admit(operation)
+                        if wait:
+                            simulation.wait()
+                        simulation = None
+                    shape.validate(call.request)
+                    if not tries:
+                        self.store.refresh()
+                    if self.store.next_due() <= call.now:
+                        lifecycle.settle(self.store, call.now)
+                    if writing is not None:
+                        return self._write(writing, call, request_id, tls=tls)
+                    assert reading is not None
+                    response = self._run(reading, call)
+                except KmsError as error:
+                    refused = error
+                row = _row(call, request_id, response, error=refused, tls=tls)
+                if not tries:
+                    self.store.record_event(row)
+                elif not self.store.record_current(row):
+                    # Another process changed a key meanwhile: this answer may be that of yesterday.
+                    tries -= 1
+                    call.keys.clear()
+                    continue
+                if response is not None:
+                    return response
+                assert refused is not None
+                refused.operation_name = operation
+                refused.request_id = request_id
+                raise refused
         except sqlite3.Error as error:
             raise _internal_error(operation, request_id, error) from error
         except UnicodeEncodeError as error:
             # A lone surrogate: JSON can carry it, no name or context of KMS can.
             raise KmsError("SerializationException", operation_name=operation) from error
+
+    def _write(self, handler: Handler, call: Call, request_id: str, *, tls: bool | str) -> dict[str, Any]:
+        prepare = _PREPARING.get(call.operation)
+        if prepare is not None:
+            call.prepared = prepare(call)
+        with self.store.transaction():
+            response = self._run(handler, call)
+            self.store.record_event(_row(call, request_id, response, tls=tls))
         return response
 
     @staticmethod

@@ -1,32 +1,30 @@
-"""KMS's shapes, from the service model that botocore ships: checks, JSON in, JSON out.
+"""KMS's shapes: checks, JSON in, JSON out.
 
     request   JSON object --read--> dict with bytes and datetime --check--> accepted, or one
               ValidationException that names every violation, in AWS's words
     response  dict with bytes and datetime --write--> JSON object
 
-The model is read as data (5 ms, once); botocore itself is not imported, because the
-in-process door must not pay for that.  Each shape is compiled into closures, because every
-call passes through them.
+``model.json`` is AWS's service model of KMS as botocore ships it (Apache-2.0), without its
+documentation and without the shapes that no operation uses: a tenth of the size, and a small job
+must not wait for the rest (tests/kms/test_shapes.py makes it, and holds it to botocore's).  Each
+shape is compiled into closures, because every call passes through them.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import gzip
-import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from streamcrypt.kms.errors import refuse
 
-_MODEL: Final = "data/kms/2014-11-01/service-2.json"
+_MODEL: Final = os.path.join(os.path.dirname(__file__), "model.json")
 
 # Regions outside AWS: the embedded KMS's own.  The model's pattern knows only AWS's names.
 LOCAL_REGION: Final = "local"
@@ -35,8 +33,7 @@ _Check = Callable[[Any, str, list[str]], None]
 _Convert = Callable[[Any], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """A member of a request, as much as a command line needs to know of it."""
 
     kind: str
@@ -47,8 +44,7 @@ class Option:
     choices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """One operation of the model: what it accepts and what it gives back."""
 
     name: str
@@ -107,7 +103,7 @@ class _Operations(Mapping[str, Operation]):
 
 @cache
 def operations() -> Mapping[str, Operation]:
-    """Every operation of the installed service model, by AWS's CamelCase name."""
+    """Every operation of the service model, by AWS's CamelCase name."""
     return _Operations(_load_model())
 
 
@@ -127,13 +123,8 @@ def _options(shapes: dict[str, Any], structure: dict[str, Any]) -> dict[str, Opt
 
 
 def _load_model() -> dict[str, Any]:
-    spec = importlib.util.find_spec("botocore")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the embedded KMS reads KMS's shapes from botocore: pip install boto3")
-    path = Path(spec.submodule_search_locations[0]) / _MODEL
-    packed = path.with_suffix(".json.gz")
-    text = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
-    model: dict[str, Any] = json.loads(text)
+    with open(_MODEL, "rb") as file:
+        model: dict[str, Any] = json.load(file)
     return model
 
 

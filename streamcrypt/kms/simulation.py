@@ -4,18 +4,20 @@ and refuses as many calls, as the real one would."""
 from __future__ import annotations
 
 import math
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from streamcrypt.kms.errors import refuse
 from streamcrypt.units import parse_duration
 
+if TYPE_CHECKING:
+    import random
+
 _P99_IN_SIGMAS: Final = 2.3263478740408408  # the standard normal's 99th percentile
 
-Latency = Callable[[random.Random], float]
+Latency = Callable[["random.Random"], float]
 
 
 def constant(seconds: float) -> Latency:
@@ -68,6 +70,8 @@ class Simulation:
         self._rate = rate
         self._capacity = burst if burst is not None else max(rate or 0.0, 1.0)
         self._tokens = self._capacity
+        import random
+
         self._random = random.Random(seed)  # noqa: S311 - a simulated delay, no secret
         self._clock = clock
         self._sleep = sleep

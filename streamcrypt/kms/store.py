@@ -2,6 +2,7 @@
 
     <home>/kms/kms.sqlite    keys, materials, aliases, grants, principals, audit rows   (0600)
     <home>/kms/kms.root      the root key, or how to come by it                          (0600)
+    <home>/kms/branch-keys.sqlite3   not this module's: keys/hierarchy.py keeps branch keys there
 
 Material is sealed with AES-256-GCM under the root key (rootkey.py), bound to store, key and
 material id.
@@ -22,12 +23,9 @@ import os
 import sqlite3
 import threading
 import time
-import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -35,13 +33,21 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from streamcrypt.errors import KeyAccessError, StreamcryptError
+from streamcrypt.hygiene import lock
 from streamcrypt.kms import audit, policy, rootkey
+from streamcrypt.kms.errors import new_uuid
 from streamcrypt.kms.material import load_private
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SCHEMA_VERSION: Final = 1
 FOLDER_NAME: Final = "kms"
 DATABASE_NAME: Final = "kms.sqlite"
 ROOT_NAME: Final = "kms.root"
+BRANCH_KEYS_NAME: Final = (
+    "branch-keys.sqlite3"  # of hierarchy keyrings (keys/hierarchy.py); backups hold it too
+)
 _NONCE_LENGTH: Final = 12
 _BUSY_TIMEOUT: Final = 30.0  # seconds that a writer waits for another process
 
@@ -76,24 +82,45 @@ CREATE INDEX access_keys_by_principal ON access_keys (principal);
 """
 
 
-@dataclass(slots=True)
 class Material:
     """One generation of a key's material.  ``sealed`` is None while imported material is absent."""
 
-    id: str
-    created: float
-    state: str = "CURRENT"
-    rotated: float | None = None
-    rotation_type: str | None = None
-    expiration_model: str | None = None
-    valid_to: float | None = None
-    description: str | None = None
-    sealed: bytes | None = field(default=None, repr=False)
-    ordinal: int = 0
+    __slots__ = (
+        "created", "description", "expiration_model", "id", "ordinal", "rotated", "rotation_type", "sealed", "state",
+        "valid_to",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        id: str,
+        created: float,
+        *,
+        state: str = "CURRENT",
+        rotated: float | None = None,
+        rotation_type: str | None = None,
+        expiration_model: str | None = None,
+        valid_to: float | None = None,
+        description: str | None = None,
+        sealed: bytes | None = None,
+        ordinal: int = 0,
+    ) -> None:
+        self.id = id
+        self.created = created
+        self.state = state
+        self.rotated = rotated
+        self.rotation_type = rotation_type
+        self.expiration_model = expiration_model
+        self.valid_to = valid_to
+        self.description = description
+        self.sealed = sealed
+        self.ordinal = ordinal
+
+    def record(self) -> dict[str, Any]:
+        """What is stored of it beside the sealed bytes and the order."""
+        return {name: getattr(self, name) for name in self.__slots__ if name not in ("sealed", "ordinal")}
 
 
-@dataclass(frozen=True, slots=True)
-class GrantRecord:
+class GrantRecord(NamedTuple):
     """A grant with what the evaluator does not need: name and dates."""
 
     grant: policy.Grant
@@ -103,34 +130,68 @@ class GrantRecord:
     retiring_service: bool = False
 
 
-@dataclass(slots=True)
-class Key:
-    """A KMS key in one Region, as it was read.  Shared between threads: never change a cached one."""
+# What is stored of a key beside its account, Region and id.
+_KEY_RECORD: Final = (
+    "created", "spec", "usage", "origin", "manager", "description", "state", "key_policy", "tags", "deletion_date",
+    "deletion_window", "primary_region", "rotation_period", "rotation_next", "rotation_start", "on_demand_rotations",
+)  # fmt: skip
 
-    account: str
-    region: str
-    id: str
-    created: float
-    spec: str = "SYMMETRIC_DEFAULT"
-    usage: str = "ENCRYPT_DECRYPT"
-    origin: str = "AWS_KMS"
-    manager: str = "CUSTOMER"
-    description: str = ""
-    state: str = "Enabled"
-    key_policy: str = ""
-    tags: dict[str, str] = field(default_factory=dict)
-    deletion_date: float | None = None
-    deletion_window: int | None = None
-    primary_region: str | None = None
-    rotation_period: int | None = None
-    rotation_next: float | None = None
-    rotation_start: float | None = None
-    on_demand_rotations: int = 0
-    # Loaded beside the record, not part of it.
-    materials: list[Material] = field(default_factory=list)
-    aliases: tuple[str, ...] = ()
-    grants: tuple[GrantRecord, ...] = ()
-    facts: policy.KeyFacts = field(default_factory=lambda: policy.KeyFacts(""))
+
+class Key:
+    """A KMS key in one Region, as it was read.  Shared between threads: never change a cached one.
+
+    ``materials``, ``aliases``, ``grants`` and ``facts`` are loaded beside the record, not part of it.
+    """
+
+    __slots__ = ("account", "aliases", "facts", "grants", "id", "materials", "region", *_KEY_RECORD)
+
+    def __init__(
+        self,
+        account: str,
+        region: str,
+        id: str,
+        created: float,
+        *,
+        spec: str = "SYMMETRIC_DEFAULT",
+        usage: str = "ENCRYPT_DECRYPT",
+        origin: str = "AWS_KMS",
+        manager: str = "CUSTOMER",
+        description: str = "",
+        state: str = "Enabled",
+        key_policy: str = "",
+        tags: dict[str, str] | None = None,
+        deletion_date: float | None = None,
+        deletion_window: int | None = None,
+        primary_region: str | None = None,
+        rotation_period: int | None = None,
+        rotation_next: float | None = None,
+        rotation_start: float | None = None,
+        on_demand_rotations: int = 0,
+        materials: list[Material] | None = None,
+    ) -> None:
+        self.account = account
+        self.region = region
+        self.id = id
+        self.created = created
+        self.spec = spec
+        self.usage = usage
+        self.origin = origin
+        self.manager = manager
+        self.description = description
+        self.state = state
+        self.key_policy = key_policy
+        self.tags = tags if tags is not None else {}
+        self.deletion_date = deletion_date
+        self.deletion_window = deletion_window
+        self.primary_region = primary_region
+        self.rotation_period = rotation_period
+        self.rotation_next = rotation_next
+        self.rotation_start = rotation_start
+        self.on_demand_rotations = on_demand_rotations
+        self.materials = materials if materials is not None else []
+        self.aliases: tuple[str, ...] = ()
+        self.grants: tuple[GrantRecord, ...] = ()
+        self.facts = policy.KeyFacts("")
 
     @property
     def arn(self) -> str:
@@ -157,22 +218,27 @@ class Key:
         return min((event for event in events if event is not None), default=None)
 
 
-_KEY_RECORD: Final = tuple(
-    f.name
-    for f in fields(Key)
-    if f.name not in {"account", "region", "id", "materials", "aliases", "grants", "facts"}
-)
-
-
-@dataclass(frozen=True, slots=True)
 class AccessKey:
     """An access key of a principal."""
 
-    id: str
-    secret: str = field(repr=False)
-    caller: policy.Caller
-    session_token: str | None = field(default=None, repr=False)
-    expires: float | None = None
+    __slots__ = ("caller", "expires", "id", "secret", "session_token")
+
+    def __init__(
+        self,
+        id: str,
+        secret: str,
+        caller: policy.Caller,
+        session_token: str | None = None,
+        expires: float | None = None,
+    ) -> None:
+        self.id = id
+        self.secret = secret
+        self.caller = caller
+        self.session_token = session_token
+        self.expires = expires
+
+    def __repr__(self) -> str:
+        return f"<AccessKey {self.id}>"
 
     def __reduce__(self) -> Any:
         raise TypeError("an access key is not pickled: it holds a secret")
@@ -192,7 +258,7 @@ class Store:
 
     def __init__(
         self,
-        home: Path,
+        home: rootkey.FilePath,
         *,
         root_key: str = "file",
         passphrase: Callable[[], bytes] | None = None,
@@ -201,11 +267,11 @@ class Store:
     ) -> None:
         if root_key not in rootkey.KINDS:
             raise ValueError(f"{root_key!r} is no kind of root key; it is one of {', '.join(rootkey.KINDS)}")
-        self.folder = home / FOLDER_NAME
-        self.path = self.folder / DATABASE_NAME
+        self._folder = os.path.join(home, FOLDER_NAME)
+        self._path = os.path.join(self._folder, DATABASE_NAME)
         self.clock = clock
-        self._root_path = self.folder / ROOT_NAME
-        self._new_root_path = self.folder / f"{ROOT_NAME}.new"
+        self._root_path = os.path.join(self._folder, ROOT_NAME)
+        self._new_root_path = f"{self._root_path}.new"
         self._kind = root_key
         self._passphrase = passphrase or rootkey.passphrase_from_environment
         self._lock = threading.RLock()
@@ -223,10 +289,22 @@ class Store:
         self._connect()
         self._root, self.id = self._open_root(create)
         self._seal = AESGCM(self._root)
+        self.refresh()
         _stores.add(self)
 
+    @property
+    def folder(self) -> Path:
+        from pathlib import Path
+
+        return Path(self._folder)
+
+    @property
+    def path(self) -> Path:
+        """The database."""
+        return self.folder / DATABASE_NAME
+
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r})"
+        return f"Store({self._path!r})"
 
     def __reduce__(self) -> Any:
         raise TypeError("a store is not pickled: it holds key material; open it where it is used")
@@ -242,44 +320,44 @@ class Store:
     # -- files ---------------------------------------------------------------------------
 
     def _prepare_folder(self, create: bool) -> None:
-        if not self.folder.exists():
+        if not os.path.exists(self._folder):
             if not create:
-                raise StreamcryptError(f"{self.folder}: there is no embedded KMS here")
+                raise StreamcryptError(f"{self._folder}: there is no embedded KMS here")
             try:
-                self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self.folder.mkdir(mode=0o700, exist_ok=True)
+                os.makedirs(os.path.dirname(self._folder), mode=0o700, exist_ok=True)
+                os.makedirs(self._folder, mode=0o700, exist_ok=True)
             except OSError as error:
                 raise StreamcryptError(
-                    f"{self.folder}: cannot be made ({error.strerror}); set STREAMCRYPT_HOME"
+                    f"{self._folder}: cannot be made ({error.strerror}); set STREAMCRYPT_HOME"
                 ) from error
-            rootkey.sync_folder(self.folder.parent)
-        for path in (self.folder, self.path, self._root_path):
-            if path.exists() and path.stat().st_mode & 0o077:
+            rootkey.sync_folder(os.path.dirname(self._folder))
+        for path in (self._folder, self._path, self._root_path):
+            if os.path.exists(path) and os.stat(path).st_mode & 0o077:
                 raise KeyAccessError(
                     f"{path}: other users may read it; make it private first: chmod go= {path}"
                 )
-        if not self.path.exists():
-            if self._root_path.exists():
+        if not os.path.exists(self._path):
+            if os.path.exists(self._root_path):
                 raise KeyAccessError(
-                    f"{self.path}: the database is missing although its root key {self._root_path.name} is here; "
+                    f"{self._path}: the database is missing although its root key {ROOT_NAME} is here; "
                     "put the database back, or restore a backup into another home"
                 )
             # SQLite gives its -wal and -shm files the mode of the database.
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            rootkey.sync_folder(self.folder)
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            rootkey.sync_folder(self._folder)
 
     def _connect(self) -> sqlite3.Connection:
         try:
             connection = sqlite3.connect(
-                self.path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+                self._path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             # 16 MiB of log between checkpoints: each one waits for the disk.
             connection.execute("PRAGMA wal_autocheckpoint=4000")
         except sqlite3.Error as error:
-            raise StreamcryptError(f"{self.path}: cannot be opened ({error})") from error
+            raise StreamcryptError(f"{self._path}: cannot be opened ({error})") from error
         self._connection = connection
         self._data_version = self._generation = -1
         self._forget()
@@ -304,20 +382,20 @@ class Store:
             version = self._db().execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as error:
             raise StreamcryptError(
-                f"{self.path}: not a database of the embedded KMS ({error}); restore a backup"
+                f"{self._path}: not a database of the embedded KMS ({error}); restore a backup"
             ) from error
         if version == 0:
             if not create:
-                raise StreamcryptError(f"{self.path}: there is no embedded KMS here")
+                raise StreamcryptError(f"{self._path}: there is no embedded KMS here")
             self._create()
         elif version > SCHEMA_VERSION:
             raise StreamcryptError(
-                f"{self.path}: made by a newer streamcrypt (schema {version}, this one knows {SCHEMA_VERSION})"
+                f"{self._path}: made by a newer streamcrypt (schema {version}, this one knows {SCHEMA_VERSION})"
             )
         store_id = self._meta("store")
         check = self._meta("root_check")
         if store_id is None or check is None:
-            raise StreamcryptError(f"{self.path}: the database is damaged; restore a backup")
+            raise StreamcryptError(f"{self._path}: the database is damaged; restore a backup")
         root = self._read_root(str(store_id), bytes(check))
         return root, str(store_id)
 
@@ -326,12 +404,12 @@ class Store:
         with self._lock, _durable(self._db()) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] != 0:
                 return  # another process was faster
-            if self._root_path.exists():
+            if os.path.exists(self._root_path):
                 raise KeyAccessError(
-                    f"{self.path}: the database is empty although its root key {self._root_path.name} is here; "
+                    f"{self._path}: the database is empty although its root key {ROOT_NAME} is here; "
                     "put the database back, or restore a backup into another home"
                 )
-            store_id = str(uuid.uuid4())
+            store_id = new_uuid()
             root = os.urandom(rootkey.LENGTH)
             made = rootkey.document(root, store_id, self._kind, self._passphrase)
             rootkey.write(self._new_root_path, made)
@@ -345,11 +423,11 @@ class Store:
 
     def _read_root(self, store_id: str, check: bytes) -> bytes:
         # A crash between the commit of _create and this rename leaves the new name behind.
-        if self._new_root_path.exists() and not self._root_path.exists():
+        if os.path.exists(self._new_root_path) and not os.path.exists(self._root_path):
             with contextlib.suppress(FileNotFoundError):  # another process renamed it
                 root = self._load_root(self._new_root_path, store_id, check)
-                self._new_root_path.rename(self._root_path)
-                rootkey.sync_folder(self.folder)
+                os.rename(self._new_root_path, self._root_path)
+                rootkey.sync_folder(self._folder)
                 return root
         try:
             return self._load_root(self._root_path, store_id, check)
@@ -359,10 +437,11 @@ class Store:
                 "Put it back, or restore a backup"
             ) from error
 
-    def _load_root(self, path: Path, store_id: str, check: bytes) -> bytes:
+    def _load_root(self, path: str, store_id: str, check: bytes) -> bytes:
         found = rootkey.read(path)
-        root = rootkey.open_document(found, store_id, self._passphrase, name=str(path))
-        rootkey.check(root, store_id, check, name=str(path))
+        root = rootkey.open_document(found, store_id, self._passphrase, name=path)
+        rootkey.check(root, store_id, check, name=path)
+        lock(root)
         return root
 
     # -- transactions ----------------------------------------------------------------------
@@ -382,6 +461,9 @@ class Store:
                 with _durable(self._db()) as connection:
                     self._refresh()
                     yield connection
+            except BaseException:
+                self._data_version = self._generation = -1  # what changed() counted is undone
+                raise
             finally:
                 self._depth -= 1
                 self._forget()
@@ -389,18 +471,32 @@ class Store:
     def changed(self) -> None:
         """Tell other processes, within a transaction, that keys, aliases or principals changed."""
         self._db().execute("UPDATE meta SET value = value + 1 WHERE name = 'generation'")
+        self._generation += 1
 
     def record_event(self, row: Sequence[Any]) -> None:
         """Append an audit row; within transaction() it is part of it."""
         with self._lock:
             self._db().execute(audit.INSERT, row)
 
+    def record_current(self, row: Sequence[Any]) -> bool:
+        """Append an audit row if keys, aliases and principals are still what this process knows of them.
+
+        False: another process has changed them, nothing was appended, and what was known is dropped.
+        So what a call was answered with held at the moment of its row, for the price of the row alone.
+        """
+        with self._lock:
+            if self._db().execute(_INSERT_IF_CURRENT, (*row, self._generation)).rowcount == 1:
+                return True
+            self._data_version = -1
+            self._refresh()
+            return False
+
     def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db().execute(sql, parameters).fetchall()
 
     def refresh(self) -> None:
-        """See what other processes have changed.  Once a call is enough: a call is one moment."""
+        """See what other processes have changed."""
         with self._lock:
             self._refresh()
 
@@ -535,12 +631,9 @@ class Store:
         )
         connection.execute("DELETE FROM materials WHERE account = ? AND key = ?", (key.account, key.id))
         for ordinal, material in enumerate(key.materials):
-            values = asdict(material)
-            sealed = values.pop("sealed")
-            del values["ordinal"]
             connection.execute(
                 "INSERT INTO materials VALUES (?, ?, ?, ?, ?)",
-                (key.account, key.id, ordinal, json.dumps(values), sealed),
+                (key.account, key.id, ordinal, json.dumps(material.record()), material.sealed),
             )
         self.changed()
 
@@ -570,6 +663,7 @@ class Store:
                 raise RuntimeError("internal error: material is absent")
             aad = self._material_aad(key.account, key.id, material.id)
             opened = self._unsealed(material.sealed, aad, key.arn)
+            lock(opened)
             self._open_materials[material.id] = opened
         return opened
 
@@ -634,8 +728,8 @@ class Store:
     # -- grants ------------------------------------------------------------------------------------
 
     def put_grant(self, key: Key, record: GrantRecord) -> None:
-        grant = asdict(record.grant) | {"operations": sorted(record.grant.operations)}
-        text = json.dumps(asdict(record) | {"grant": grant})
+        grant = record.grant._asdict() | {"operations": sorted(record.grant.operations)}
+        text = json.dumps(record._asdict() | {"grant": grant})
         self._db().execute(
             "INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?, ?)",
             (key.account, key.region, key.id, record.grant.grant_id, text),
@@ -747,8 +841,13 @@ class Store:
             return self._seal.decrypt(sealed[:_NONCE_LENGTH], sealed[_NONCE_LENGTH:], aad)
         except InvalidTag as error:
             raise KeyAccessError(
-                f"{name}: its secret in {self.path} was altered; restore a backup"
+                f"{name}: its secret in {self._path} was altered; restore a backup"
             ) from error
+
+
+_INSERT_IF_CURRENT: Final = (
+    f"{audit.INTO} SELECT ?, ?, ?, ?, ?, ? WHERE (SELECT value FROM meta WHERE name = 'generation') = ?"
+)
 
 
 @contextlib.contextmanager

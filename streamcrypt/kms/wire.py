@@ -8,11 +8,10 @@ error     400 or 500                              {"__type": "NotFoundException"
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from streamcrypt.kms import shapes
-from streamcrypt.kms.errors import KmsError, new_request_id
+from streamcrypt.kms.errors import KmsError, new_uuid
 from streamcrypt.kms.policy import Caller
 from streamcrypt.kms.service import Service
 
@@ -20,13 +19,15 @@ TARGET_PREFIX: Final = "TrentService."
 CONTENT_TYPE: Final = "application/x-amz-json-1.1"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What goes back over the wire.  The body may hold a plaintext data key: it is not shown."""
 
     status: int
     request_id: str
-    body: bytes = field(repr=False)
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status} {self.request_id}>"
 
 
 def answer(
@@ -40,7 +41,7 @@ def answer(
     wait: bool = True,
 ) -> Answer:
     """Run the operation that ``target`` names on a JSON body."""
-    request_id = new_request_id()
+    request_id = new_uuid()
     operation = target.removeprefix(TARGET_PREFIX)
     try:
         shape = shapes.operations().get(operation)
@@ -61,7 +62,7 @@ def refusal(error: KmsError, request_id: str | None = None) -> Answer:
     document = {"__type": error.code}
     if error.message is not None:
         document["message"] = error.message
-    return Answer(error.status, request_id or new_request_id(), json.dumps(document).encode())
+    return Answer(error.status, request_id or new_uuid(), json.dumps(document).encode())
 
 
 def _parse(body: bytes) -> object:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, NamedTuple, NoReturn, TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -51,8 +50,7 @@ class HeaderCutShortError(FormatError):
         self.needed = needed
 
 
-@dataclass(frozen=True, slots=True)
-class EncryptedDataKey:
+class EncryptedDataKey(NamedTuple):
     """A data key as one keyring wrapped it."""
 
     provider_id: str
@@ -69,8 +67,7 @@ class EncryptedDataKey:
         return b"".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What a header says.  ``context`` holds the pairs that are stored in the message.
 
     ``frame_length`` is in bytes of plaintext, 0 for unframed content; ``commitment`` is empty for

@@ -7,8 +7,7 @@ format that depends on the suite is read from this one table.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -27,8 +26,7 @@ MAX_WRITTEN_FRAME_LENGTH: Final = 2**31 - 1
 MAX_UNFRAMED_LENGTH: Final = 2**36 - 32
 
 
-@dataclass(frozen=True, slots=True)
-class AlgorithmSuite:
+class AlgorithmSuite(NamedTuple):
     """One row of the table.  Lengths are in bytes."""
 
     id: int

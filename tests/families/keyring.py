@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
@@ -95,7 +94,7 @@ class KeyringTests:
         altered += [b"", blob[:-1], blob[: len(blob) // 2], blob + b"\0"]
         for ciphertext in altered:
             self.check_refused(
-                decrypting, UNSIGNED, CONTEXT, [replace(encrypted, ciphertext=ciphertext)], data_key
+                decrypting, UNSIGNED, CONTEXT, [encrypted._replace(ciphertext=ciphertext)], data_key
             )
 
     def test_wrapped_keys_of_others_are_skipped(self, encrypting, decrypting):
@@ -110,7 +109,7 @@ class KeyringTests:
 
     def test_a_damaged_wrapped_key_before_a_good_one(self, encrypting, decrypting):
         data_key, (good,) = encrypting.generate(UNSIGNED, CONTEXT)
-        bad = replace(good, ciphertext=good.ciphertext[:-1] + bytes([good.ciphertext[-1] ^ 1]))
+        bad = good._replace(ciphertext=good.ciphertext[:-1] + bytes([good.ciphertext[-1] ^ 1]))
         if self.fails_silently:  # all must agree: success would say which of them was well-formed
             assert decrypting.unwrap(UNSIGNED, CONTEXT, [bad, good]) != data_key
         else:
@@ -128,7 +127,7 @@ class KeyringTests:
         assert len(encrypted) == 2
         for keyring in (decrypting, other, MultiKeyring(None, [other, decrypting])):
             assert keyring.unwrap(UNSIGNED, CONTEXT, encrypted) == data_key
-        bad = replace(encrypted[0], ciphertext=bytes(len(encrypted[0].ciphertext)))
+        bad = encrypted[0]._replace(ciphertext=bytes(len(encrypted[0].ciphertext)))
         either = MultiKeyring(None, [decrypting, other])
         assert either.unwrap(UNSIGNED, CONTEXT, [bad, encrypted[1]]) == data_key
 

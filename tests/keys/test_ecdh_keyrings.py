@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from families.keyring import CONTEXT, UNSIGNED, KeyringTests
@@ -56,7 +54,7 @@ class TestStatic(KeyringTests):
     def test_either_provider_id_is_accepted(self, encrypting, decrypting):
         data_key, (encrypted,) = encrypting.generate(UNSIGNED, CONTEXT)
         assert encrypted.provider_id == "raw-ecdh"
-        kms_wrote = replace(encrypted, provider_id="aws-kms-ecdh")
+        kms_wrote = encrypted._replace(provider_id="aws-kms-ecdh")
         assert decrypting.unwrap(UNSIGNED, CONTEXT, [kms_wrote]) == data_key
 
     def test_no_private_key_is_shown(self, sender, encrypting):
@@ -97,7 +95,7 @@ def test_a_sender_point_off_the_curve_is_refused(curve, sender, recipient):
     off = 0
     for x in range(2, 12):
         point = b"\x02" + x.to_bytes(length - 1, "big")
-        altered = replace(encrypted, info=encrypted.info[:-length] + point)
+        altered = encrypted._replace(info=encrypted.info[:-length] + point)
         with pytest.raises(WrappedKeyError) as caught:
             RawEcdhKeyring(recipient).unwrap(UNSIGNED, CONTEXT, [altered])
         off += "not on" in str(caught.value)
@@ -110,7 +108,7 @@ def test_malformed_infos_are_not_ours(sender, recipient):
     forms = [b"", b"\x01", b"\x02" + info[1:], info[:-1], info + b"\0", info[:1] + b"\xff" * 4 + info[5:]]
     for form in forms:
         with pytest.raises(NoMatchingKeyError):
-            RawEcdhKeyring(recipient).unwrap(UNSIGNED, CONTEXT, [replace(encrypted, info=form)])
+            RawEcdhKeyring(recipient).unwrap(UNSIGNED, CONTEXT, [encrypted._replace(info=form)])
     assert data_key
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from families.keyring import CONTEXT, FOREIGN, UNSIGNED, KeyringTests
@@ -104,8 +102,8 @@ class TestStrict(KeyringTests):
 
     def test_the_region_of_another_key_is_not_the_same_key(self, encrypting):
         _, (encrypted,) = encrypting.generate(UNSIGNED, CONTEXT)
-        arn = replace(KeyArn.parse(encrypted.info.decode()), region="mars-north-1")
-        moved = replace(encrypted, info=str(arn).encode())
+        arn = KeyArn.parse(encrypted.info.decode())._replace(region="mars-north-1")
+        moved = encrypted._replace(info=str(arn).encode())
         with pytest.raises(NoMatchingKeyError):
             encrypting.unwrap(UNSIGNED, CONTEXT, [moved])
 
@@ -412,7 +410,7 @@ def test_keys_that_cannot_be_used(kms, key_arn):
     stats = KmsStats()
     keyring = KmsKeyring(kms, key_arn, stats=stats)
     _, encrypted = keyring.generate(UNSIGNED, CONTEXT)
-    error = refused(keyring, [replace(encrypted[0], ciphertext=b"x" * 100)])
+    error = refused(keyring, [encrypted[0]._replace(ciphertext=b"x" * 100)])
     assert isinstance(error, WrappedKeyError)
     assert error.code == "InvalidCiphertextException"
     kms.disable_key(KeyId=key_arn)
@@ -424,8 +422,8 @@ def test_keys_that_cannot_be_used(kms, key_arn):
     kms.schedule_key_deletion(KeyId=key_arn, PendingWindowInDays=7)
     error = refused(keyring, encrypted)
     assert error.code in ("KMSInvalidStateException", "DisabledException")
-    absent = replace(KeyArn.parse(key_arn), id="00000000-0000-0000-0000-000000000000")
-    error = refused(KmsDiscoveryKeyring(kms), [replace(encrypted[0], info=str(absent).encode())])
+    absent = KeyArn.parse(key_arn)._replace(id="00000000-0000-0000-0000-000000000000")
+    error = refused(KmsDiscoveryKeyring(kms), [encrypted[0]._replace(info=str(absent).encode())])
     assert error.code in ("NotFoundException", "IncorrectKeyException", "AccessDeniedException")
     assert stats.retries == 0
     assert stats.calls == {"GenerateDataKey": 1, "Decrypt": 3}
@@ -452,7 +450,7 @@ def test_several_failures_are_told_together(home):
     keyrings = [KmsKeyring(service, arn) for arn in arns]
     _, encrypted = MultiKeyring(keyrings[0], keyrings[1:]).generate(UNSIGNED, CONTEXT)
     service.disable_key(KeyId=arns[0])
-    damaged = replace(encrypted[1], ciphertext=bytes(100))
+    damaged = encrypted[1]._replace(ciphertext=bytes(100))
     with pytest.raises(KeyAccessError, match="none of its 2 encrypted data keys opened") as caught:
         MultiKeyring(None, keyrings).unwrap(UNSIGNED, CONTEXT, [encrypted[0], damaged])
     assert not isinstance(caught.value, IntegrityError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -63,7 +62,7 @@ class TestRawAes(KeyringTests):
         ]
         for shape in shapes:
             with pytest.raises(KeyAccessError):
-                decrypting.unwrap(UNSIGNED, CONTEXT, [replace(encrypted, info=shape)])
+                decrypting.unwrap(UNSIGNED, CONTEXT, [encrypted._replace(info=shape)])
 
 
 @pytest.mark.parametrize("length", [0, 15, 17, 31, 33, 64])
@@ -150,13 +149,13 @@ class TestRsaPkcs1(_RawRsa):
             "beyond the modulus": b"\xff" * size,
         }
         for ciphertext in cases.values():
-            wrapped = replace(good, ciphertext=ciphertext)
+            wrapped = good._replace(ciphertext=ciphertext)
             answers = {decrypting.unwrap(UNSIGNED, CONTEXT, [wrapped]) for _ in range(2)}
             assert all(len(answer) == 32 for answer in answers)
             # Beside a good wrapped key the outcome is the same: no success that tells them apart.
             _, (beside,) = encrypting.generate(UNSIGNED, CONTEXT)
             assert len(decrypting.unwrap(UNSIGNED, CONTEXT, [wrapped, beside])) == 32
-        conforming = replace(good, ciphertext=raw(b"\0\x02" + filler + b"\0" + bytes(32)))
+        conforming = good._replace(ciphertext=raw(b"\0\x02" + filler + b"\0" + bytes(32)))
         assert decrypting.unwrap(UNSIGNED, CONTEXT, [conforming]) == bytes(32)
         data_key, (beside,) = encrypting.generate(UNSIGNED, CONTEXT)
         assert decrypting.unwrap(UNSIGNED, CONTEXT, [conforming, beside]) not in (bytes(32), data_key)
@@ -169,7 +168,7 @@ class TestRsaPkcs1(_RawRsa):
     def test_other_keyrings_are_tried_first(self, encrypting, decrypting):
         aes = RawAesKeyring("aes", "key", bytes(32))
         data_key, (rsa_key, aes_key) = MultiKeyring(encrypting, [aes]).generate(UNSIGNED, CONTEXT)
-        bad = replace(rsa_key, ciphertext=bytes(len(rsa_key.ciphertext)))
+        bad = rsa_key._replace(ciphertext=bytes(len(rsa_key.ciphertext)))
         opened = MultiKeyring(None, [decrypting, aes]).unwrap(UNSIGNED, CONTEXT, [bad, aes_key])
         assert opened == data_key
 

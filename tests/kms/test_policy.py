@@ -7,7 +7,6 @@ Developer Guide prints this policy or states this rule; ``IAM``: the IAM User Gu
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,7 +221,7 @@ def test_alias_operations_need_the_alias_as_resource() -> None:
     own = document(statement(action="kms:CreateAlias", Resource=alias))
     asked = Request(Caller(ALICE, policies=(own,)), "kms:CreateAlias", resource=alias)
     assert evaluate(asked, None).allowed
-    assert not evaluate(replace(asked, resource=alias + "2"), None).allowed
+    assert not evaluate(asked._replace(resource=alias + "2"), None).allowed
 
 
 @pytest.mark.parametrize("element", ["Action", "Resource"])
@@ -429,8 +428,8 @@ def test_a_caller_brings_no_wildcard_in_by_a_variable() -> None:
     policy = document(P("*", Condition=condition))
     assert not evaluate(request(caller, encryption_context={"team": "secret"}), policy).allowed
     own = document(statement(Resource="arn:aws:kms:us-west-2:${aws:PrincipalTag/team}:key/*"))
-    assert not evaluate(request(replace(caller, policies=(own,))), DEFAULT).allowed
-    same = replace(caller, policies=(own,), tags={"team": OWNER})
+    assert not evaluate(request(caller._replace(policies=(own,))), DEFAULT).allowed
+    same = caller._replace(policies=(own,), tags={"team": OWNER})
     assert evaluate(request(same), DEFAULT).allowed
 
 
@@ -799,6 +798,13 @@ _TESTS = st.sampled_from(
         {"ForAllValues:StringEquals": {"kms:EncryptionContextKeys": ["a", "b"]}},
         {"ForAnyValue:StringLike": {"kms:EncryptionContextKeys": "?"}},
         {"Null": {"kms:ViaService": "true"}},
+        {"StringEquals": {"kms:EncryptionContext:a": "${aws:username}"}},
+        {"StringNotLike": {"kms:EncryptionContext:b": ["${aws:username, '1'}*", "2"]}},
+        {"NumericLessThan": {"kms:EncryptionContext:a": [2, 0]}, "Bool": {"kms:MultiRegion": False}},
+        {
+            "NotIpAddress": {"aws:SourceIp": "10.0.0.0/8"},
+            "DateGreaterThan": {"aws:CurrentTime": "2026-01-01"},
+        },
     ]
 )
 _KEY_STATEMENTS = st.builds(
@@ -854,6 +860,23 @@ def test_adding_an_allow_never_takes_away_and_adding_a_deny_never_gives(
         assert after >= before
     else:
         assert after <= before
+
+
+@given(_POLICIES, _OWN, _CALLERS, st.lists(_CONTEXTS, min_size=1, max_size=4))
+def test_statements_that_are_asked_together_answer_as_each_does_alone(
+    statements: list[dict[str, Any]],
+    own: list[dict[str, Any]],
+    caller: str,
+    contexts: list[dict[str, str]],
+) -> None:
+    """Several requests of one policy, because answers are remembered."""
+    together = document(*statements)
+    for context in contexts:
+        asked = ask(caller, own, context)
+        decision = evaluate(asked, together)
+        alone = [evaluate(asked, document(statement)) for statement in statements]
+        assert decision.explicit is any(one.explicit for one in alone)
+        assert decision.allowed is (not decision.explicit and any(one.allowed for one in alone))
 
 
 @given(_POLICIES, _OWN, _CALLERS, _CONTEXTS)
@@ -956,7 +979,7 @@ def test_unmet_conditions_name_the_statement_the_condition_and_what_is_there() -
     assert unmet_conditions(asked, policy) == [
         "Team: StringEquals kms:EncryptionContext:Project \"Alpha\", and the request has 'Beta'"
     ]
-    assert unmet_conditions(replace(asked, encryption_context={"Project": "Alpha"}), policy) == []
+    assert unmet_conditions(asked._replace(encryption_context={"Project": "Alpha"}), policy) == []
     assert unmet_conditions(request(EVE), policy) == []
     own = document(statement(Condition={"StringEquals": {"kms:ViaService": "s3.us-west-2.amazonaws.com"}}))
     [why] = unmet_conditions(asked, own, "identity")
