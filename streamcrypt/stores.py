@@ -35,7 +35,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -210,7 +210,7 @@ class StoreTree:
                 for found in objects:
                     name = found["path"][skip:]
                     if name and name != folder.rstrip("/"):
-                        yield Entry(name, found["size"])
+                        yield Entry(name, found["size"], state=_state(found))
 
     def is_empty(self) -> bool:
         """Whether there is no object below the root, ours included."""
@@ -220,7 +220,7 @@ class StoreTree:
         meta = self._bucket.head(self.key(name), self.path(name), SourceError)
         if meta is None:
             raise SourceError(f"{self.path(name)}: does not exist")
-        return Entry(name, meta["size"])
+        return Entry(name, meta["size"], state=_state(meta))
 
     def state(self, name: str) -> State | None:
         meta = self._bucket.head(self.key(name), self.path(name), SourceError)
@@ -243,33 +243,89 @@ class StoreTree:
             raise _exists_already(target.path)
         return target
 
+    def remove(self, name: str) -> None:
+        """Remove an object, if there is one."""
+        import obstore
+
+        with _translated(DestinationError, self.path(name)), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._bucket.store, self.key(name))
+
     def make_folder(self, name: str) -> None:
         pass  # a store has none; the manifest lists the empty ones
 
     def sync_folder(self, folder: str) -> None:
         pass  # what a store has confirmed is durable
 
-    def remove_leftovers(self, folder: str) -> None:
-        """Abort multipart uploads below the root that a killed job left; those of running jobs stay."""
-        if self._bucket.scheme == "s3" and not self._swept:
-            self._swept = True
-            with contextlib.suppress(StreamcryptError):  # creating objects will say so
-                for record in list(self.subtree(_UPLOADS)._listing("")):
-                    self._remove_leftover(f"{_UPLOADS}/{record.name}")
-
-    def _remove_leftover(self, record_name: str) -> None:
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects of ours; those that do not exist do no harm."""
         import obstore
 
-        key, path = self.key(record_name), self.path(record_name)
-        with _translated(DestinationError, path):
-            found = obstore.get(self._bucket.store, key)
-            record = _Record.parse(bytes(found.bytes()))
-            age = datetime.now(UTC) - found.meta["last_modified"]
-            if record is None or not (record.is_abandoned() or age > _ABANDONED_AFTER):
+        with _translated(DestinationError, self.root), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._bucket.store, [self.key(name) for name in names])
+
+    # -- multipart uploads that were left open
+
+    def remove_leftovers(self, folder: str) -> None:
+        """Abort multipart uploads below the root that a killed job left; those of running jobs stay."""
+        if not self._swept:
+            self._swept = True
+            with contextlib.suppress(StreamcryptError):  # creating objects will say so
+                self.abort_uploads()
+
+    def abort_uploads(self, of: Collection[Writer] = ()) -> None:
+        """Abort the uploads on record whose processes have ended, as far as that is known, and those ``of`` these.
+
+        Only uploads that are on record below the root are ours; others are not touched.
+        """
+        if self._bucket.scheme == "s3":
+            for name, record, written in self._records():
+                ended = record.is_abandoned() or datetime.now(UTC) - written > _ABANDONED_AFTER
+                if ended or record.writer in of:
+                    if self._has(record.key):  # what lies there is data, not an order to obey
+                        _abort(self._bucket, record.key, record.upload_id)
+                    self.delete((name,))
+
+    def open_uploads(self) -> Iterator[OpenUpload]:
+        """The multipart uploads below the root that the store holds open, whoever began them (S3 only)."""
+        if self._bucket.scheme != "s3":
+            return
+        ours = {record.upload_id: record for _, record, _ in self._records()}
+        request: dict[str, Any] = {"Prefix": f"{self._prefix}/"} if self._prefix else {}
+        while True:
+            answer = self._bucket.call("list_multipart_uploads", self.root, **request)
+            for found in answer.get("Uploads") or ():
+                record = ours.get(found["UploadId"])
+                yield OpenUpload(
+                    f"s3://{self._bucket.name}/{found['Key']}",
+                    found["UploadId"],
+                    found["Initiated"],
+                    record.writer if record is not None else None,
+                    record is not None and record.is_abandoned(),
+                )
+            if not answer.get("IsTruncated"):
                 return
-            if record.key.startswith(self._prefix):  # what lies there is data, not an order to obey
-                _abort(self._bucket, record.key, record.upload_id)
-            obstore.delete(self._bucket.store, key)
+            request |= {
+                "KeyMarker": answer["NextKeyMarker"],
+                "UploadIdMarker": answer["NextUploadIdMarker"],
+            }
+
+    def _records(self) -> Iterator[tuple[str, _Record, datetime]]:
+        """What is on record of uploads: the record's name, the record, and when it was written."""
+        import obstore
+
+        for entry in list(self.subtree(_UPLOADS)._listing("")):
+            name = f"{_UPLOADS}/{entry.name}"
+            try:
+                with _translated(DestinationError, self.path(name)):
+                    found = obstore.get(self._bucket.store, self.key(name))
+                    record = _Record.parse(bytes(found.bytes()))
+            except DestinationError:
+                continue  # the upload was completed meanwhile
+            if record is not None:
+                yield name, record, found.meta["last_modified"]
+
+    def _has(self, key: str) -> bool:
+        return not self._prefix or key.startswith(f"{self._prefix}/")
 
 
 class StoreSource:
@@ -285,13 +341,14 @@ class StoreSource:
         with _translated(SourceError, path):
             try:
                 found = obstore.get(bucket.store, key, options={"range": (0, FIRST_READ)})
-                meta, self._head = found.meta, bytes(found.bytes())
+                meta, metadata, self._head = found.meta, found.attributes, bytes(found.bytes())
             except GenericError as error:
                 if " 416" not in str(error):
                     raise
-                meta, self._head = obstore.head(bucket.store, key), b""  # no range of an empty object
+                meta, metadata, self._head = obstore.head(bucket.store, key), {}, b""  # it is empty
         self.size: int = meta["size"]
         self.state: State = _state(meta)
+        self.metadata: Mapping[str, str] = metadata
         self._etag: str | None = meta["e_tag"]
         self._lock = threading.Lock()
         self._expected = 0  # where a reader that reads on would read next
@@ -402,18 +459,20 @@ class StoreTarget:
             self._upload.add(part)
 
     def state(self) -> State:
-        return self._length, 0, 0  # when it was made is known to the store, and only afterwards
+        return self._length, 0, 0  # what it will be is known to the store, and only afterwards
 
     def flush(self) -> None:
         pass  # what a store has confirmed is durable
 
-    def publish(self, *, overwrite: bool) -> None:
+    def publish(self, *, overwrite: bool) -> State | None:
+        """Make the object appear; its state, None where the store did not tell."""
         if self._upload is None:
-            self._put(overwrite=overwrite)
+            etag = self._put(overwrite=overwrite)
         else:
-            self._upload.complete(self._held, overwrite=overwrite)
+            etag = self._upload.complete(self._held, overwrite=overwrite)
             self._upload = None
         self._held = bytearray()
+        return (self._length, 0, _etag_number(etag)) if etag else None
 
     def discard(self) -> None:
         upload, self._upload = self._upload, None
@@ -421,25 +480,27 @@ class StoreTarget:
         if upload is not None:
             upload.abort()
 
-    def _put(self, *, overwrite: bool) -> None:
+    def _put(self, *, overwrite: bool) -> str | None:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
         bucket = self._tree._bucket
         with _translated(DestinationError, self.path):
             try:
-                obstore.put(
+                return obstore.put(
                     bucket.store,
                     self._key,
                     bytes(self._held),
                     attributes={_MARK: self._mark},
                     mode="overwrite" if overwrite else "create",
                     use_multipart=False,
-                )
+                )["e_tag"]
             except AlreadyExistsError:
                 # An answer that was lost is asked for again, and then our own object is in the way.
-                if not bucket.carries(self._key, self._mark):
+                etag = bucket.etag_of(self._key, self._mark)
+                if etag is None:
                     raise
+                return etag
 
 
 def part_length(size: int | None, parts: int) -> int:
@@ -483,22 +544,25 @@ class _S3Upload:
         self._parts.append(part)
         self._pending.add(part)
 
-    def complete(self, rest: bytearray, *, overwrite: bool) -> None:
+    def complete(self, rest: bytearray, *, overwrite: bool) -> str | None:
         if rest:
             self.add(rest)
         etags = [part.result() for part in self._parts]
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         condition = {} if overwrite else {"IfNoneMatch": "*"}
+        etag: str | None
         try:
-            self._call(
+            etag = self._call(
                 "complete_multipart_upload", UploadId=self._id, MultipartUpload={"Parts": parts}, **condition
-            )
+            ).get("ETag")
         except (SourceError, DestinationError, TemporaryError):
             # The answer to a completion may have been lost: then the upload is gone and the object there.
-            if not self._bucket.carries(self._key, self._mark):
+            etag = self._bucket.etag_of(self._key, self._mark)
+            if etag is None:
                 self.abort()
                 raise
         self._forget()
+        return etag
 
     def abort(self) -> None:
         for part in self._pending:
@@ -538,14 +602,14 @@ class _StreamedUpload:
         self._mark = mark
         self._part_length = part_length(size, 0) if size is not None else _STREAMED_PART_LENGTH
         self._queue: queue.Queue[bytearray | _Broken | None] = queue.Queue(maxsize=1)
-        self._done: Future[None] = Future()
+        self._done: Future[str | None] = Future()
         self._thread = threading.Thread(target=self._run, name="streamcrypt-upload", daemon=True)
         self._thread.start()
 
     def add(self, data: bytearray) -> None:
         self._hand_over(data)
 
-    def complete(self, rest: bytearray, *, overwrite: bool) -> None:
+    def complete(self, rest: bytearray, *, overwrite: bool) -> str | None:
         if rest:
             self._hand_over(rest)
         if not overwrite and self._tree._bucket.head(self._key, self._path, DestinationError) is not None:
@@ -554,7 +618,7 @@ class _StreamedUpload:
         self._hand_over(None)
         self._thread.join()
         with _translated(DestinationError, self._path):
-            self._done.result()
+            return self._done.result()
 
     def abort(self) -> None:
         with contextlib.suppress(StreamcryptError):
@@ -583,7 +647,7 @@ class _StreamedUpload:
         import obstore
 
         try:
-            obstore.put(
+            made = obstore.put(
                 self._tree._bucket.store,
                 self._key,
                 self._items(),
@@ -594,11 +658,33 @@ class _StreamedUpload:
         except BaseException as error:  # noqa: BLE001  (it goes to whoever waits for the upload)
             self._done.set_exception(error)
         else:
-            self._done.set_result(None)
+            self._done.set_result(made["e_tag"])
 
 
 class _Broken(Exception):  # noqa: N818  (it tells the library to abort, and nobody else)
     """An upload that is not to be completed."""
+
+
+class Writer(NamedTuple):
+    """A process of a machine, as long as both run: its start, and that of the machine, are part of it."""
+
+    host: str
+    process: str
+
+    @classmethod
+    def this(cls) -> Writer:
+        return cls(_host(), _process(os.getpid()))
+
+
+class OpenUpload(NamedTuple):
+    """A multipart upload that has been begun.  ``writer`` None: it is not on record, so not ours."""
+
+    path: str
+    upload_id: str
+    begun: datetime
+    writer: Writer | None
+    ended: bool
+    """Whether the writer is known to have ended: of a process of another machine it never is."""
 
 
 class _Record(NamedTuple):
@@ -611,7 +697,11 @@ class _Record(NamedTuple):
 
     @classmethod
     def of_this_process(cls, key: str, upload_id: str) -> _Record:
-        return cls(key, upload_id, _host(), _process(os.getpid()))
+        return cls(key, upload_id, *Writer.this())
+
+    @property
+    def writer(self) -> Writer:
+        return Writer(self.host, self.process)
 
     def text(self) -> bytes:
         return json.dumps(self._asdict()).encode()
@@ -689,14 +779,15 @@ class _Bucket:
             except FileNotFoundError:
                 return None
 
-    def carries(self, key: str, mark: str) -> bool:
-        """Whether the object of that key is the one that was written with this mark."""
+    def etag_of(self, key: str, mark: str) -> str | None:
+        """The ETag ("" for none) of the object of that key if it was written with this mark."""
         import obstore
 
         try:
-            return obstore.get(self.store, key, options={"head": True}).attributes.get(_MARK) == mark
+            found = obstore.get(self.store, key, options={"head": True})
         except _not_answered():
-            return False
+            return None
+        return (found.meta["e_tag"] or "") if found.attributes.get(_MARK) == mark else None
 
     def call(self, operation: str, path: str, **request: Any) -> dict[str, Any]:
         """An operation of S3 by boto3's name; tried again while it may help."""
@@ -894,7 +985,7 @@ def _translated(kind: type[StreamcryptError], path: str) -> Iterator[None]:
     except exceptions.PreconditionError as error:
         raise _changed(path) from error
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise kind(f"{path}: the store denied access; check the credentials and their policy") from error
+        raise kind(f"{path}: the store denied access; the caller needs {_permission(kind, path)}") from error
     except exceptions.InvalidPathError as error:
         raise kind(f"{path}: holds a key that is not a name: an empty part, '.' or '..'") from error
     except ValueError as error:
@@ -909,6 +1000,13 @@ def _translated(kind: type[StreamcryptError], path: str) -> Iterator[None]:
         raise kind(f"{path}: {text}") from error
 
 
+def _permission(kind: type[StreamcryptError], path: str) -> str:
+    """What a caller who was denied lacks.  S3 answers 403 for an absent object too, unless it may be listed."""
+    if path.startswith("s3://"):
+        return "s3:GetObject and s3:ListBucket" if kind is SourceError else "s3:PutObject"
+    return "the right to read and list objects" if kind is SourceError else "the right to create objects"
+
+
 def _exists_already(path: str) -> DestinationError:
     return DestinationError(f"{path}: exists already; overwrite must be asked for")
 
@@ -918,10 +1016,17 @@ def _changed(path: str) -> SourceError:
 
 
 def _state(meta: Any) -> State:
-    """An object's size, its time in nanoseconds, and its ETag as a number."""
-    identity = f"{meta['e_tag']} {meta['version']}".encode()
-    number = int.from_bytes(hashlib.sha256(identity).digest()[:7], "big")
-    return meta["size"], int(meta["last_modified"].timestamp() * 1e9), number
+    """An object's size and its ETag as a number; the time of its last change only where there is no ETag.
+
+    A listing tells times more exactly than an answer for the object alone does, and the two must be equal.
+    """
+    if meta["e_tag"]:
+        return meta["size"], 0, _etag_number(meta["e_tag"])
+    return meta["size"], int(meta["last_modified"].timestamp()), 0
+
+
+def _etag_number(etag: str) -> int:
+    return int.from_bytes(hashlib.sha256(etag.strip('"').encode()).digest()[:16], "big")
 
 
 # -- threads for requests

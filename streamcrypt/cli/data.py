@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 _POLICIES = ("require-encrypt-require-decrypt", "require-encrypt-allow-decrypt")
 _READ_LENGTH = 4 * 2**20
+_CONTENTS = {
+    "framed": "framed",
+    "unframed": "not framed",
+    "s3-encryption-client": "object of the Amazon S3 Encryption Client",
+}
 
 
 def add_encrypt(subparsers: Any) -> None:
@@ -58,6 +63,7 @@ examples:
     _add_keys(parser, "only this key may unwrap (default: AWS and local keys by the ARN in the message)")
     _add_reading(parser)
     parser.add_argument("--require-manifest", action="store_true", help="refuse a folder without a manifest")
+    _add_signed_by(parser)
     _add_work(parser)
 
 
@@ -83,6 +89,7 @@ examples:
     parser.add_argument(
         "--no-manifest", action="store_true", help="a folder without a manifest: its messages one by one"
     )
+    _add_signed_by(parser, "; no key is used then, unless --key or --against asks for it")
     _add_work(parser, writes=False)
 
 
@@ -112,6 +119,7 @@ example:
         help="pair for the new messages (default: those of --context)",
     )
     parser.add_argument("--require-manifest", action="store_true", help="refuse a folder without a manifest")
+    _add_signed_by(parser)
     _add_writing(parser)
     _add_work(parser)
 
@@ -207,6 +215,14 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     _add_key_limit(group)
 
 
+def _add_signed_by(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "--signed-by",
+        metavar="PUBLIC.pem",
+        help="a folder must be what its signed manifest lists, signed by this key" + more,
+    )
+
+
 def _add_key_limit(group: Any) -> None:
     group.add_argument(
         "--max-encrypted-data-keys",
@@ -224,6 +240,16 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--sign", action="store_true", help="suite 0x0578: with a signature of each message (default: 0x0478)"
+    )
+    group = parser.add_argument_group("a folder as a whole")
+    group.add_argument(
+        "--key-map", metavar="FILE", help="keys by file name: \"PATTERN\" = \"REF\" lines; others, and the manifest: --key"
+    )
+    group.add_argument(
+        "--sign-manifest", metavar="REF", help="sign all of it with this KMS key, for verify --signed-by"
+    )
+    group.add_argument(
+        "--signing-algorithm", metavar="NAME", help="for an RSA key (default: RSASSA_PSS_SHA_256)"
     )
     if parser.prog.endswith("encrypt"):
         _add_key_limit(group)
@@ -282,20 +308,32 @@ def _add_work(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
 def _encrypt(args: argparse.Namespace) -> int:
     from streamcrypt import api
 
-    return _job(args, api.encrypt, sign=args.sign, frame_size=args.frame_size, **_writing(args))
+    return _job(args, api.encrypt, **_making(args), **_writing(args))
 
 
 def _decrypt(args: argparse.Namespace) -> int:
     from streamcrypt import api
 
-    return _job(args, api.decrypt, require_manifest=args.require_manifest, **_reading(args), **_writing(args))
+    return _job(
+        args,
+        api.decrypt,
+        require_manifest=args.require_manifest,
+        signed_by=args.signed_by,
+        **_reading(args),
+        **_writing(args),
+    )
 
 
 def _verify(args: argparse.Namespace) -> int:
     from streamcrypt import api
 
     return _job(
-        args, api.verify, against=args.against, require_manifest=not args.no_manifest, **_reading(args)
+        args,
+        api.verify,
+        against=args.against,
+        require_manifest=not args.no_manifest,
+        signed_by=args.signed_by,
+        **_reading(args),
     )
 
 
@@ -308,9 +346,9 @@ def _rekey(args: argparse.Namespace) -> int:
         from_keys=args.from_key,
         new_context=_pairs(args.new_context, "--new-context"),
         require_manifest=args.require_manifest,
-        sign=args.sign,
-        frame_size=args.frame_size,
+        signed_by=args.signed_by,
         **_reading(args),
+        **_making(args),
         **_writing(args),
     )
 
@@ -320,6 +358,16 @@ _JOBS = {"encrypt": _encrypt, "decrypt": _decrypt, "verify": _verify, "rekey": _
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:
     return {"commitment_policy": args.commitment_policy, "require_signed": args.require_signed}
+
+
+def _making(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "sign": args.sign,
+        "frame_size": args.frame_size,
+        "key_map": args.key_map,
+        "sign_manifest": args.sign_manifest,
+        "signing_algorithm": args.signing_algorithm,
+    }
 
 
 def _writing(args: argparse.Namespace) -> dict[str, Any]:
@@ -456,7 +504,7 @@ def _lines(found: Inspection) -> Iterator[str]:
         return f"{name:16}{output.printable(text)}"
 
     properties = [
-        "framed" if found.content == "framed" else "not framed",
+        _CONTENTS[found.content],
         "signed" if found.signed else "not signed",
         "key commitment" if found.committing else "no key commitment",
     ]

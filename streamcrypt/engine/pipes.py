@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Job, Progress, Report
@@ -21,27 +21,30 @@ from streamcrypt.errors import DestinationError, IntegrityError, SourceError, St
 from streamcrypt.storage import Source
 from streamcrypt.streams import BATCH_LENGTH, MessageWriter, OutgoingMessage, header_template, open_stream
 
+if TYPE_CHECKING:
+    from streamcrypt.s3client import ClientObject
+
 _F_SETPIPE_SZ: Final = getattr(fcntl, "F_SETPIPE_SZ", None)
 _PIPE_LENGTH: Final = 2**20
 _BEGINNING_LENGTH: Final = 2**16  # of a message that is read; longer headers are left out of the audit line
 
 
-def run(job: Job) -> Report:
-    """Do a job whose source or destination is a stream; the first failure ends it."""
+def run(job: Job, client_object: ClientObject | None = None) -> Report:
+    """Do a job whose source or destination is a stream; the first failure ends it.
+
+    ``client_object``: the source where it is no message but an object of the S3 Encryption Client.
+    """
     started = time.perf_counter()
     report = Report(job.operation, workers=1)
     beginning = bytearray()
     done = 0
     try:
         with contextlib.ExitStack() as cleanup:
-            readinto = _reader(job, report, cleanup)
-            if job.reading is not None:
-                if job.writing is None:
-                    readinto = _keeping(readinto, beginning)
-                name = "standard input" if job.source.is_stream else job.source.path
-                chunks = _located(open_stream(readinto, job.reading, job.rules), name)
+            if client_object is not None:
+                cleanup.callback(client_object.close)
+                chunks = _located(_unlocked(job, report, client_object), client_object.path)
             else:
-                chunks = _plain(readinto, job.frame_length)
+                chunks = _chunks(job, report, cleanup, beginning)
             write, finish = _writer(job, report, cleanup, beginning)
             for chunk in chunks:
                 write(chunk)
@@ -56,6 +59,25 @@ def run(job: Job) -> Report:
     report.files = 1
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _chunks(
+    job: Job, report: Report, cleanup: contextlib.ExitStack, beginning: bytearray
+) -> Iterator[memoryview]:
+    readinto = _reader(job, report, cleanup)
+    if job.reading is None:
+        return _plain(readinto, job.frame_length)
+    if job.writing is None:
+        readinto = _keeping(readinto, beginning)
+    name = "standard input" if job.source.is_stream else job.source.path
+    return _located(open_stream(readinto, job.reading, job.rules), name)
+
+
+def _unlocked(job: Job, report: Report, client_object: ClientObject) -> Iterator[memoryview]:
+    assert job.reading is not None
+    opened = client_object.unlock(job.reading, job.rules)
+    report.bytes_in = client_object.source.size
+    yield from opened.chunks()
 
 
 def _audit(job: Job, beginning: bytes, done: int, error: StreamcryptError | None) -> None:

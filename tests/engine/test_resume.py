@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import streamcrypt as sc
-from streamcrypt.engine.journal import JOURNAL, Journal
-from streamcrypt.storage import LocalTree
+from streamcrypt.engine.journal import JOURNAL
 
 # Runs a job that kills its own process when the given number of files is in the journal.
 INTERRUPTED = """
@@ -128,10 +127,16 @@ def test_a_torn_line_is_ignored_and_overwritten(source, tmp_path, keys):
     interrupt("encrypt", source, destination, keys)
     with (destination / JOURNAL).open("ab") as file:
         file.write(b'0badc0de {"operation":"encr')
-    journal = Journal(LocalTree(str(destination)), "encrypt", durable=False)
-    assert len(journal.read()) >= 10
-    sc.encrypt(source, destination, keys=keys, resume=True)
+    assert sc.encrypt(source, destination, keys=keys, resume=True).skipped >= 10
     sc.verify(destination, keys=keys, against=source)
+
+
+def test_with_other_settings_everything_is_made_again(source, tmp_path, keys):
+    destination = tmp_path / "encrypted"
+    interrupt("encrypt", source, destination, keys, after=FILES)
+    report = sc.encrypt(source, destination, keys=keys, resume=True, context={"Stage": "other"})
+    assert (report.files, report.skipped) == (FILES, 0)
+    sc.verify(destination, keys=keys, context={"Stage": "other"})
 
 
 def test_the_result_equals_that_of_an_uninterrupted_run(source, tmp_path, keys):

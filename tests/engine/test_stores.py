@@ -6,169 +6,24 @@ of them fail.
 
 from __future__ import annotations
 
-import http.client
-import logging
 import os
 import pickle
 import random
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from families.s3 import Bucket, MiB, once
 
 import streamcrypt as sc
+from streamcrypt import stores
 from streamcrypt.storage import sort_key
 
-pytest.importorskip("obstore", reason="OBJECT STORES ARE NOT TESTED: obstore is missing (extra: stores)")
-moto_server = pytest.importorskip("moto.server", reason="OBJECT STORES ARE NOT TESTED: moto is missing")
-
-from streamcrypt import stores  # noqa: E402
-
-MiB = 2**20
 BIG = 17 * MiB + 5  # three parts
-
-
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the store.  ``fault`` may answer one with a status, or lose its answer."""
-
-    daemon_threads = True
-
-    def __init__(self, behind: int) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behind = behind
-        self.requests: list[tuple[str, str, str]] = []
-        self.headers: list[dict[str, str]] = []
-        self.fault: Callable[[str, str], int | str | None] = lambda method, path: None
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that was killed
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def _pass_on(self) -> None:
-        body = self._body()
-        self.server.requests.append((self.command, self.path, self.headers.get("Range", "")))
-        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
-        fault = self.server.fault(self.command, self.path)
-        if isinstance(fault, int):
-            self.send_response(fault)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
-        try:
-            connection.request(self.command, self.path, body, headers)
-            answer = connection.getresponse()
-            data = answer.read()
-        finally:
-            connection.close()
-        if fault == "lost":
-            self.close_connection = True
-            return
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length", "server", "date"):
-                self.send_header(name, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length or "0")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def _body(self) -> bytes:
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            pass  # BaseHTTPRequestHandler has answered it
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Proxy]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    proxy = Proxy(moto.get_host_and_port()[1])
-    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-    thread.start()
-    yield proxy
-    proxy.shutdown()
-    proxy.server_close()
-    thread.join()
-    moto.stop()
-
-
-class Bucket:
-    """A bucket of one test, looked at with boto3."""
-
-    def __init__(self, client: Any, proxy: Proxy, name: str) -> None:
-        self.client, self.proxy, self.name = client, proxy, name
-        self.url = f"s3://{name}"
-        client.create_bucket(Bucket=name)
-
-    def names(self) -> list[str]:
-        found = self.client.list_objects_v2(Bucket=self.name).get("Contents", [])
-        return [item["Key"] for item in found]
-
-    def uploads(self) -> list[str]:
-        found = self.client.list_multipart_uploads(Bucket=self.name).get("Uploads") or []
-        return [item["Key"] for item in found]
-
-    def get(self, key: str) -> bytes:
-        return bytes(self.client.get_object(Bucket=self.name, Key=key)["Body"].read())
-
-    def put(self, key: str, data: bytes = b"somebody else's") -> None:
-        self.client.put_object(Bucket=self.name, Key=key, Body=data)
-
-
-@pytest.fixture(scope="module")
-def client(server: Proxy) -> Any:
-    import boto3
-
-    return boto3.client(
-        "s3",
-        endpoint_url=f"http://127.0.0.1:{server.behind}",
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-
-
-_names = iter(range(10**6))
-
-
-@pytest.fixture
-def bucket(server: Proxy, client: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
-    monkeypatch.setenv(stores.RETRY_VARIABLE, "1")
-    server.fault = lambda method, path: None
-    server.requests.clear()
-    server.headers.clear()
-    return Bucket(client, server, f"bucket-{next(_names)}")
-
-
-@pytest.fixture
-def key(home: Path) -> str:
-    kms = sc.kms_client("local")
-    return "local:" + str(kms.create_key()["KeyMetadata"]["KeyId"])
 
 
 def a_tree(folder: Path) -> Path:
@@ -296,15 +151,6 @@ def test_what_appears_meanwhile_stays(bucket: Bucket, size: int) -> None:
 
 
 # -- requests that fail
-
-
-def once(method: str, part_of_path: str, fault: int | str) -> Callable[[str, str], int | str | None]:
-    left = [fault]
-
-    def decide(had_method: str, path: str) -> int | str | None:
-        return left.pop() if left and had_method == method and part_of_path in path else None
-
-    return decide
 
 
 FAULTS = {
@@ -562,13 +408,6 @@ def test_exit_codes(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert decrypt(f"{bucket.url}/none")[0] == 5
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     assert decrypt(f"{bucket.url}/none")[0] == 5
-
-
-def test_resuming_is_refused(bucket: Bucket, key: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    with pytest.raises(sc.StreamcryptError, match="no journal"):
-        sc.encrypt(source, f"{bucket.url}/enc", keys=key, resume=True)
 
 
 # -- uploads by the library alone, as Google's and Azure's stores get them
