@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         decrypt_bytes,
         encrypt,
         encrypt_bytes,
+        erase,
         inspect,
         open,
         rekey,
@@ -56,6 +57,7 @@ __all__ = [
     "decrypt_bytes",
     "encrypt",
     "encrypt_bytes",
+    "erase",
     "filesystem",
     "inspect",
     "kms_client",
@@ -68,7 +70,8 @@ __all__ = [
 # worker process need none of them (benchmarks/README.md, "start-up").
 _HOMES = {
     "streamcrypt.api": (
-        "Inspection", "decrypt", "decrypt_bytes", "encrypt", "encrypt_bytes", "inspect", "open", "rekey", "verify",
+        "Inspection", "decrypt", "decrypt_bytes", "encrypt", "encrypt_bytes", "erase", "inspect", "open", "rekey",
+        "verify",
     ),
     "streamcrypt.engine.job": ("Failure", "Progress", "Report"),
     "streamcrypt.errors": (

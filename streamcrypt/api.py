@@ -351,9 +351,7 @@ def erase(
             None, authenticated_context, CommitmentPolicy.REQUIRE_ENCRYPT_ALLOW_DECRYPT, None, False
         )
         doomed = erasure.DoomedKey(calls, key_id, key)
-        look = erasure.Examination(
-            doomed, decrypting_keyring(keys), rules, places, _workers(workers, *trees)
-        )
+        look = erasure.Examination(doomed, decrypting_keyring(keys), rules, places, _workers(workers, *trees))
         return erasure.erase(
             doomed,
             look,
@@ -674,9 +672,7 @@ class _Calls:
         job = _placed(job)
         if job.key_map is not None and job.resume:  # what was begun under an older map may be replaced
             keyring = decrypting_keyring(job.key_map.references, stats=self.stats)
-            job = job._replace(
-                resuming=Materials(keyring, cache=self.cache, max_encrypted_data_keys=None)
-            )
+            job = job._replace(resuming=Materials(keyring, cache=self.cache, max_encrypted_data_keys=None))
         if job.signing is not None and not job.dry_run:
             job.signing.prepare()
         with contextlib.ExitStack() as watched:

@@ -9,7 +9,7 @@ import streamcrypt as sc
 from streamcrypt import errors
 
 PUBLIC = {
-    "encrypt", "decrypt", "verify", "rekey", "inspect", "open", "encrypt_bytes", "decrypt_bytes",
+    "encrypt", "decrypt", "verify", "rekey", "inspect", "open", "encrypt_bytes", "decrypt_bytes", "erase",
     "DataKeyCache", "kms_client", "Report", "Failure", "Progress", "Inspection",
     "StreamcryptError", "IntegrityError", "FormatError", "KeyAccessError", "WrappedKeyError",
     "ContextMismatchError", "TemporaryError", "KeyUnavailableError", "LimitExceededError",

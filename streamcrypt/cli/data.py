@@ -243,7 +243,9 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("a folder as a whole")
     group.add_argument(
-        "--key-map", metavar="FILE", help="keys by file name: \"PATTERN\" = \"REF\" lines; others, and the manifest: --key"
+        "--key-map",
+        metavar="FILE",
+        help='keys by file name: "PATTERN" = "REF" lines; others, and the manifest: --key',
     )
     group.add_argument(
         "--sign-manifest", metavar="REF", help="sign all of it with this KMS key, for verify --signed-by"

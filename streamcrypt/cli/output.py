@@ -227,6 +227,10 @@ def tell(report: Report, parsed: argparse.Namespace) -> None:
         out(json.dumps(report.to_json()), json_stream(parsed))
     elif not parsed.quiet:
         say(summary(report))
+        for used in report.keys or ():
+            say(f"{used['files']} files, {format_size(used['bytes'])}, under {used['key']}")
+        if report.signature is not None:
+            say("signed by {key} at {time} ({algorithm})".format(**report.signature))
         for advice in report.advice:
             say(f"hint: {advice}")
 

@@ -26,13 +26,17 @@ from streamcrypt.storage import check_name, sort_key
 from streamcrypt.streams import EncryptingFile
 
 _VERSION: Final = 1
+MANIFEST_START: Final = b'{"streamcrypt":"manifest","version":1}\n'  # its first line
 # Up to this the lines are held back, so that the manifest's length is known when its data key is
 # asked for and counted; longer ones are written as they come, in constant memory.
 _HELD_LENGTH: Final = 8 * 2**20
 
 
 class Listed(NamedTuple):
-    """One line: a file with its message, an empty folder, or a file that was left out (``failed``)."""
+    """One line: a file with its message, an empty folder, or a file that was left out (``failed``).
+
+    A line of a signed manifest (signature.py) knows the message by the ``sha256`` of all its bytes instead.
+    """
 
     name: str
     size: int = 0
@@ -41,10 +45,14 @@ class Listed(NamedTuple):
     header_tag: str = ""
     folder: bool = False
     failed: str | None = None
+    sha256: str = ""
 
     def check(self, header: Header, message_length: int) -> None:
         """IntegrityError unless this is the header of the message that was listed under the name."""
-        if header.message_id.hex() != self.message_id or header.tag.hex() != self.header_tag:
+        # Where there is a digest, whoever reads the message compares it.
+        if not self.sha256 and (
+            header.message_id.hex() != self.message_id or header.tag.hex() != self.header_tag
+        ):
             raise IntegrityError(
                 "is not the message that the manifest lists under this name: swapped or replaced"
             )
@@ -129,7 +137,7 @@ def read_manifest(file: Iterable[bytes]) -> Iterator[Listed]:
     raise IntegrityError(_NOT_WHOLE)
 
 
-_FIELDS: Final = frozenset(Listed._fields)
+_FIELDS: Final = frozenset(Listed._fields) - {"sha256"}
 _NOT_WHOLE: Final = "is not a whole manifest of this version"
 
 

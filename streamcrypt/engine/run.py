@@ -274,7 +274,8 @@ class _Run:
                 destination.tree.sync_folder(MANIFEST.rpartition("/")[0])
         if self._journal is not None:
             if any(not isinstance(failure.error, IntegrityError) for failure in self.report.failed):
-                self._journal.write(last=True)  # what failed can be tried again, but what did not authenticate
+                # What failed can be tried again, but what did not authenticate.
+                self._journal.write(last=True)
             else:
                 self._journal.remove()
 
@@ -436,7 +437,15 @@ class _Run:
             # else's: it stays if it is what the message holds, and is an error if not.
             self._unlisted.remove(number)
             return FileTask(
-                number, entry.name, None, length, opening, None, entry.name, undivided=bool(sha256), sha256=sha256
+                number,
+                entry.name,
+                None,
+                length,
+                opening,
+                None,
+                entry.name,
+                undivided=bool(sha256),
+                sha256=sha256,
             )
         sealing = None
         if job.writing is not None:
@@ -548,8 +557,8 @@ class _Run:
         if self.job.writing is None:
             return self._resumed_plaintext(number, entry, header, finished if same else None, made)
         proved = listing is not None and finished is not None and finished.made == made and made[2] != 0
-        if self.job.key_map is not None:  # it may have changed: the message must be under the key that it now says
-            proved = False
+        # A key map may have changed since: the message must be under the key that it names now.
+        proved = proved and self.job.key_map is None
         ours = self._made_by(entry.name)
         if not proved and not self._is_ours(entry.name, finished if same else None, ours):
             theirs = self.job.resuming

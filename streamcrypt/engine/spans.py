@@ -25,6 +25,9 @@ BATCH_FILES: Final = 64
 BATCH_BYTES: Final = 16 * 2**20
 
 MANIFEST: Final = f"{RESERVED_FOLDER}/manifest"
+# What is signed of a tree, and the signature (signature.py).
+STATEMENT: Final = f"{RESERVED_FOLDER}/manifest.signed"
+SIGNATURE: Final = f"{RESERVED_FOLDER}/manifest.sig"
 
 
 class Sealing(NamedTuple):
@@ -68,7 +71,7 @@ class Opening(NamedTuple):
 class FileTask(NamedTuple):
     """One file.  ``target`` None: nothing is written.  ``against``: a plaintext that must be equal.
 
-    ``length`` is the plaintext's, in bytes.
+    ``length`` is the plaintext's, in bytes.  ``sha256``: what the message that is read must have.
     """
 
     number: int
@@ -79,7 +82,8 @@ class FileTask(NamedTuple):
     sealing: Sealing | None = None
     against: str | None = None
     attempt: int = 1
-    undivided: bool = False  # where it goes takes it only from its start to its end
+    undivided: bool = False  # it is read or written only from its start to its end
+    sha256: str = ""
 
     def __repr__(self) -> str:
         return f"<FileTask {self.source!r}>"
