@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from streamcrypt.cli import diagnosis, output, permissions
-from streamcrypt.cli.permissions import KeyUse
+from streamcrypt.cli.permissions import BranchKeyRows, KeyUse
 from streamcrypt.keys.kms import KeyArn
 from streamcrypt.keys.reference import reach_kms
+from streamcrypt.storage import STORE_SCHEMES
 
 
 def add_advice_commands(subparsers: Any) -> None:
@@ -58,6 +59,11 @@ def _add_iam_policy(subparsers: Any) -> None:
         help="rekey: the keys that open the old messages",
     )
     parser.add_argument(
+        "--sign-manifest",
+        metavar="REF",
+        help="the key that signs the dataset's manifest",
+    )
+    parser.add_argument(
         "--for",
         dest="roles",
         type=_roles,
@@ -97,6 +103,9 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
     try:
         keys = [_key_use(reference) for reference in arguments.key]
         from_keys = [_key_use(reference) for reference in arguments.from_key]
+        signing_key = (
+            KeyUse(_arn_of(arguments.sign_manifest), kind="signing") if arguments.sign_manifest else None
+        )
         if arguments.exact_context and not context:
             raise ValueError("--exact-context needs --context")
         if from_keys and "rekey" not in arguments.roles:
@@ -107,41 +116,46 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 "a grant has no conditions on services; use a policy for sagemaker and --via-service"
             )
-        actions = permissions.needed_actions(arguments.roles, keys, from_keys)
-        kinds = {key.arn: key.kind for key in (*keys, *from_keys)}
-        made = permissions.statements(
-            actions,
-            kinds,
-            roles=arguments.roles,
+        needed = permissions.permissions(
+            arguments.roles,
+            keys,
+            from_keys,
+            signing_key=signing_key,
             context=context,
             exact_context=arguments.exact_context,
-            via_service=arguments.via_service,
         )
+        of_kms = [permission for permission in needed if permission.action.startswith("kms:")]
         document: Any
         if arguments.form == "grants":
-            document = permissions.grants(
-                actions, kinds, arguments.principal, context, exact_context=arguments.exact_context
-            )
+            document = permissions.grants(of_kms, arguments.principal)
         elif arguments.form == "key-policy":
-            if len(actions) != 1:
+            arns = {permission.resource for permission in of_kms}
+            if len(arns) != 1:
                 raise ValueError("a key policy belongs to one key; name one --key at a time")
-            document = permissions.key_policy(
-                made, arguments.principal, KeyArn.parse(next(iter(actions))).account
-            )
+            made = permissions.statements(of_kms, via_service=arguments.via_service)
+            document = permissions.key_policy(made, arguments.principal, KeyArn.parse(arns.pop()).account)
         else:
-            document = permissions.identity_policy(made)
+            document = permissions.identity_policy(
+                permissions.statements(needed, via_service=arguments.via_service)
+            )
     except ValueError as error:
         raise output.UsageError(f"iam-policy: {error}") from error
     if arguments.json:
-        per_key = {arn: sorted(found) for arn, found in sorted(actions.items())}
+        actions = permissions.actions_by_resource(needed)
         output.out(
             json.dumps(
-                {"form": arguments.form, "roles": arguments.roles, "actions": per_key, "document": document}
+                {"form": arguments.form, "roles": arguments.roles, "actions": actions, "document": document}
             )
         )
     else:
         output.out(json.dumps(document, indent=2))
-    if not context and not arguments.quiet and any(kinds[arn] == "kms" for arn in actions):
+    if arguments.quiet:
+        return 0
+    if arguments.form != "identity" and len(of_kms) < len(needed):
+        output.say(
+            "streamcrypt: the table of the branch key is no matter of KMS; allow it by --form identity"
+        )
+    if not context and any(key.kind == "kms" for key in (*keys, *from_keys)):
         hint = "no --context: the role may use these keys for every dataset; name the pairs of this one to narrow it"
         output.say(f"streamcrypt: {hint}")
     return 0
@@ -158,9 +172,29 @@ def _key_use(reference: str) -> KeyUse:
         if key.partition(":")[0] not in ("local", "aws", "arn"):
             raise ValueError(f"{reference}: a key in a file needs no policy")
         return KeyUse(_arn_of(key), kind="ecdh")
+    if kind == "hierarchy":
+        return _branch_key_use(reference, rest)
     if kind not in ("local", "aws", "arn"):
         raise ValueError(f"{reference}: only keys of a KMS have policies; write a local:, aws: or arn: key")
     return KeyUse(_arn_of(reference), by_arn=_is_key_arn(reference.partition("@")[0].removeprefix("local:")))
+
+
+def _branch_key_use(reference: str, rest: str) -> KeyUse:
+    """A hierarchy: key: the KMS key behind it, and where its branch key lies."""
+    branch_key_id, _, place = rest.partition("@")
+    where, _, query = place.partition("?")
+    options = dict(option.partition("=")[::2] for option in query.split("&"))
+    if not options.get("kms"):
+        raise ValueError(f"{reference}: name the KMS key that wraps the branch key: …&kms=KEY-ARN")
+    arn = KeyArn.parse(options["kms"])
+    table = where.partition("dynamodb:")[2]
+    table_arn = table
+    if table and not table.startswith("arn:"):
+        region = options.get("region") or arn.region
+        table_arn = f"arn:{arn.partition}:dynamodb:{region}:{arn.account}:table/{table}"
+    logical_name = options.get("logical") or table or "streamcrypt"
+    rows = BranchKeyRows(branch_key_id, logical_name, table_arn)
+    return KeyUse(options["kms"], kind="hierarchy", branch_key=rows)
 
 
 def _is_key_arn(text: str) -> bool:
@@ -186,6 +220,10 @@ def _add_doctor(subparsers: Any) -> None:
         "Example: streamcrypt doctor --key local:alias/ml --context Project=CustomerChurn --interop",
     )
     parser.add_argument("--key", action="append", default=[], metavar="REF", help="the job's keys")
+    parser.add_argument("--sign-manifest", metavar="REF", help="the key that signs the manifest")
+    parser.add_argument(
+        "--training-job", type=Path, metavar="FILE", help="a CreateTrainingJob request of SageMaker, in JSON"
+    )
     parser.add_argument(
         "--for",
         dest="roles",
@@ -203,7 +241,9 @@ def _add_doctor(subparsers: Any) -> None:
         help="encryption context",
     )
     parser.add_argument(
-        "--source", type=Path, help="a dataset: looks for leftovers, and for what defeats the cache"
+        "--source",
+        type=output.PLACE,
+        help="a dataset, in a folder or a store: looks for leftovers, and for what defeats the cache",
     )
     parser.add_argument(
         "--url",
@@ -231,8 +271,14 @@ def _add_doctor(subparsers: Any) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    if not (arguments.key or arguments.source or arguments.url):
-        raise output.UsageError("doctor: nothing to look at; give --key, --source or --url")
+    if not (
+        arguments.key
+        or arguments.sign_manifest
+        or arguments.source
+        or arguments.url
+        or arguments.training_job
+    ):
+        raise output.UsageError("doctor: nothing to look at; give --key, --source, --url or --training-job")
     context = dict(arguments.context)
     checks: list[diagnosis.Check] = []
     try:
@@ -240,18 +286,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
             checks += diagnosis.check_key(reference, arguments.roles, context, first=number == 0)
             if arguments.interop:
                 checks.append(diagnosis.check_interop(reference, context))
+        if arguments.sign_manifest:
+            checks.append(diagnosis.check_signing(arguments.sign_manifest))
+        if arguments.training_job:
+            checks += diagnosis.check_training_job(arguments.training_job)
     except ValueError as error:
         raise output.UsageError(f"doctor: {error}") from error
+    in_a_store = arguments.source is not None and arguments.source.startswith(STORE_SCHEMES)
+    folder = None if arguments.source is None or in_a_store else Path(arguments.source)
     checks += diagnosis.check_cache(
-        arguments.source,
+        folder,
         max_age=arguments.cache_max_age,
         max_messages=arguments.cache_max_messages,
         max_bytes=arguments.cache_max_bytes,
         enabled=not arguments.no_cache,
     )
     checks += diagnosis.check_plaintext_leaks(arguments.url)
-    if arguments.source is not None:
-        checks.append(diagnosis.check_leftovers(arguments.source))
+    if in_a_store:
+        checks.append(diagnosis.check_uploads(arguments.source))
+    if folder is not None:
+        checks.append(diagnosis.check_leftovers(folder))
     code = diagnosis.exit_code(checks)
     if arguments.json:
         output.out(

@@ -1,18 +1,25 @@
 """The least that a role needs of a key, as an identity policy, a key policy or grants.
 
-    role       on the first --key   on every other --key   on --from-key (default: all --key)
-    encrypt    GenerateDataKey      Encrypt                –
-    decrypt    –                    –                      Decrypt, on every --key
-    loader     –                    –                      Decrypt, on every --key
-    rekey      GenerateDataKey      Encrypt                Decrypt
-    sagemaker  CreateGrant, for AWS resources only, and DescribeKey, on every --key: what SageMaker
-               asks of the caller and of the execution role for encrypted volumes
+    role         on the first --key   on every other --key   on --from-key (default: all --key)
+    encrypt      GenerateDataKey      Encrypt                –
+    decrypt      –                    –                      Decrypt, on every --key
+    loader       –                    –                      Decrypt, on every --key
+    rekey        GenerateDataKey      Encrypt                Decrypt
+    sagemaker    CreateGrant, for AWS resources only, and DescribeKey, on every --key: what SageMaker
+                 asks of the caller and of the execution role for encrypted volumes
+    branch-keys  Decrypt, GenerateDataKeyWithoutPlaintext, ReEncryptFrom and ReEncryptTo on the KMS key
+                 of a hierarchy: key: to make and rotate branch keys
 
 A key that is named by an alias or a key ID also takes DescribeKey, where its ARN must be known:
-to decrypt.  A loader takes no key reference: the message names the key.  These are the calls that the
-commands make; tests run every command under exactly these policies, and under one action less.
+to decrypt.  A loader takes no key reference: the message names the key.  A hierarchy: key takes Decrypt
+on the KMS key, for its own branch key alone, and dynamodb:GetItem on that branch key's rows, whatever
+the role; branch-keys also takes dynamodb:PutItem.  --sign-manifest takes Sign and GetPublicKey.  These
+are the calls that the commands make; tests run every command under exactly these policies, and under
+one action less.
 
-Source of the SageMaker rows: Amazon SageMaker AI Developer Guide, "Use AWS KMS permissions".
+Sources: Amazon SageMaker AI Developer Guide, "Use AWS KMS permissions" (the SageMaker rows); Amazon
+DynamoDB Developer Guide, "Using IAM with DynamoDB transactions" and "Using IAM policy conditions for
+fine-grained access control".
 """
 
 from __future__ import annotations
@@ -20,17 +27,34 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from streamcrypt.kms.policy import GRANT_OPERATIONS, default_key_policy
 
-Role = Literal["encrypt", "decrypt", "rekey", "loader", "sagemaker"]
-ROLES: Final[tuple[Role, ...]] = ("encrypt", "decrypt", "rekey", "loader", "sagemaker")
+Role = Literal["encrypt", "decrypt", "rekey", "loader", "sagemaker", "branch-keys"]
+ROLES: Final[tuple[Role, ...]] = ("encrypt", "decrypt", "rekey", "loader", "sagemaker", "branch-keys")
 
 # Operations whose permissions may be bound to an encryption context.
-_WITH_CONTEXT: Final = frozenset({"kms:Encrypt", "kms:Decrypt", "kms:GenerateDataKey"})
-_SAGEMAKER: Final = frozenset({"kms:CreateGrant", "kms:DescribeKey"})
+_WITH_CONTEXT: Final = frozenset(
+    {
+        "kms:Encrypt", "kms:Decrypt", "kms:GenerateDataKey", "kms:GenerateDataKeyWithoutPlaintext",
+        "kms:ReEncryptFrom", "kms:ReEncryptTo",
+    }
+)  # fmt: skip
+_SAGEMAKER: Final = ("kms:CreateGrant", "kms:DescribeKey")
+_BRANCH_KEYS: Final = (
+    "kms:Decrypt", "kms:GenerateDataKeyWithoutPlaintext", "kms:ReEncryptFrom", "kms:ReEncryptTo",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BranchKeyRows:
+    """Where a branch key lies: its id, the logical name of its table, and the table's ARN ('' for SQLite)."""
+
+    branch_key_id: str
+    logical_name: str
+    table_arn: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,82 +63,141 @@ class KeyUse:
 
     arn: str
     by_arn: bool = True
-    kind: Literal["kms", "kms-rsa", "ecdh"] = "kms"
+    kind: Literal["kms", "kms-rsa", "ecdh", "hierarchy", "signing"] = "kms"
     public_key_known: bool = False
     """kms-rsa, ecdh: the public key is in a file, so that none is asked for."""
+    branch_key: BranchKeyRows | None = None
+    """hierarchy: ``arn`` is that of the KMS key that wraps the branch key."""
 
 
-def needed_actions(
-    roles: Collection[str], keys: Sequence[KeyUse], from_keys: Sequence[KeyUse] = ()
-) -> dict[str, frozenset[str]]:
-    """Key ARN -> the actions that the roles need on it."""
-    actions: dict[str, set[str]] = defaultdict(set)
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """One action on one resource, and under which condition."""
+
+    action: str
+    resource: str
+    condition: dict[str, Any] = field(default_factory=dict)
+    constraint: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The same as a grant has it."""
+
+
+def permissions(
+    roles: Collection[str],
+    keys: Sequence[KeyUse],
+    from_keys: Sequence[KeyUse] = (),
+    *,
+    signing_key: KeyUse | None = None,
+    context: Mapping[str, str] | None = None,
+    exact_context: bool = False,
+) -> list[Permission]:
+    """What the roles need, each action on each resource once for each condition."""
+    needed: dict[tuple[str, str, str], Permission] = {}
+
+    def need(key: KeyUse, *actions: str) -> None:
+        for action in actions:
+            found = _bound(key, action, dict(context or {}), exact=exact_context)
+            needed[action, found.resource, json.dumps(found.condition)] = found
+
     for role in roles:
         if role in ("encrypt", "rekey"):
             for number, key in enumerate(keys):
-                actions[key.arn] |= _to_wrap(key, first=number == 0)
+                need(key, *_to_wrap(key, first=number == 0))
         if role in ("decrypt", "loader", "rekey"):
             for key in (from_keys or keys) if role == "rekey" else keys:
-                actions[key.arn] |= _to_unwrap(
-                    key, named=role != "loader" and (role == "decrypt" or bool(from_keys))
-                )
+                named = role != "loader" and (role == "decrypt" or bool(from_keys))
+                need(key, *_to_unwrap(key, named=named))
         if role == "sagemaker":
             for key in keys:
-                actions[key.arn] |= _SAGEMAKER
-    return {arn: frozenset(found) for arn, found in actions.items()}
+                need(key, *_SAGEMAKER)
+        if role == "branch-keys":
+            for key in keys:
+                if key.branch_key is None:
+                    raise ValueError("branch-keys is about hierarchy: keys; name one with its &kms=KEY-ARN")
+                need(key, *_BRANCH_KEYS, "dynamodb:GetItem", "dynamodb:PutItem")
+    if signing_key is not None:
+        need(signing_key, "kms:Sign", "kms:GetPublicKey")
+    # An embedded table needs no permission.
+    return [permission for permission in needed.values() if permission.resource]
 
 
-def _to_wrap(key: KeyUse, *, first: bool) -> set[str]:
+def actions_by_resource(needed: Sequence[Permission]) -> dict[str, list[str]]:
+    """ARN -> the actions on it."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for permission in needed:
+        found[permission.resource].add(permission.action)
+    return {arn: sorted(actions) for arn, actions in sorted(found.items())}
+
+
+def _to_wrap(key: KeyUse, *, first: bool) -> Sequence[str]:
     if key.kind == "kms":
-        return {"kms:GenerateDataKey" if first else "kms:Encrypt"}
+        return ("kms:GenerateDataKey" if first else "kms:Encrypt",)
     if key.kind == "kms-rsa":
-        return set() if key.public_key_known else {"kms:GetPublicKey"}
-    return {"kms:DeriveSharedSecret", "kms:GetPublicKey"}
+        return () if key.public_key_known else ("kms:GetPublicKey",)
+    if key.kind == "hierarchy":
+        return ("kms:Decrypt", "dynamodb:GetItem")
+    return ("kms:DeriveSharedSecret", "kms:GetPublicKey")
 
 
-def _to_unwrap(key: KeyUse, *, named: bool) -> set[str]:
+def _to_unwrap(key: KeyUse, *, named: bool) -> Sequence[str]:
     if key.kind == "kms":
-        return {"kms:Decrypt"} if key.by_arn or not named else {"kms:Decrypt", "kms:DescribeKey"}
+        return ("kms:Decrypt",) if key.by_arn or not named else ("kms:Decrypt", "kms:DescribeKey")
     if key.kind == "kms-rsa":
-        return {"kms:Decrypt"}
-    return {"kms:DeriveSharedSecret", "kms:GetPublicKey"}
+        return ("kms:Decrypt",)
+    if key.kind == "hierarchy":
+        return ("kms:Decrypt", "dynamodb:GetItem")
+    return ("kms:DeriveSharedSecret", "kms:GetPublicKey")
 
 
-def statements(
-    actions: Mapping[str, frozenset[str]],
-    kinds: Mapping[str, str],
-    *,
-    roles: Collection[str],
-    context: Mapping[str, str],
-    exact_context: bool = False,
-    via_service: Sequence[str] = (),
-) -> list[dict[str, Any]]:
-    """Allow statements, one for each set of actions and conditions; Resource names key ARNs."""
-    only_for_resources = _SAGEMAKER if "sagemaker" in roles else frozenset()
-    resources: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
-    for arn, found in actions.items():
-        bound = found & _WITH_CONTEXT if context and kinds.get(arn, "kms") == "kms" else frozenset()
-        granting = found & only_for_resources & {"kms:CreateGrant"}
-        for sort, part in (("data", bound), ("grants", granting), ("keys", found - bound - granting)):
-            if part:
-                resources[tuple(sorted(part)), sort].append(arn)
+def _bound(key: KeyUse, action: str, context: dict[str, str], *, exact: bool) -> Permission:
+    """The permission under the narrowest condition that the commands meet."""
+    rows = key.branch_key
+    if action.startswith("dynamodb:"):
+        assert rows is not None
+        leading = {"dynamodb:LeadingKeys": [rows.branch_key_id]}
+        return Permission(action, rows.table_arn, {"ForAllValues:StringEquals": leading})
+    if action == "kms:CreateGrant":
+        return Permission(action, key.arn, {"Bool": {"kms:GrantIsForAWSResource": "true"}})
+    if action not in _WITH_CONTEXT:
+        return Permission(action, key.arn)
+    if rows is not None:
+        # KMS sees the branch key's row as context, and the dataset's context not at all.
+        pairs = {"branch-key-id": rows.branch_key_id, "tablename": rows.logical_name}
+        return Permission(
+            action, key.arn, _context_condition(pairs, exact=False), {"EncryptionContextSubset": pairs}
+        )
+    if not context or key.kind != "kms":
+        return Permission(action, key.arn)
+    kind = "EncryptionContextEquals" if exact else "EncryptionContextSubset"
+    return Permission(action, key.arn, _context_condition(context, exact=exact), {kind: context})
+
+
+def _context_condition(context: Mapping[str, str], *, exact: bool) -> dict[str, Any]:
+    # "${" would begin a policy variable; "${$}{" is the way to write it.
+    pairs = {f"kms:EncryptionContext:{name}": value.replace("${", "${$}{") for name, value in context.items()}
+    condition: dict[str, Any] = {"StringEquals": pairs}
+    if exact:
+        # A signed message adds this pair by itself.
+        names = [*context, "aws-crypto-public-key"]
+        condition["ForAllValues:StringEquals"] = {"kms:EncryptionContextKeys": names}
+    return condition
+
+
+def statements(needed: Sequence[Permission], *, via_service: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Allow statements, one for each set of actions and conditions; Resource names ARNs."""
+    by_resource: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for permission in needed:
+        by_resource[permission.resource, json.dumps(permission.condition)].add(permission.action)
+    together: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
+    for (resource, text), actions in by_resource.items():
+        together[tuple(sorted(actions)), text].append(resource)
     made = []
-    sids = {
-        "data": "StreamcryptData",
-        "keys": "StreamcryptKeys",
-        "grants": "StreamcryptGrantsForAWSResources",
-    }
-    for (names, sort), arns in sorted(resources.items()):
-        condition: dict[str, Any] = {}
-        if sort == "data":
-            condition = _context_condition(context, exact=exact_context)
-        if sort == "grants":
-            condition = {"Bool": {"kms:GrantIsForAWSResource": "true"}}
-        if via_service:
+    for (names, text), arns in sorted(together.items()):
+        condition: dict[str, Any] = json.loads(text)
+        if via_service and names[0].startswith("kms:"):
             services = list(via_service) if len(via_service) > 1 else via_service[0]
             condition.setdefault("StringEquals", {})["kms:ViaService"] = services
         statement: dict[str, Any] = {
-            "Sid": sids[sort],
+            "Sid": _sid(names, text),
             "Effect": "Allow",
             "Action": list(names),
             "Resource": sorted(arns) if len(arns) > 1 else arns[0],
@@ -127,15 +210,12 @@ def statements(
     return made
 
 
-def _context_condition(context: Mapping[str, str], *, exact: bool) -> dict[str, Any]:
-    # "${" would begin a policy variable; "${$}{" is the way to write it.
-    pairs = {f"kms:EncryptionContext:{name}": value.replace("${", "${$}{") for name, value in context.items()}
-    condition: dict[str, Any] = {"StringEquals": pairs}
-    if exact:
-        # A signed message adds this pair by itself.
-        names = [*context, "aws-crypto-public-key"]
-        condition["ForAllValues:StringEquals"] = {"kms:EncryptionContextKeys": names}
-    return condition
+def _sid(actions: Sequence[str], condition: str) -> str:
+    if actions[0].startswith("dynamodb:"):
+        return "StreamcryptBranchKeys"
+    if actions[0] == "kms:CreateGrant":
+        return "StreamcryptGrantsForAWSResources"
+    return "StreamcryptData" if "kms:EncryptionContext" in condition else "StreamcryptKeys"
 
 
 def identity_policy(made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -150,27 +230,27 @@ def key_policy(made: Sequence[Mapping[str, Any]], principal: str, account: str) 
     return {"Version": default["Version"], "Statement": [*default["Statement"], *own]}
 
 
-def grants(
-    actions: Mapping[str, frozenset[str]],
-    kinds: Mapping[str, str],
-    principal: str,
-    context: Mapping[str, str],
-    *,
-    exact_context: bool = False,
-) -> list[dict[str, Any]]:
+def grants(needed: Sequence[Permission], principal: str) -> list[dict[str, Any]]:
     """CreateGrant requests, for boto3 or ``aws kms create-grant --cli-input-json``.
 
-    ValueError for an action that no grant can give.
+    One for each key and constraint.  ValueError for an action that no grant can give.
     """
+    together: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for permission in needed:
+        together[permission.resource, json.dumps(permission.constraint)].append(
+            permission.action.removeprefix("kms:")
+        )
     requests = []
-    for arn, found in sorted(actions.items()):
-        operations = sorted(action.removeprefix("kms:") for action in found)
+    for (arn, text), operations in sorted(together.items()):
         impossible = set(operations) - GRANT_OPERATIONS
         if impossible:
             raise ValueError(f"no grant can give {', '.join(sorted(impossible))}; use a policy")
-        request: dict[str, Any] = {"KeyId": arn, "GranteePrincipal": principal, "Operations": operations}
-        if context and kinds.get(arn, "kms") == "kms":
-            kind = "EncryptionContextEquals" if exact_context else "EncryptionContextSubset"
-            request["Constraints"] = {kind: dict(context)}
+        request: dict[str, Any] = {
+            "KeyId": arn,
+            "GranteePrincipal": principal,
+            "Operations": sorted(operations),
+        }
+        if text != "{}":
+            request["Constraints"] = json.loads(text)
         requests.append(request)
     return requests

@@ -13,9 +13,17 @@ import pytest
 from streamcrypt import api
 from streamcrypt.cli import diagnosis, main
 from streamcrypt.errors import KeyAccessError
+from streamcrypt.keys.calls import KmsCalls
+from streamcrypt.keys.hierarchy import (
+    BranchKeyStore,
+    DynamoBranchKeyTable,
+    HierarchyKeyring,
+    SqliteBranchKeyTable,
+)
 from streamcrypt.keys.kms import KmsDiscoveryKeyring, KmsKeyring
 from streamcrypt.kms import Caller, Service, kms_client, open_service, principals
 from streamcrypt.kms.server import Server
+from streamcrypt.message.suites import UNSIGNED
 
 USER = "arn:aws:iam::000000000000:user/worker"
 ROLE = "arn:aws:iam::000000000000:role/Trainer"
@@ -287,6 +295,8 @@ MISUSE: dict[str, list[str]] = {
         "--form", "key-policy", "--principal", ROLE],
     "sagemaker by grants": ["--key", "local:alias/ml", "--for", "sagemaker", "--form", "grants", "--principal", ROLE],
     "exact without a context": ["--key", "local:alias/ml", "--exact-context"],
+    "branch keys of a KMS key": ["--key", "local:alias/ml", "--for", "branch-keys"],
+    "a branch key of nobody knows which KMS key": ["--key", "hierarchy:tenant-a@dynamodb:Keys"],
     "from-key without rekey": ["--key", "local:alias/ml", "--from-key", "local:alias/ml"],
     "context without a value": ["--key", "local:alias/ml", "--context", "Project"],
 }  # fmt: skip
@@ -461,6 +471,8 @@ CAUSES: dict[str, tuple[list[Any], Any, dict[str, Any] | None, list[str], str, s
         "failed", "context", '"Project": "Alpha"'),
     "a grant": ([LOOK], None, {"EncryptionContextSubset": {"Project": "Alpha"}}, ["--context", "Project=Alpha"],
                 "ok", "", "dry run"),
+    "a grant for another operation": (
+        [LOOK], None, {"Operations": ["Encrypt"]}, [], "failed", "grant", "allows Encrypt, and not Decrypt"),
     "nothing may be looked at": ([], None, None, [], "failed", "identity policy", "no policy of"),
 }  # fmt: skip
 
@@ -485,9 +497,10 @@ def test_doctor_names_the_cause(
     if key_policy is not None:
         service.put_key_policy(KeyId=keys[0], PolicyName="default", Policy=json.dumps(key_policy))
     if constraints is not None:
-        service.create_grant(
-            KeyId=keys[0], GranteePrincipal=USER, Operations=["Decrypt"], Constraints=constraints
-        )
+        operations = constraints.get("Operations", ["Decrypt"])
+        rest = {name: value for name, value in constraints.items() if name != "Operations"}
+        given = {"Constraints": rest} if rest else {}
+        service.create_grant(KeyId=keys[0], GranteePrincipal=USER, Operations=operations, **given)
     become(*own)
     code, checks = diagnosed(capsys, "--key", f"local:{keys[0]}@{url}", "--for", "loader", *words)
     check = checks["kms:Decrypt"]
@@ -638,3 +651,179 @@ def test_text_for_people(keys: list[str], capsys: pytest.CaptureFixture[str]) ->
 def test_nothing_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 2
     assert main(["doctor", "--key", "nonsense"]) == 2
+
+
+# --- branch keys --------------------------------------------------------------------------------------
+
+
+def branch_keys(client: Any, home: Path, arn: str) -> BranchKeyStore:
+    calls = KmsCalls(client)
+    table = SqliteBranchKeyTable(home / "branch-keys.sqlite3")
+    return BranchKeyStore(table, lambda arn: calls, logical_name="logical", kms_key_arn=arn)
+
+
+@pytest.mark.parametrize("role", ["encrypt", "decrypt", "loader"])
+def test_a_hierarchy_key_takes_decrypt_for_its_branch_key_alone(
+    service: Service, keys: list[str], home: Path, capsys: pytest.CaptureFixture[str], role: str
+) -> None:
+    for branch_key_id in ("tenant-a", "tenant-b"):
+        branch_keys(service, home, keys[0]).create(branch_key_id)
+    reference = f"hierarchy:tenant-a@dynamodb:Keys?logical=logical&kms={keys[0]}"
+    told = printed(capsys, "--key", reference, "--for", role, "--json", *WORDS)
+    table = "arn:aws:dynamodb:local:000000000000:table/Keys"
+    assert told["actions"] == {keys[0]: ["kms:Decrypt"], table: ["dynamodb:GetItem"]}
+    policy = told["document"]
+    client = as_user(service, policy)
+    blob = api.encrypt_bytes(b"text", keys=HierarchyKeyring(branch_keys(client, home, keys[0]), "tenant-a"))
+    opened = HierarchyKeyring(branch_keys(client, home, keys[0]), "tenant-a")
+    assert api.decrypt_bytes(blob, keys=opened) == b"text"
+    for refused, branch_key_id in (
+        (client, "tenant-b"),
+        (as_user(service, without(policy, "kms:Decrypt", keys[0])), "tenant-a"),
+    ):
+        with pytest.raises(KeyAccessError) as denied:
+            HierarchyKeyring(branch_keys(refused, home, keys[0]), branch_key_id).generate(UNSIGNED, {})
+        assert denied.value.code == "AccessDeniedException"
+        assert "kms:Decrypt" in str(denied.value)
+
+
+def test_making_branch_keys(
+    service: Service, keys: list[str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = f"hierarchy:tenant-a@local?logical=logical&kms={keys[0]}"
+    told = printed(capsys, "--key", reference, "--for", "branch-keys", "--json")
+    expected = ["kms:Decrypt", "kms:GenerateDataKeyWithoutPlaintext", "kms:ReEncryptFrom", "kms:ReEncryptTo"]
+    assert told["actions"] == {keys[0]: expected}
+    policy = told["document"]
+    store = branch_keys(as_user(service, policy), home, keys[0])
+    store.create("tenant-a")
+    store.rotate("tenant-a")
+    for action in expected:
+        less = branch_keys(as_user(service, without(policy, action, keys[0])), home, keys[0])
+        with pytest.raises(KeyAccessError) as refused:
+            less.rotate("tenant-a")
+        assert action in str(refused.value)
+    with pytest.raises(KeyAccessError):
+        store.create("tenant-b")
+
+
+def test_the_table_s_permission_against_a_dynamodb_that_checks_it(
+    service: Service, keys: list[str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """moto decides by action and resource; it takes no notice of conditions."""
+    import boto3
+    from moto.core import set_initial_no_auth_action_count
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+
+    def client(name: str, **credentials: str) -> Any:
+        owner = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+        return boto3.session.Session().client(
+            name, region_name="eu-central-1", endpoint_url=f"http://{host}:{port}", **(credentials or owner)
+        )
+
+    try:
+        table = DynamoBranchKeyTable(lambda: client("dynamodb"), "Keys")
+        table.create_table()
+        calls = KmsCalls(service)
+        BranchKeyStore(table, lambda arn: calls, logical_name="Keys", kms_key_arn=keys[0]).create("tenant-a")
+        iam = client("iam")
+        iam.create_user(UserName="worker")
+        made = iam.create_access_key(UserName="worker")["AccessKey"]
+        words = [
+            "--key",
+            f"hierarchy:tenant-a@dynamodb:Keys?region=eu-central-1&kms={keys[0]}",
+            "--for",
+            "loader",
+        ]
+        policy = printed(capsys, *words)
+        (statement,) = [one for one in policy["Statement"] if one["Action"] == ["dynamodb:GetItem"]]
+        assert statement["Resource"] == "arn:aws:dynamodb:eu-central-1:000000000000:table/Keys"
+        assert statement["Condition"] == {"ForAllValues:StringEquals": {"dynamodb:LeadingKeys": ["tenant-a"]}}
+        anywhere = {**policy, "Statement": [{**statement, "Resource": "*", "Condition": {}}]}
+        user = client(
+            "dynamodb", aws_access_key_id=made["AccessKeyId"], aws_secret_access_key=made["SecretAccessKey"]
+        )
+        mine = DynamoBranchKeyTable(lambda: user, "Keys")
+        checked = set_initial_no_auth_action_count(0)  # from now on moto decides by the policies
+
+        @checked
+        def look() -> Any:
+            return mine.get("tenant-a", "branch:ACTIVE")
+
+        iam.put_user_policy(UserName="worker", PolicyName="p", PolicyDocument=json.dumps(anywhere))
+        assert look()["kms-arn"] == keys[0]
+        less = without(anywhere, "dynamodb:GetItem", "*")
+        iam.put_user_policy(UserName="worker", PolicyName="p", PolicyDocument=json.dumps(less))
+        with pytest.raises(KeyAccessError, match="the caller needs dynamodb:GetItem on the table"):
+            look()
+    finally:
+        server.stop()
+
+
+# --- signed manifests ---------------------------------------------------------------------------------
+
+
+def test_signing_takes_two_actions(
+    service: Service,
+    keys: list[str],
+    dataset: Path,
+    url: str,
+    become: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    signer = service.create_key(KeySpec="ECC_NIST_P256", KeyUsage="SIGN_VERIFY")["KeyMetadata"]["Arn"]
+    words = ["--key", keys[0], "--sign-manifest", f"local:{signer}"]
+    policy = printed(capsys, *words, "--for", "encrypt", *WORDS)
+    plain = str(dataset.parent / "plain")
+
+    def encrypt(out: str) -> int:
+        given = [
+            "--key",
+            f"local:{keys[0]}@{url}",
+            "--sign-manifest",
+            f"local:{signer}@{url}",
+            "--quiet",
+            *WORDS,
+        ]
+        return main(["encrypt", plain, str(tmp_path / out), *given])
+
+    become(policy)
+    assert encrypt("signed") == 0
+    code, checks = diagnosed(capsys, "--sign-manifest", f"local:{signer}@{url}")
+    assert (code, checks["kms:Sign"]["status"]) == (0, "ok")
+    for action in ("kms:Sign", "kms:GetPublicKey"):
+        become(without(policy, action, signer))
+        assert encrypt(f"without {action}") == 4
+        assert action in capsys.readouterr().err
+        code, checks = diagnosed(capsys, "--sign-manifest", f"local:{signer}@{url}")
+        assert (code, checks[action]["status"]) == (4, "failed")
+        assert action in checks[action]["found"]
+
+
+# --- a request to SageMaker ---------------------------------------------------------------------------
+
+
+def test_a_training_job_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arn = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    request: dict[str, Any] = {
+        "TrainingJobName": "churn-1",
+        "RoleArn": "arn:aws:iam::111122223333:role/Trainer",
+        "OutputDataConfig": {"S3OutputPath": "s3://bucket/models"},
+        "VpcConfig": {"SecurityGroupIds": ["sg-1"], "Subnets": ["subnet-1"]},
+    }
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(request))
+    code, checks = diagnosed(capsys, "--training-job", str(path))
+    assert (code, checks["training job"]["status"]) == (1, "failed")
+    assert "OutputDataConfig.KmsKeyId" in checks["training job"]["found"]
+    request["OutputDataConfig"]["KmsKeyId"] = arn
+    path.write_text(json.dumps(request))
+    code, checks = diagnosed(capsys, "--training-job", str(path))
+    assert (code, checks["training job"]["status"]) == (0, "ok")
+    path.write_text("[]")
+    assert main(["doctor", "--training-job", str(path)]) == 2
