@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -396,9 +397,10 @@ def follow(
 def read_cloudtrail(paths: Iterable[Path | str]) -> Iterator[dict[str, Any]]:
     """The KMS events of CloudTrail files, plain or gzip, file by file.
 
-    A file holds ``{"Records": […]}``, an array, one event, or one event a line; what ``kms audit
-    --json`` wrote reads the same.  A folder means the ``.json`` and ``.json.gz`` files below it.
-    SourceError names the file that is none of these.
+    A file holds ``{"Records": […]}``, an array, one event, or one event a line (after its time, as
+    CloudWatch Logs exports them); what ``kms audit --json`` wrote reads the same, and so do the answer
+    of ``aws cloudtrail lookup-events`` and events that EventBridge delivered.  A folder means the
+    ``.json``, ``.jsonl`` and ``.gz`` files below it.  SourceError names the file that is none of these.
     """
     from pathlib import Path
 
@@ -413,36 +415,50 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return sorted(
-        file for file in path.rglob("*") if file.name.endswith((".json", ".json.gz")) and file.is_file()
+        file for file in path.rglob("*") if file.name.endswith((".json", ".jsonl", ".gz")) and file.is_file()
     )
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
     import gzip
+    import zlib
 
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         text = content.decode()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise SourceError(f"{path}: cannot be read as a CloudTrail log: {error}") from error
     try:
         return _flatten(json.loads(text))
     except ValueError:
         pass
     try:
-        return [found for line in text.splitlines() if line.strip() for found in _flatten(json.loads(line))]
+        # Not splitlines(): JSON may hold what that takes for the end of a line.
+        lines = (line for line in text.split("\n") if line.strip())
+        return [found for line in lines for found in _flatten(json.loads(_TIME.sub("", line, count=1)))]
     except ValueError as error:
         raise SourceError(f"{path}: is not a CloudTrail log: {error}") from error
 
 
+_TIME: Final = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z (?={)")
+
+
 def _flatten(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, dict):
-        for name in ("Records", "events"):
+        for name in ("Records", "Events", "events"):
             if isinstance(value.get(name), list):
                 return _flatten(value[name])
-        return [value]
+        return [_unwrapped(value)]
     if not isinstance(value, list) or not all(isinstance(inner, dict) for inner in value):
         raise ValueError("no records")
-    return value
+    return [_unwrapped(inner) for inner in value]
+
+
+def _unwrapped(record: dict[str, Any]) -> dict[str, Any]:
+    """The event itself: LookupEvents answers with it as text, EventBridge puts it into another one."""
+    inner = record.get("CloudTrailEvent", record.get("detail"))
+    if isinstance(inner, str):
+        inner = json.loads(inner)
+    return inner if isinstance(inner, dict) else record

@@ -176,6 +176,85 @@ def test_audit_reads_logs_of_aws_and_our_own_alike(
     assert json.loads(capsys.readouterr().out)["events"] == 1
 
 
+# A record as AWS delivers it, whole (AWS KMS Developer Guide, "Decrypt", the identifiers those of the guide).
+REAL = {
+    "eventVersion": "1.11",
+    "userIdentity": {
+        "type": "AssumedRole", "principalId": "AROAIGDTESTANDEXAMPLE:job-7", "arn": JOB, "accountId": ACCOUNT,
+        "accessKeyId": "ASIAIOSFODNN7EXAMPLE",
+        "sessionContext": {
+            "sessionIssuer": {
+                "type": "Role", "principalId": "AROAIGDTESTANDEXAMPLE", "accountId": ACCOUNT, "userName": "Trainer",
+                "arn": f"arn:aws:iam::{ACCOUNT}:role/Trainer",
+            },
+            "attributes": {"creationDate": "2026-11-24T06:30:00Z", "mfaAuthenticated": "false"},
+        },
+    },
+    "eventTime": "2026-11-24T08:00:00Z",
+    "eventSource": "kms.amazonaws.com",
+    "eventName": "Decrypt",
+    "awsRegion": "us-west-2",
+    "sourceIPAddress": "192.0.2.0",
+    "userAgent": "aws-sdk-python",
+    "errorCode": "AccessDenied",
+    "errorMessage": f"User: {JOB} is not authorized to perform: kms:Decrypt on the resource associated with this "
+    "ciphertext because no identity-based policy allows the kms:Decrypt action",
+    "requestParameters": None,
+    "responseElements": None,
+    "requestID": "12345126-30d5-4b28-98b9-9153da559963",
+    "eventID": "abcde202-ba1a-467c-b4ba-f729d45ae521",
+    "readOnly": True,
+    "eventType": "AwsApiCall",
+    "managementEvent": True,
+    "recipientAccountId": ACCOUNT,
+    "eventCategory": "Management",
+    "tlsDetails": {"tlsVersion": "TLSv1.3", "clientProvidedHostHeader": "kms.us-west-2.amazonaws.com"},
+}  # fmt: skip
+CONTEXT_WITH_A_LINE_BREAK = {"Project": "a\u2028b"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"Records": [REAL]}),
+        json.dumps([REAL]),
+        json.dumps(REAL),
+        json.dumps(record("Decrypt", ALICE, CONTEXT_WITH_A_LINE_BREAK), ensure_ascii=False) + "\n" + json.dumps(REAL),
+        "".join(f"2026-11-24T08:00:00.000Z {json.dumps({**REAL, 'eventID': name})}\n" for name in "ab"),
+        json.dumps({"Events": [{"EventId": REAL["eventID"], "CloudTrailEvent": json.dumps(REAL)}]}),
+        json.dumps({"detail-type": "AWS API Call via CloudTrail", "source": "aws.kms", "detail": REAL}),
+    ],
+    ids=["file", "array", "event", "lines", "CloudWatch Logs", "lookup-events", "EventBridge"],
+)  # fmt: skip
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+def test_every_form_in_which_aws_gives_the_events(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, compressed: bool
+) -> None:
+    logs = tmp_path / "AWSLogs" / ACCOUNT / "CloudTrail" / "us-west-2" / "2026" / "11" / "24"
+    logs.mkdir(parents=True)
+    data = content.encode()
+    (logs / "events.json.gz").write_bytes(gzip.compress(data) if compressed else data)
+    digest = logs.parents[4] / "CloudTrail-Digest"  # lies beside the logs, and holds no events
+    digest.mkdir()
+    (digest / "digest.json.gz").write_bytes(
+        gzip.compress(b'{"awsAccountId": "111122223333", "logFiles": []}')
+    )
+    assert main(["kms", "audit", "--cloudtrail", str(tmp_path / "AWSLogs"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    [denied] = [odd for odd in told["anomalies"] if odd["kind"] == "denied"]
+    assert (denied["principal"], denied["code"], denied["operation"]) == (JOB, "AccessDenied", "Decrypt")
+    assert "no identity-based policy allows" in denied["message"]
+
+
+def test_a_damaged_log_is_named(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = gzip.compress(json.dumps({"Records": [record("Decrypt", JOB, CHURN)] * 50}).encode())
+    for damaged in (whole[: len(whole) // 2], whole[:30] + bytes(20) + whole[50:]):
+        path = tmp_path / "log.json.gz"
+        path.write_bytes(damaged)
+        assert main(["kms", "audit", "--cloudtrail", str(path)]) == 1
+        assert "log.json.gz: cannot be read as a CloudTrail log" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_log(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.json"
     path.write_text("text")
