@@ -470,10 +470,12 @@ def _add_serve(commands: Any) -> None:
 
 
 def _run_serve(args: argparse.Namespace) -> int:
+    from streamcrypt.hygiene import lock_process
     from streamcrypt.kms import open_service
     from streamcrypt.kms.server import Server
     from streamcrypt.kms.simulation import Simulation, parse_latency
 
+    lock_process()
     service = open_service()
     try:
         if args.latency or args.throttle:

@@ -49,6 +49,17 @@ class KeyHolder:
         )
 
 
+class DataKey(KeyHolder, bytes):
+    """A plaintext data key: bytes that are not shown, in a log or among the variables of a traceback."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<data key>"
+
+    __str__ = __repr__
+
+
 class NoMatchingKeyError(WrappedKeyError):
     """None of the wrapped keys was made for this keyring, or what says so was altered; nothing was tried."""
 
@@ -82,7 +93,7 @@ class Keyring(KeyHolder, abc.ABC):
         self, suite: AlgorithmSuite, context: Mapping[str, str]
     ) -> tuple[bytes, tuple[EncryptedDataKey, ...]]:
         """A new data key of the suite's length, and that key wrapped."""
-        data_key = os.urandom(suite.key_length)
+        data_key = DataKey(os.urandom(suite.key_length))
         return data_key, self.wrap(suite, context, data_key)
 
     @abc.abstractmethod
@@ -107,7 +118,7 @@ class Keyring(KeyHolder, abc.ABC):
             if not self._matches(encrypted):
                 continue
             try:
-                data_key = self._open(suite, context, encrypted)
+                data_key = DataKey(self._open(suite, context, encrypted))
                 check_length(suite, data_key, self.describe())
             except StreamcryptError as error:
                 failures.append(error)
