@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("campaign", "reliability campaigns: pytest -m campaign (tests/README.md)")
     group.addoption("--campaign-out", metavar="FILE", help="append a JSON line per trial and per summary")
     group.addoption("--campaign-scale", type=float, default=1.0, help="this part of each campaign's trials")
+    group.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in this random order")
     group.addoption(
         "--campaign-seed", type=int, default=20261124, help="what every random choice starts from"
     )
@@ -26,6 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         campaigns = [item for item in items if item.get_closest_marker("campaign")]
         items[:] = [item for item in items if not item.get_closest_marker("campaign")]
         config.hook.pytest_deselected(items=campaigns)
+    if (seed := config.getoption("--shuffle")) is not None:
+        random.Random(seed).shuffle(items)
 
 
 @pytest.fixture

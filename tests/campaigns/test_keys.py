@@ -1,5 +1,5 @@
 """Campaigns on keys: uses of a data key over processes and threads, forks, throttling
-(RELIABILITY 17, 21, 22)."""
+outages (RELIABILITY 17, 18, 21, 22)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from collections import Counter
 
 import pytest
 from families.keyrings import CRAFT_KEYRING
+from families.outages import FAULTS, served_through_a_proxy
+from families.trees import assert_nothing_partial, make_tree
 
+import streamcrypt as sc
 from streamcrypt.keys.cache import DataKeyCache
+from streamcrypt.keys.calls import DEADLINE
 from streamcrypt.keys.materials import Materials
 from streamcrypt.message.suites import UNSIGNED
 from streamcrypt.streams import OutgoingMessage, header_template
@@ -163,4 +167,77 @@ def test_throttling(campaign, tmp_path, monkeypatch):
         "rate": round(rate, 1), "quota": quota, "throttled": report["throttled"],
         "attempts_per_success": round(attempts, 3), "p99_seconds": round(sorted(done)[int(0.99 * len(done))], 2),
     }  # fmt: skip
+    run.finish()
+
+
+OUTAGE = 60.0  # seconds
+
+
+def timed_job(root, name, keyring, progress=None):
+    """A job of 600 data keys, whose KMS takes its time: how long it took, and its report."""
+    started = time.monotonic()
+    report = sc.encrypt(
+        root / "in", root / name, keys=keyring, workers=2, fsync=False, progress=progress,
+        cache=sc.DataKeyCache(max_messages=1),
+    )  # fmt: skip
+    return time.monotonic() - started, report
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_outage_of_a_minute(campaign, tmp_path, monkeypatch, fault):
+    """The KMS goes away in the middle of a job and is back after 60 s.  The job waits, goes on within 5 s
+    and costs no more than 65 s beyond what it takes without; or, where its calls do get an answer that is
+    too slow to end (drip), it fails as temporary by its deadline, and the next run finishes it."""
+    run = campaign("18")
+    home = tmp_path / "home"
+    monkeypatch.setenv("STREAMCRYPT_HOME", str(home))
+    contents = make_tree(tmp_path / "in", {f"{i:04}": 100 for i in range(600)})
+    seconds = max(3.0, OUTAGE * run.number(100) / 100)
+    with served_through_a_proxy(home) as (reference, proxy):
+        usual, _ = timed_job(tmp_path, "usual", reference)
+        moments = {}
+
+        def recover():
+            proxy.recover()
+            moments["back"] = time.monotonic()
+
+        def watch(progress):
+            if progress.files >= 200 and "gone" not in moments:
+                moments["gone"] = time.monotonic()
+                proxy.break_down(fault)
+                threading.Timer(seconds, recover).start()
+            if "back" in moments and "on" not in moments:
+                moments["on"] = time.monotonic()
+
+        failure, took, resumed = None, 0.0, False
+        started = time.monotonic()
+        try:
+            took, report = timed_job(tmp_path, "enc", reference, watch)
+            if report.failed:
+                failure = f"{len(report.failed)} files failed"
+            elif took > usual + seconds + 5:
+                failure = f"it took {took:.1f} s, {usual:.1f} s without an outage of {seconds:.0f} s"
+            elif moments["on"] - moments["back"] > 5:
+                failure = f"it went on {moments['on'] - moments['back']:.1f} s after the recovery"
+        except sc.TemporaryError as error:
+            took, resumed = time.monotonic() - started, True
+            if fault != "drip":
+                failure = f"it gave up: {error}"
+            elif took > usual + DEADLINE + 5:
+                failure = f"a call outlived its deadline: {took:.1f} s"
+            while "back" not in moments:
+                time.sleep(0.1)
+            sc.encrypt(
+                tmp_path / "in", tmp_path / "enc", keys=reference, workers=2, fsync=False, resume=True,
+                cache=sc.DataKeyCache(max_messages=1),
+            )  # fmt: skip
+        if assert_nothing_partial(tmp_path / "enc", contents, reference) != len(contents):
+            failure = failure or "the job is not complete"
+        run.trial(failure, fault=fault, took=round(took, 1), usual=round(usual, 1), resumed=resumed)
+        run.notes = {
+            "fault": fault, "outage_seconds": seconds,
+            "usual_seconds": round(usual, 1), "took_seconds": round(took, 1),
+            "on_after_seconds": round(moments.get("on", 0) - moments["back"], 2) if "on" in moments else None,
+            "gave_up_and_was_resumed": resumed,
+        }  # fmt: skip
     run.finish()

@@ -125,6 +125,52 @@ MUTANTS = {
         "26", "storage.py", "_FILE_MODE: Final = 0o600", "_FILE_MODE: Final = 0o644",
         "tests/engine/test_engine.py", "modes",
     ),
+    "a data key shown by its repr": Mutant(
+        "24", "keys/keyring.py", 'return "<data key>"', "return bytes.__repr__(self)",
+        "tests/keys/test_canaries.py", "another",
+    ),
+    "variables left in the frames of a refusal": Mutant(
+        "24", "hygiene.py", "step.tb_frame.clear()", "pass", "tests/keys/test_canaries.py", "variables",
+    ),
+    "botocore's debug log left as it is": Mutant(
+        "24", "kms/redaction.py", "if any(member in message", "if False and any(member in message",
+        "tests/keys/test_canaries.py", "jobs",
+    ),
+    "core dumps left to the limit alone": Mutant(
+        "25", "hygiene.py", 'c_call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)', "pass",
+        "tests/keys/test_hygiene.py", "leaves_no_core",
+    ),
+    "the limit of core dumps left as it is": Mutant(
+        "25", "hygiene.py", "resource.setrlimit(resource.RLIMIT_CORE, (0,", "(lambda *_: None)(0, (0,",
+        "tests/keys/test_hygiene.py", "leave_no_core or leaves_no_core",
+    ),
+    "keys left to the swap": Mutant(
+        "25", "hygiene.py", 'c_call("mlock", secret', 'c_call("munlock", secret',
+        "tests/keys/test_hygiene.py", "locks_its_data_key or locked_pages",
+    ),
+    "no deadline for an answer that drips": Mutant(
+        "18", "keys/calls.py", "done.wait(max(0.0, give_up_at - self._clock()))", "done.wait()",
+        "tests/keys/test_outages.py", "temporary and drip",
+    ),
+    "answers of KMS for another key accepted": Mutant(
+        "19", "keys/kms.py", 'if response.get("KeyId") != key_arn:', "if False:",
+        "tests/keys/test_kms_keyrings.py", "wrong_answers",
+    ),
+    "plain HTTP to another machine allowed": Mutant(
+        "20", "keys/reference.py", "if plaintext_allowed or", "if True or", "tests/keys/test_reference.py", "http",
+    ),
+    "the root key of another store taken": Mutant(
+        "32", "kms/rootkey.py", 'if found["store"] != store_id:', "if False:",
+        "tests/kms/test_store.py", "wrong_root_key",
+    ),
+    "a new store made where one was": Mutant(
+        "32", "kms/store.py",
+        "            if self._root_path.exists():\n                raise KeyAccessError(\n"
+        '                    f"{self.path}: the database is missing',
+        "            if False:\n                raise KeyAccessError(\n"
+        '                    f"{self.path}: the database is missing',
+        "tests/kms/test_store.py", "wrong_root_key",
+    ),
     "changed sources not noticed": Mutant(
         "29", "storage.py", "        if not unchanged:", "        if False:",
         "tests/engine/test_engine.py", "source_that_changes",

@@ -8,17 +8,13 @@ a run meets no fault enumerates all of them.
 from __future__ import annotations
 
 import collections
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
 from families.keyrings import CRAFT_KEYRING as KEYS
+from families.traced import FAULTS, Traced, calls_of, injection
 from families.trees import (
     assert_nothing_partial,
     assert_nothing_partial_decrypted,
@@ -45,7 +41,6 @@ CALLS = (
     "link", "linkat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "mkdir", "mkdirat", "getdents64",
     "fcntl", "dup", "lseek",
 )  # fmt: skip
-_LINE = re.compile(r"(?:\d+\s+)?(\w+)\(")
 
 
 class InlinePool:
@@ -71,63 +66,14 @@ class InlinePool:
         self._worker.close()
 
 
-class Traced:
-    """A job in a forked child, traced from just before it starts until it ends.
+def job(operation, source, target):
+    """The job, with its tasks in this thread."""
 
-    Exit status: 0 done, 10 refused with one of our errors, 11 any other exception.
-    """
+    def work():
+        run.ThreadPool = InlinePool
+        getattr(sc, operation)(source, target, keys=KEYS, workers=1, overwrite=True)
 
-    def __init__(self, operation, source, target, *strace):
-        ready, go = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            status = 11
-            try:
-                os.close(go)
-                run.ThreadPool = InlinePool
-                os.read(ready, 1)
-                try:
-                    getattr(sc, operation)(source, target, keys=KEYS, workers=1, overwrite=True)
-                    status = 0
-                except sc.StreamcryptError:
-                    status = 10
-            finally:
-                os._exit(status)
-        os.close(ready)
-        self._strace = subprocess.Popen(
-            ["strace", "-qq", "-p", str(self.pid), *strace],
-            stderr=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
-        )
-        while "TracerPid:\t0" in Path(f"/proc/{self.pid}/status").read_text():
-            time.sleep(0.001)
-        os.write(go, b"x")
-        os.close(go)
-
-    def wait(self, seconds=30.0):
-        """The exit status, negative for a signal; None when it did not end in time."""
-        deadline = time.monotonic() + seconds
-        while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._strace.wait()
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                self._strace.wait()
-                return None
-            time.sleep(0.001)
-
-
-def calls_of(operation, source, target, log):
-    """How often a job that goes well makes each call, and the log itself."""
-    traced = Traced(
-        operation, source, target, "-y", "-o", str(log), "-e", "trace=" + ",".join(f"?{c}" for c in CALLS)
-    )
-    assert traced.wait() == 0
-    lines = log.read_text().splitlines()
-    return collections.Counter(m[1] for m in map(_LINE.match, lines) if m), lines
+    return work
 
 
 @pytest.fixture
@@ -157,9 +103,6 @@ def violated(operation, target, contents, status):
     return None
 
 
-FAULTS = {"KILL": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
-
-
 @pytest.mark.parametrize("operation", ["encrypt", "decrypt"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_system_call(campaign, trees, fault, operation):
@@ -167,7 +110,7 @@ def test_every_system_call(campaign, trees, fault, operation):
     rng = random.Random(campaign_run.seed)
     root, contents = trees
     source = root / ("in" if operation == "encrypt" else "complete")
-    counts, _ = calls_of(operation, source, root / "counted", root / "log")
+    counts, _ = calls_of(job(operation, source, root / "counted"), CALLS, root / "log")
     sites = [(call, number) for call, count in sorted(counts.items()) for number in range(1, count + 1)]
     if campaign_run.number(len(sites)) < len(sites):
         sites = rng.sample(sites, campaign_run.number(len(sites)))
@@ -175,11 +118,7 @@ def test_every_system_call(campaign, trees, fault, operation):
     for call, number in sites:
         target = root / "target"
         shutil.rmtree(target, ignore_errors=True)
-        traced = Traced(
-            operation, source, target, "-o", "/dev/null",
-            "-e", f"trace={call}", "-e", f"inject={call}:{FAULTS[fault]}:when={number}",
-        )  # fmt: skip
-        status = traced.wait()
+        status = Traced(job(operation, source, target), *injection(fault, call, number)).wait()
         statuses[str(status)] += 1
         failure = violated(operation, target, contents, status)
         left = len(leftovers(target))
@@ -210,7 +149,7 @@ def test_order_of_writes_and_flushes(campaign, trees):
     for operation in ("encrypt", "decrypt"):
         source = root / ("in" if operation == "encrypt" else "complete")
         target = root / f"ordered {operation}"
-        _, lines = calls_of(operation, source, target, root / "log")
+        _, lines = calls_of(job(operation, source, target), CALLS, root / "log")
         written, flushed, named = {}, {}, {}
         folders = {}
         for at, line in enumerate(lines):

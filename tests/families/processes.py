@@ -24,3 +24,12 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def peak_memory(pid: int) -> int:
+    """The most memory in bytes that a process has had resident so far; 0 when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int((status.partition("\nVmHWM:")[2].split() or ["0"])[0])
