@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from families.s3 import Bucket, MiB, once
+from families.s3 import Bucket, MiB, listed, once, outage
 
 import streamcrypt as sc
 from streamcrypt import stores
@@ -197,6 +197,23 @@ def test_an_upload_that_keeps_failing_is_aborted(
     assert (bucket.names(), bucket.uploads()) == ([], [])
 
 
+@pytest.mark.parametrize("kind", [503, "drop"])
+def test_an_outage_is_waited_out(
+    bucket: Bucket, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int | str
+) -> None:
+    """Three seconds here, a minute in campaigns/test_stores.py."""
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "60")
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(10):
+        (source / str(number)).write_bytes(bytes(number))
+    (source / "big").write_bytes(bytes(BIG))
+    bucket.proxy.fault = outage(kind, 3.0, after=10)
+    sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    bucket.proxy.fault = outage(kind, 3.0, after=10)
+    assert sc.verify(f"{bucket.url}/enc", against=source).files == 11
+
+
 def test_an_abort_that_fails_is_made_good_by_the_next_job(
     bucket: Bucket, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +293,14 @@ def test_walk_in_our_order_over_many_pages(bucket: Bucket) -> None:
         entries = list(tree.walk())
         assert [entry.name for entry in entries] == expected
         assert [entry.name for entry in entries if entry.folder] == ["marker"]
+
+
+def test_memory_does_not_grow_with_the_listing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 keys here, a million in campaigns/test_stores.py."""
+    found = listed(20_000, monkeypatch)
+    assert found["count"] == 20_000
+    assert found["in_order"]
+    assert found["grown_mib"] < 16
 
 
 # -- what it costs
@@ -379,6 +404,22 @@ def test_plain_http_must_be_asked_for(bucket: Bucket, monkeypatch: pytest.Monkey
     monkeypatch.setenv(variable, "http://store.example")
     with pytest.raises(sc.StreamcryptError, match="AWS_ALLOW_HTTP"):
         sc.open(f"{bucket.url}/m")
+
+
+def test_proxies_of_the_environment_are_used(
+    bucket: Bucket, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{bucket.proxy.port}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{bucket.proxy.port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://store.example")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    with sc.open(f"{bucket.url}/m", "wb", keys=key) as file:  # by obstore and by boto3
+        file.write(bytes(BIG))
+    with sc.open(f"{bucket.url}/m") as read:
+        assert read.size == BIG
+    assert {path.partition(f"/{bucket.name}")[0] for _, path, _ in bucket.proxy.requests} == {
+        "http://store.example"
+    }
 
 
 def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

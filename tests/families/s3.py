@@ -6,15 +6,21 @@ from families.s3 import bucket, client, key, server      in a conftest.py: the f
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import os
+import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families.s3server import S3Server
 
 import streamcrypt as sc
 
@@ -75,9 +81,11 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.server.behind)
-        headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
+        path = re.sub(r"^http://[^/]+", "", self.path)  # a whole URL is what a client asks a proxy for
+        left_out = ("transfer-encoding", "host" if path != self.path else "")
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
         try:
-            connection.request(self.command, self.path, body, headers)
+            connection.request(self.command, path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
         finally:
@@ -131,6 +139,57 @@ def once(method: str, part_of_path: str, fault: int | str) -> Fault:
         return left.pop() if left and had_method == method and part_of_path in path else None
 
     return decide
+
+
+def outage(kind: int | str, seconds: float, *, after: int) -> Fault:
+    """A fault of every request for some time, which begins when so many have come through."""
+    left, ends = after, 0.0
+
+    def decide(method: str, path: str) -> int | str | None:
+        nonlocal left, ends
+        left -= 1
+        if left == 0:
+            ends = time.monotonic() + seconds
+        return kind if left <= 0 and time.monotonic() < ends else None
+
+    return decide
+
+
+_LISTING = """
+import json, re
+from streamcrypt.storage import sort_key
+from streamcrypt.stores import StoreTree
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+count, before, in_order, last = 0, 0.0, True, []
+for entry in StoreTree("s3://bucket/data").walk():
+    count += 1
+    if count == 2000:
+        before = peak()
+    this = sort_key(entry.name)
+    in_order, last = in_order and last < this, this
+print(json.dumps({"count": count, "grown_mib": peak() - before, "in_order": in_order}))
+"""
+
+
+def listed(count: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A process lists a tree of so many keys: how many it found, and how much its memory grew after 2,000."""
+    names = [
+        f"data/{number // 5000:04}{'-b' * (number % 3 == 0)}/part-{number:07}" for number in range(count)
+    ]
+    server = S3Server(names)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        set_store_environment(monkeypatch, server.server_address[1])
+        done = subprocess.run([sys.executable, "-c", _LISTING], capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name in names[start : start + size]:
             if not name.startswith(prefix):
                 break
-            body, etag, _ = self.server.objects.get(name, (b"", '"00000000000000000000000000000000"', {}))
+            body, etag, _ = self.server.objects.get(name, (b"x", '"00000000000000000000000000000000"', {}))
             found.append(
                 f"<Contents><Key>{escape(name)}</Key><LastModified>1970-01-01T00:00:00.000Z</LastModified>"
                 f"<ETag>{escape(etag)}</ETag><Size>{len(body)}</Size></Contents>"
