@@ -64,9 +64,10 @@ class DoomedKey:
         self.arn = KeyArn.parse(str(found["Arn"]))
         self.state = str(found["KeyState"])
         self._take_date(found)
-        if found.get("KeyUsage") != "ENCRYPT_DECRYPT":
+        usage = found.get("KeyUsage") or "ENCRYPT_DECRYPT"
+        if usage != "ENCRYPT_DECRYPT":
             raise StreamcryptError(
-                f"{self.label}: a key for {found.get('KeyUsage')} wraps no data keys: nothing is erased with it; "
+                f"{self.label}: a key for {usage} wraps no data keys: nothing is erased with it; "
                 "streamcrypt kms schedule-key-deletion deletes it"
             )
         replicas = found.get("MultiRegionConfiguration", {}).get("ReplicaKeys", [])
@@ -90,7 +91,7 @@ class DoomedKey:
     def schedule(self, window: int) -> None:
         """Ask for the deletion after ``window`` days (7 to 30)."""
         answer = self._calls.call(
-            "ScheduleKeyDeletion", self.label, KeyId=str(self.arn), PendingWindowInDays=window
+            "ScheduleKeyDeletion", self.label, KeyId=self.arn.id, PendingWindowInDays=window
         )
         self.state = str(answer.get("KeyState", PENDING))
         self.pending_window = window

@@ -19,7 +19,7 @@ from streamcrypt.engine import remote
 from streamcrypt.engine.spans import FileTask, Opening, Sealing
 from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.reference import encrypting_keyring
-from streamcrypt.kms import open_service, principals
+from streamcrypt.kms import kms_client, open_service, principals
 from streamcrypt.kms.server import Server
 from streamcrypt.message.suites import UNSIGNED
 from streamcrypt.streams import OutgoingMessage, header_template
@@ -203,3 +203,20 @@ def test_no_key_is_in_what_travels(tree, keys):
         assert message.content_key not in travelling
         assert materials.data_key not in travelling
         assert len(travelling) < 3_000
+
+
+def test_a_signed_manifest_and_keys_by_partition(keys, tree):
+    """Each node hashes what it writes, and unwraps the data keys of every partition."""
+    url = keys.partition("@")[2]
+    kms = kms_client(f"local@{url}")
+    signer = kms.create_key(KeySpec="ECC_NIST_P256", KeyUsage="SIGN_VERIFY")["KeyMetadata"]["KeyId"]
+    other = f"local:{kms.create_key()['KeyMetadata']['KeyId']}@{url}"
+    (tree / "public.der").write_bytes(kms.get_public_key(KeyId=signer)["PublicKey"])
+    report = sc.encrypt(
+        tree / "plain", tree / "enc", keys=keys, key_map={"d1/*": other}, sign_manifest=f"local:{signer}@{url}",
+        engine="ray",
+    )  # fmt: skip
+    assert [used["files"] for used in report["keys"]] == [25, 12]
+    assert sc.verify(tree / "enc", signed_by=tree / "public.der").files == 37
+    sc.decrypt(tree / "enc", tree / "dec", keys=[keys, other], signed_by=tree / "public.der", engine="ray")
+    assert same(tree / "plain", tree / "dec")

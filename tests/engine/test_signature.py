@@ -368,6 +368,40 @@ def test_a_resumed_job_signs_what_it_takes_over_only_after_opening_it(kms, pem, 
     assert not leftovers(enc)
 
 
+# ------------------------------------------------------------------------ on an object store
+
+
+def test_a_folder_on_an_object_store(kms, pem, bucket, tmp_path):
+    """Signed, verified without a key, decrypted as signed, resumed, replaced and erased there."""
+    make_tree(tmp_path / "in", {**FILES, "parts": 9 * 2**20})
+    url = f"{bucket.url}/enc"
+    rules = {"a/*": "local:alias/other"}
+    other = kms.create_key()["KeyMetadata"]["Arn"]
+    kms.create_alias(AliasName="alias/other", TargetKeyId=other)
+    sc.encrypt(tmp_path / "in", url, keys=KEY, key_map=rules, sign_manifest=SIGNER, workers=2)
+    assert sc.verify(url, signed_by=pem).files == len(FILES) + 1
+    sc.decrypt(url, tmp_path / "dec", signed_by=pem)
+    assert read_tree(tmp_path / "dec") == read_tree(tmp_path / "in")
+    whole = bucket.get("enc/parts")
+    bucket.put("enc/parts", whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    bucket.put("enc/more")
+    with pytest.raises(sc.IntegrityError) as caught:
+        sc.verify(url, signed_by=pem)
+    assert {failure.path for failure in caught.value.report.failed} == {"parts", "more"}
+    bucket.client.delete_object(Bucket=bucket.name, Key="enc/more")
+    bucket.put("enc/parts", whole)
+    done = sc.erase("local:alias/other", url, dry_run=True)
+    assert done.unreadable == [f"{url}/a/x", f"{url}/a/y"]
+    (tmp_path / "in" / "link").symlink_to("b")
+    with pytest.raises(sc.SourceError):
+        sc.encrypt(tmp_path / "in", url, keys=KEY, key_map=rules, sign_manifest=SIGNER, overwrite=True)
+    assert not [name for name in bucket.names() if "manifest.s" in name]
+    (tmp_path / "in" / "link").unlink()
+    report = sc.encrypt(tmp_path / "in", url, keys=KEY, key_map=rules, sign_manifest=SIGNER, resume=True)
+    assert report.skipped == len(FILES) + 1
+    assert sc.verify(url, signed_by=pem).files == len(FILES) + 1
+
+
 # ------------------------------------------------------------------------ when there is none
 
 
@@ -384,6 +418,31 @@ def test_nothing_is_signed_when_a_file_failed_and_an_old_signature_goes(signed, 
     sc.encrypt(tmp_path / "in", signed, keys=KEY, overwrite=True)  # unsigned: the old one would not fit
     with pytest.raises(sc.IntegrityError, match="is missing: the tree has no signed manifest"):
         sc.verify(signed, signed_by=pem)
+
+
+def test_a_key_that_fails_at_the_end_leaves_a_job_to_resume(kms, pem, tmp_path):
+    make_tree(tmp_path / "in", FILES)
+    arn = kms.describe_key(KeyId="alias/signer")["KeyMetadata"]["Arn"]
+    words = {"keys": KEY, "sign_manifest": SIGNER, "frame_size": 1024}
+    with pytest.raises(sc.KeyAccessError, match="DisabledException"):
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", progress=lambda _: kms.disable_key(KeyId=arn), **words)
+    assert not (tmp_path / "enc" / SIGNATURE).exists()
+    assert not leftovers(tmp_path / "enc")
+    kms.enable_key(KeyId=arn)
+    report = sc.encrypt(tmp_path / "in", tmp_path / "enc", resume=True, **words)
+    assert report.skipped == len(FILES)
+    assert sc.verify(tmp_path / "enc", signed_by=pem, against=tmp_path / "in").files == len(FILES)
+
+
+def test_a_folder_without_files_and_a_dry_run(kms, pem, tmp_path):
+    (tmp_path / "in" / "nothing").mkdir(parents=True)
+    dry = sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEY, sign_manifest=SIGNER, dry_run=True)
+    assert (dry["kms"]["calls"], (tmp_path / "enc").exists()) == ({}, False)
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEY, sign_manifest=SIGNER)
+    assert sc.verify(tmp_path / "enc", signed_by=pem).files == 0
+    (tmp_path / "enc" / "new").write_bytes(b"")
+    with pytest.raises(sc.IntegrityError, match="added"):
+        sc.verify(tmp_path / "enc", signed_by=pem)
 
 
 def test_a_key_that_cannot_sign_is_found_before_anything_is_written(kms, tmp_path):
