@@ -27,6 +27,7 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 from streamcrypt.engine.spans import FileTask, SpanTask
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker
 from streamcrypt.errors import StreamcryptError
+from streamcrypt.system import c_call
 
 # What only processes need is imported where they are made: a small job runs in threads, and must not
 # wait for it (benchmarks/README.md, "start-up").
@@ -237,11 +238,8 @@ def serve() -> None:
 def _die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it ends (Linux)."""
     if sys.platform == "linux":
-        import ctypes
-
         pr_set_pdeathsig = 1
         parent = os.getppid()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        c_call("prctl", pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)

@@ -14,8 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from streamcrypt.engine.spans import FileTask, Opening, Sealing, SpanTask, unit_length
 from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.materials import read_public_key
@@ -340,6 +338,7 @@ class _SealingInto(Writing):
         self._frames = frames
         self._signer: Signer | None = None
         if sealing.signing_key is not None:
+            from cryptography.hazmat.primitives.asymmetric import ec
             from cryptography.hazmat.primitives.serialization import load_der_private_key
 
             key = load_der_private_key(sealing.signing_key, None)

@@ -12,10 +12,9 @@ Source: AWS Encryption SDK specification, framework/aws-kms/aws-kms-*.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, WrappedKeyError
 from streamcrypt.keys.calls import KmsCalls, KmsStats, require_bytes, require_public_key
@@ -26,10 +25,12 @@ from streamcrypt.keys.keyring import (
     Keyring,
     printable,
 )
-from streamcrypt.keys.raw import RSA_PADDINGS
 from streamcrypt.message.context import serialize_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import AlgorithmSuite
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 __all__ = ["KeyArn", "KmsCalls", "KmsDiscoveryKeyring", "KmsKeyring", "KmsRsaKeyring", "KmsStats"]
 
@@ -393,6 +394,8 @@ class KmsRsaKeyring(Keyring):
     ) -> tuple[EncryptedDataKey, ...]:
         self._refuse_signed(suite)
         payload = _context_digest(context) + data_key
+        from streamcrypt.keys.raw import RSA_PADDINGS
+
         ciphertext = self._load_public_key().encrypt(payload, RSA_PADDINGS[self._padding])
         return (EncryptedDataKey(KMS_RSA_PROVIDER, self._key_arn.encode(), ciphertext),)
 
@@ -404,6 +407,8 @@ class KmsRsaKeyring(Keyring):
                 raise IntegrityError(f"{self._key_arn}: KMS answered GetPublicKey for another key; refused")
 
             public_key = require_public_key(response, self._key_arn)
+            from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
             if not isinstance(public_key, RSAPublicKey):
                 raise KeyAccessError(f"{self._key_arn}: not an RSA key", key=self._key_arn)
             self._public_key = public_key

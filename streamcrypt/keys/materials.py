@@ -13,8 +13,7 @@ import base64
 import binascii
 from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
-
-from cryptography.hazmat.primitives.asymmetric import ec
+from typing import TYPE_CHECKING
 
 from streamcrypt.errors import IntegrityError, LimitExceededError
 from streamcrypt.hygiene import lock
@@ -23,6 +22,9 @@ from streamcrypt.keys.keyring import KeyHolder, Keyring
 from streamcrypt.message.context import PUBLIC_KEY_NAME, check_caller_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import AlgorithmSuite
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 DEFAULT_MAX_ENCRYPTED_DATA_KEYS = 10
 
@@ -136,6 +138,8 @@ class Materials:
         full = check_caller_context(context)
         signing_key = None
         if suite.curve is not None:
+            from cryptography.hazmat.primitives.asymmetric import ec
+
             signing_key = ec.generate_private_key(suite.curve)
             full[PUBLIC_KEY_NAME] = encode_public_key(signing_key.public_key())
         data_key, encrypted = self._keyring.generate(suite, full)
@@ -178,7 +182,8 @@ def read_public_key(suite: AlgorithmSuite, context: Mapping[str, str]) -> ec.Ell
     it is not a compressed point of the suite's curve.
     """
     encoded = context.get(PUBLIC_KEY_NAME)
-    if suite.curve is None:
+    curve = suite.curve
+    if curve is None:
         if encoded is not None:
             raise IntegrityError(
                 f"suite {suite.name} is unsigned, yet the encryption context holds a public key: altered"
@@ -188,12 +193,14 @@ def read_public_key(suite: AlgorithmSuite, context: Mapping[str, str]) -> ec.Ell
         raise IntegrityError(
             f"suite {suite.name} is signed, but the encryption context holds no public key: altered"
         )
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     try:
         point = base64.b64decode(encoded, validate=True)
-        if len(point) != 1 + (suite.curve.key_size + 7) // 8:
+        if len(point) != 1 + (curve.key_size + 7) // 8:
             raise ValueError("not a compressed point of this curve")
-        return ec.EllipticCurvePublicKey.from_encoded_point(suite.curve, point)
+        return ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
     except (ValueError, binascii.Error) as error:
         raise IntegrityError(
-            f"the public key in the encryption context is not a compressed point on {suite.curve.name}"
+            f"the public key in the encryption context is not a compressed point on {curve.name}"
         ) from error

@@ -11,16 +11,17 @@ the public key travels in the encryption context as Base64 of the compressed SEC
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
 from streamcrypt.errors import FormatError, IntegrityError
 from streamcrypt.message.header import Buffer
 from streamcrypt.message.suites import AlgorithmSuite
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 # A P-384 signature takes 102 to 104 bytes; writers sign again until it takes 103, so that the size
 # of a signed message is known before it is written.  Readers take any length.
@@ -45,7 +46,7 @@ class Signer:
 
     def footer(self) -> bytes:
         digest = self._hash.finalize()
-        scheme = ec.ECDSA(Prehashed(self._algorithm))
+        scheme = _ecdsa(self._algorithm)
         while True:
             signature = self._key.sign(digest, scheme)
             if len(signature) == SIGNATURE_LENGTH:
@@ -70,9 +71,16 @@ class Verifier:
         if length != len(footer):
             raise FormatError("bytes follow the message's footer")
         try:
-            self._key.verify(signature, self._hash.finalize(), ec.ECDSA(Prehashed(self._algorithm)))
+            self._key.verify(signature, self._hash.finalize(), _ecdsa(self._algorithm))
         except InvalidSignature:
             raise IntegrityError("the signature of the message does not hold") from None
+
+
+def _ecdsa(algorithm: hashes.HashAlgorithm) -> ec.ECDSA:
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+
+    return ec.ECDSA(Prehashed(algorithm))
 
 
 def parse_footer(buffer: Buffer) -> tuple[bytes, int]:

@@ -7,12 +7,14 @@ format that depends on the suite is read from this one table.
 from __future__ import annotations
 
 import enum
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from streamcrypt.errors import FormatError, IntegrityError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 IV_LENGTH: Final = 12
 TAG_LENGTH: Final = 16
@@ -34,8 +36,17 @@ class AlgorithmSuite(NamedTuple):
     key_length: int
     kdf_hash: hashes.HashAlgorithm | None
     committing: bool = False
-    curve: ec.EllipticCurve | None = None
+    curve_name: str | None = None
     signature_hash: hashes.HashAlgorithm | None = None
+
+    @property
+    def curve(self) -> ec.EllipticCurve | None:
+        """The curve of the signature; imported here, because most messages are not signed."""
+        if self.curve_name is None:
+            return None
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        return ec.SECP256R1() if self.curve_name == "secp256r1" else ec.SECP384R1()
 
     @property
     def id_bytes(self) -> bytes:
@@ -47,7 +58,7 @@ class AlgorithmSuite(NamedTuple):
 
     @property
     def signed(self) -> bool:
-        return self.curve is not None
+        return self.curve_name is not None
 
     @property
     def name(self) -> str:
@@ -71,11 +82,11 @@ SUITES: Final[dict[int, AlgorithmSuite]] = {
         AlgorithmSuite(0x0114, 1, 16, _SHA256),
         AlgorithmSuite(0x0146, 1, 24, _SHA256),
         AlgorithmSuite(0x0178, 1, 32, _SHA256),
-        AlgorithmSuite(0x0214, 1, 16, _SHA256, False, ec.SECP256R1(), _SHA256),
-        AlgorithmSuite(0x0346, 1, 24, _SHA384, False, ec.SECP384R1(), _SHA384),
-        AlgorithmSuite(0x0378, 1, 32, _SHA384, False, ec.SECP384R1(), _SHA384),
+        AlgorithmSuite(0x0214, 1, 16, _SHA256, False, "secp256r1", _SHA256),
+        AlgorithmSuite(0x0346, 1, 24, _SHA384, False, "secp384r1", _SHA384),
+        AlgorithmSuite(0x0378, 1, 32, _SHA384, False, "secp384r1", _SHA384),
         AlgorithmSuite(0x0478, 2, 32, _SHA512, True),
-        AlgorithmSuite(0x0578, 2, 32, _SHA512, True, ec.SECP384R1(), _SHA384),
+        AlgorithmSuite(0x0578, 2, 32, _SHA512, True, "secp384r1", _SHA384),
     )
 }
 UNSIGNED: Final = SUITES[0x0478]
