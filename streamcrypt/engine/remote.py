@@ -1,89 +1,139 @@
-"""The same tasks on a Ray cluster: each a whole message, in batches, on any node.
+"""The same tasks on a Ray cluster: lists of whole messages, or of spans of large ones, on any node.
 
-    driver    walks, counts data keys, writes the manifest        keeps: data keys
-    worker    reads, seals or opens, publishes                    asks for data keys itself
+    driver    walks, counts data keys, writes journal and manifest     keeps: data keys
+    worker    reads, seals or opens, publishes                         asks for data keys itself
 
 What must never happen: a plaintext key crosses the network.  A task carries the encrypted data keys
-of its message; the worker unwraps them by its own references and its own rights, and draws the
-message id itself, so that a task that is done again makes another message.
+of its message, and the worker unwraps them by its own references and its own rights.  For a whole
+message it also draws the message id itself, so that a task that is done twice makes two messages.
 
-Source and destination are folders that every node sees under the same name.  A worker or node that
-dies gives its tasks back (``Lost``), and the engine starts their messages again, as it does locally;
-what did not authenticate is never tried again.  Signed messages stay with the local engine: their
-signing key is made with the data key, and would have to travel.
+Source and destination are folders that every node sees under the same name, or object stores.  A
+worker or node that dies gives its tasks back (``Lost``), and the engine starts their messages again,
+as it does locally; what did not authenticate is never tried again.  A node that cannot do the work,
+because it may not use the key or does not see the folders, is left out and its tasks go to the
+others; without any other the job ends with that node's error.  Signed messages are made by the local
+engine: their signing key is made with the data key, and would have to travel.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from streamcrypt.engine.job import Job, Report
+from streamcrypt import __version__
+from streamcrypt.engine.job import Failure, Job, Place, Report
 from streamcrypt.engine.pool import Lost, Pool, Tasks
-from streamcrypt.engine.run import _Item, _Run
-from streamcrypt.engine.spans import BATCH_FILES, FileTask, Opening, Sealing
-from streamcrypt.engine.worker import Outcome, Setup, Worker, located, unexpected
-from streamcrypt.errors import IntegrityError, KeyAccessError, SourceError, StreamcryptError
+from streamcrypt.engine.run import _ATTEMPTS, SAMPLE, _Item, _Run
+from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, FileTask, Opening, Sealing, SpanTask
+from streamcrypt.engine.worker import Outcome, Setup, Worker, unexpected
+from streamcrypt.errors import (
+    DestinationError,
+    IntegrityError,
+    KeyAccessError,
+    SourceError,
+    StreamcryptError,
+    TemporaryError,
+)
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsStats
 from streamcrypt.keys.keyring import KMS_PROVIDER, Keyring
-from streamcrypt.keys.materials import EncryptionMaterials, Materials
+from streamcrypt.keys.materials import DecryptionMaterials, EncryptionMaterials, Materials
 from streamcrypt.keys.reference import References, decrypting_keyring
 from streamcrypt.message.frames import Geometry
-from streamcrypt.message.header import EncryptedDataKey, parse_header
-from streamcrypt.message.suites import suite_by_id
-from streamcrypt.storage import Entry
+from streamcrypt.message.header import EncryptedDataKey, Header, HeaderTemplate, parse_header
+from streamcrypt.storage import Entry, LocalTarget, LocalTree
 from streamcrypt.streams import (
     FrameReader,
     OutgoingMessage,
     ReadingRules,
     header_template,
+    read_bytes,
     source_geometry,
     source_header,
     unlock,
 )
 
 # Lists of tasks for each CPU of the cluster: one that is worked on, and one that waits there.
-_HELD: Final = 2
+HELD: Final = 2
+# Handing out a list costs 0.7 ms and more, so lists are longer than locally; every CPU still gets so
+# many of them, where there is enough to do.
+LISTS: Final = 8
+LIST_FILES: Final = 256
+LIST_BYTES: Final = 256 * 2**20
+
+_LOOK: Final = 5.0  # seconds between two looks at which nodes there are
+_NO_NODE: Final = 300.0  # seconds without any node after which the job gives up
+_ENDING: Final = 10.0  # seconds that cancelled tasks get to end
+_REFUSALS: Final = 3  # for each CPU, without a result in between: then the KMS is away for everybody
 _LOCAL_KEY: Final = b":kms:local:"  # in the ARN of a key of the embedded KMS
 
+_log = logging.getLogger("streamcrypt.engine")
 
-class WrappedSealing(NamedTuple):
-    """How a worker makes a message, without any plaintext key."""
 
-    suite_id: int
-    context: Mapping[str, str]
-    encrypted_data_keys: tuple[EncryptedDataKey, ...]
-    frame_length: int
-    authenticated_context: Mapping[str, str]
+class Wrapped(NamedTuple):
+    """A message's header, with its wrapped keys, in place of its plaintext ones."""
+
+    header: bytes
+    geometry: Geometry | None
 
 
 class WrappedTask(NamedTuple):
-    """A FileTask whose keys are wrapped; ``header`` is that of the message to be read."""
+    """A task without any key: ``opening`` is the message to be read, ``sealing`` the one to be made.
 
-    task: FileTask
-    header: bytes | None
-    geometry: Geometry | None
-    sealing: WrappedSealing | None
+    Of a whole message's ``sealing`` only what all messages of its data key share counts; a span's is
+    the message itself.
+    """
 
-
-class Done(NamedTuple):
-    """What became of a task, and the header of the message that the worker made."""
-
-    outcome: Outcome
-    header: bytes | None
+    task: FileTask | SpanTask
+    opening: Wrapped | None
+    sealing: Wrapped | None
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a worker comes to data keys: key references, and the rules for messages that are read."""
+class Made(NamedTuple):
+    """A message that a worker made."""
+
+    header: bytes
+    message_id: bytes
+
+
+class Result(NamedTuple):
+    """What a worker did of a list.
+
+    The first tasks have outcomes, and ``made`` the messages of them by number; where there is a
+    ``refusal``, the node cannot do the others.
+    """
+
+    node: str
+    outcomes: list[Outcome]
+    made: dict[int, Made]
+    refusal: StreamcryptError | None
+    stats: KmsStats
+
+
+class Access(NamedTuple):
+    """How a worker comes to data keys and folders.
+
+    ``reading`` and ``writing`` are key references; ``cache`` the capacity and the age in seconds of
+    the data-key cache, None for no cache.  ``marker`` is a file of the driver's in the destination:
+    a node that does not see it sees another folder.
+    """
 
     reading: tuple[str, ...] | None
     writing: tuple[str, ...] | None
-    rules: ReadingRules = field(default_factory=ReadingRules)
-    authenticated_context: Mapping[str, str] = field(default_factory=dict)
+    rules: ReadingRules = ReadingRules()
+    authenticated_context: Mapping[str, str] = MappingProxyType({})
+    cache: tuple[int, float] | None = None
+    marker: str | None = None
+    version: str = __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,35 +144,31 @@ class Cluster:
     reading: References | None
     writing: References | None
     stats: KmsStats
+    cache: DataKeyCache | None = None
 
     def run(self, job: Job) -> Report:
         """Do the job on the cluster.
 
-        ValueError for keys that other machines cannot reach, before anything is touched.
+        ValueError for keys that other machines cannot use, before anything is touched.
         """
         access = Access(
             None if job.reading is None else _travelling(self.reading),
-            None if job.writing is None else _travelling(self.writing),
+            None if job.writing is None else _unwrapping(_travelling(self.writing)),
             job.rules,
             dict(job.authenticated_context),
+            None if self.cache is None else (self.cache.capacity, self.cache.max_age),
         )
         if job.suite.signed and job.writing is not None:
             raise ValueError(
                 "signed messages are made by the local engine: their signing key does not leave the machine; "
                 "leave out --sign or --engine ray"
             )
-        ray, ours = _connect(self.address)
-        try:
-            run = _ClusterRun(job, ray, access, self.stats)
-            with run:
-                if job.operation == "encrypt":
-                    run.drive(run.readable(run.entries()), run.seal)
-                else:
-                    run.drive(run.listed(run.entries()), run.open)
-            return run.report
-        finally:
-            if ours:
-                ray.shutdown()
+        with _connected(self.address) as ray, _ClusterRun(job, ray, access, self.stats) as run:
+            if job.operation == "encrypt":
+                run.drive(run.readable(run.entries()), run.seal)
+            else:
+                run.drive(run.listed(run.entries()), run.open)
+        return run.report
 
 
 def _travelling(references: References | None) -> tuple[str, ...] | None:
@@ -133,8 +179,17 @@ def _travelling(references: References | None) -> tuple[str, ...] | None:
     for reference in given:
         if not isinstance(reference, str):
             raise ValueError("keys for a cluster are key references: a keyring does not travel")
-        body, at, _ = reference.partition("@")
-        if not at and (body.startswith(("local:", "ecdh:local:")) or _LOCAL_KEY.decode() in body):
+        body, at, place = reference.partition("@")
+        if body.startswith("hierarchy:") and place.partition("?")[0] == "local":
+            raise ValueError(
+                f"{reference}: branch keys of this machine's home, which the nodes of a cluster do not reach; "
+                "keep them in DynamoDB (hierarchy:BRANCH-KEY-ID@dynamodb:TABLE)"
+            )
+        # The @ of kms-rsa: names a file, not an address.
+        if body.startswith("kms-rsa:local:") or (
+            (not at or body.startswith("kms-rsa:"))
+            and (body.startswith(("local:", "ecdh:local:")) or _LOCAL_KEY.decode() in body)
+        ):
             raise ValueError(_local_key(reference))
     return tuple(str(reference) for reference in given)
 
@@ -142,23 +197,49 @@ def _travelling(references: References | None) -> tuple[str, ...] | None:
 def _local_key(reference: str) -> str:
     return (
         f"{reference}: a key of this machine's file, which the nodes of a cluster do not reach; start "
-        "`streamcrypt kms serve --host ADDRESS` and write local:alias/NAME@http://HOST:PORT"
+        "`streamcrypt kms serve` and write local:alias/NAME@http://HOST:PORT (https:// to other machines)"
     )
 
 
-def _connect(address: str | None) -> tuple[Any, bool]:
-    """Ray, and whether we have connected it and so must shut it down."""
+def _unwrapping(references: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those that also open what they wrap, since a worker is given wrapped keys; ValueError without any."""
+    assert references is not None
+    kept, reason = [], ""
+    for reference in references:
+        try:
+            decrypting_keyring(reference)
+        except (KeyAccessError, ValueError) as error:
+            reason = str(error)
+        else:
+            kept.append(reference)
+    if not kept:
+        raise ValueError(
+            f"on a cluster each worker unwraps the data keys itself, and none of the keys can: {reason}; "
+            "add a key that decrypts, or use the local engine"
+        )
+    return tuple(kept)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected to that cluster, or where the caller is connected to one already, as it is."""
     try:
         import ray
     except ImportError as error:
         raise ImportError("the engine ray needs ray: pip install 'streamcrypt[ray]'") from error
     if ray.is_initialized():
-        return ray, False
-    try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise StreamcryptError(f"{address or 'ray'}: no Ray cluster is reached there: {error}") from error
-    return ray, True
+        yield ray
+        return
+    # Ray tells of workers that die on standard output, which is the result's.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise StreamcryptError(f"{address or 'ray'}: no Ray cluster is reached there: {error}") from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 class _ClusterRun(_Run):
@@ -169,12 +250,13 @@ class _ClusterRun(_Run):
         self._ray = ray
         self._access = access
         self._stats = stats
-
-    def seal(self, item: _Item) -> FileTask | None:
-        return _undivided(super().seal(item))
+        self._marker: LocalTarget | None = None
+        self._list_files, self._list_bytes = LIST_FILES, LIST_BYTES
+        self._given_up: dict[int, list[FileTask]] = {}  # attempts that were lost, by number
+        self._made_again: list[FileTask] = []
 
     def open(self, item: _Item) -> FileTask | None:
-        task = _undivided(super().open(item))
+        task = super().open(item)
         if task is not None and task.opening is not None and self._access.reading is None:
             _refuse_local_keys(task.opening.header)
         return task
@@ -183,147 +265,332 @@ class _ClusterRun(_Run):
         job = self.job
         target = job.destination.tree if job.destination is not None else None
         compared = target if job.resume else job.against.tree if job.against is not None else None
-        setup = Setup(job.source.tree, target, compared, self._may_replace, job.durable)
-        cpus = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
-        self.report.workers = cpus
-        self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * cpus)))
-        return RayPool(self._ray, setup, self._access, cpus, self._stats, self._made)
+        setup = Setup(
+            job.source.tree, target, compared, self._may_replace, job.durable, job.signing is not None
+        )
+        if isinstance(target, LocalTree):
+            target.remove_leftovers("")
+            self._marker = target.create("marker", overwrite=True)  # it never gets that name
+            self._access = self._access._replace(marker=self._marker.temporary)
+        pool = RayPool(self._ray, setup, self._access, self._stats, self._note_made)
+        self.report.workers = cpus = pool.cpus
+        if len(sample) < SAMPLE:  # all: every CPU gets some
+            total = sum(entry.size for entry in sample)
+            self._list_bytes = max(BATCH_BYTES, min(LIST_BYTES, total // (LISTS * cpus)))
+            self._list_files = max(1, min(LIST_FILES, len(sample) // (LISTS * cpus)))
+        self._batch_files = min(BATCH_FILES, self._list_files)
+        return pool
 
-    def _made(self, number: int, header: bytes) -> None:
+    def _lists(self, tasks: Iterator[FileTask]) -> Iterator[Tasks]:
+        """The lists of the local engine, several of them put together."""
+        held: list[FileTask | SpanTask] = []
+        size = 0
+        for group in super()._lists(tasks):
+            length = sum(_length(task) for task in group)
+            if held and (
+                type(held[0]) is not type(group[0])
+                or size + length > self._list_bytes
+                or len(held) + len(group) > self._list_files
+            ):
+                yield held
+                held, size = [], 0
+            held = [*held, *group]
+            size += length
+        if held:
+            yield held
+
+    def _note_made(self, number: int, made: Made) -> None:
         """The worker drew the message id: the manifest is to list its header, not ours."""
         task = self._tasks[number]
         assert task.sealing is not None
-        message_id = parse_header(header, max_encrypted_data_keys=None)[0].message_id
-        self._tasks[number] = task._replace(
-            sealing=task.sealing._replace(header=header, message_id=message_id)
-        )
+        sealing = task.sealing._replace(header=made.header, message_id=made.message_id)
+        self._tasks[number] = task._replace(sealing=sealing)
 
-    def _was_published(self, task: FileTask) -> bool:
-        """Whether the worker that died had published its message: one under the task's own data key."""
+    # -- workers that are lost
+
+    def _retry(self, task: FileTask, reason: str) -> None:
+        self._given_up.setdefault(task.number, []).append(task)
+        if (published := self._published(task)) is not None:
+            self._finish_file(published, _outcome_of(published))
+        elif task.attempt >= _ATTEMPTS:
+            error = StreamcryptError(f"{self._path(task.source)}: {reason} each time it had this file")
+            self._fail(task.number, task.source, error)
+        else:
+            sealing = self._sealing(task.source, task.length) if task.sealing is not None else None
+            again = task._replace(sealing=sealing, attempt=task.attempt + 1)
+            self._feeds.append(self._lists(iter((again,))))
+
+    def _take(self, outcome: Outcome) -> None:
+        if isinstance(outcome.error, DestinationError) and outcome.number in self._given_up:
+            task = self._tasks.get(outcome.number)
+            if task is not None and (published := self._published(task)) is not None:
+                # Whoever was given up for lost has finished it meanwhile: its message stands.
+                del self._tasks[task.number]
+                self._finish_file(published, _outcome_of(published))
+                return
+        super()._take(outcome)
+
+    def _published(self, task: FileTask) -> FileTask | None:
+        """The task as a worker that was lost has published it: a message under its own data key."""
         destination = self.job.destination
-        if task.sealing is None or task.target is None or destination is None:
-            return super()._was_published(task)
-        if not destination.tree.exists(task.target):
-            return False
-        source = destination.tree.open(task.target)
+        if task.target is None or destination is None or not destination.tree.exists(task.target):
+            return None
+        if task.sealing is None:
+            return task if self._was_published(task) else None
+        assert self.job.writing is not None
+        ours = {_header(lost.sealing.header).encrypted_data_keys
+                for lost in self._given_up[task.number] if lost.sealing is not None}  # fmt: skip
+        rules = ReadingRules(
+            max_encrypted_data_keys=None, authenticated_context=self.job.authenticated_context
+        )
+        try:
+            source = destination.tree.open(task.target)
+        except SourceError:
+            return None
         try:
             header = source_header(source, max_encrypted_data_keys=None)
-            ours = parse_header(task.sealing.header, max_encrypted_data_keys=None)[0]
-            if header.encrypted_data_keys != ours.encrypted_data_keys or self.job.writing is None:
-                return False
-            rules = ReadingRules(
-                max_encrypted_data_keys=None, authenticated_context=self.job.authenticated_context
-            )
+            if header.encrypted_data_keys not in ours:
+                return None
             geometry = source_geometry(source, header)
-            FrameReader(source, unlock(header, self.job.writing, rules).cipher, geometry).open_final()
+            FrameReader(
+                source, unlock(header, self._made_by(task.source), rules).cipher, geometry
+            ).open_final()
         except (IntegrityError, KeyAccessError, SourceError):
-            return False
+            return None
         finally:
             source.close()
         if geometry.plaintext_length != task.length:
-            return False
-        self._tasks[task.number] = task
-        self._made(task.number, header.serialize())
-        return True
+            return None
+        sealing = task.sealing._replace(header=header.serialize(), message_id=header.message_id)
+        return task._replace(sealing=sealing)
 
-    def _retry(self, task: FileTask, reason: str) -> None:
-        if self._was_published(task):
-            made = self._tasks.pop(task.number, task)
-            self._finish_file(made, Outcome(task.number, 0, task.target_length or 0))
-        else:
-            super()._retry(task, reason)
+    def _finish_file(self, task: FileTask, outcome: Outcome) -> None:
+        if task.number in self._given_up:
+            self._made_again.append(task)
+        super()._finish_file(task, outcome)
+
+    def _finish(self, destination: Place) -> None:
+        if self._may_replace:
+            for task in self._made_again:
+                self._check_not_replaced(destination, task)
+        super()._finish(destination)
+
+    def _check_not_replaced(self, destination: Place, task: FileTask) -> None:
+        """A worker given up for lost may end later still, and where names are replaced, replace ours."""
+        if task.sealing is None or task.target is None:
+            return
+        with contextlib.closing(destination.tree.open(task.target)) as source:
+            if read_bytes(source, 0, len(task.sealing.header)) != task.sealing.header:
+                error = DestinationError(
+                    f"{destination.tree.path(task.target)}: a worker that had been lost replaced it; "
+                    "run the job again with --resume"
+                )
+                self.report.failed.append(Failure(task.source, error))
+
+    def _end(self, *, failed: bool) -> None:
+        try:
+            super()._end(failed=failed)
+        finally:
+            if self._marker is not None:
+                self._marker.discard()
 
 
 def _refuse_local_keys(header: bytes) -> None:
     """ValueError where a node would look for a message's key in an embedded KMS of its own."""
-    keys = parse_header(header, max_encrypted_data_keys=None)[0].encrypted_data_keys
+    keys = _header(header).encrypted_data_keys
     local = [key for key in keys if key.provider_id == KMS_PROVIDER and _LOCAL_KEY in key.info]
     if local and len(local) == len(keys):
         raise ValueError(_local_key(local[0].info.decode("utf-8", "replace")))
 
 
-def _undivided(task: FileTask | None) -> FileTask | None:
-    # A span would be sealed again under the same IVs when its worker dies: a message is one task.
-    return task._replace(undivided=True) if task is not None else None
+def _header(header: bytes) -> Header:
+    return parse_header(header, max_encrypted_data_keys=None)[0]
+
+
+def _length(task: FileTask | SpanTask) -> int:
+    return task.stop - task.start if isinstance(task, SpanTask) else task.length
+
+
+def _outcome_of(task: FileTask) -> Outcome:
+    """What became of a file whose worker published it and was lost before it could say so."""
+    read = task.length
+    if task.opening is not None:
+        read = task.opening.geometry.message_length if task.opening.geometry is not None else 0
+    return Outcome(task.number, read, task.target_length or 0, task.length)
+
+
+# ---------------------------------------------------------------------------------------------
+# Lists to nodes
+
+
+class _Node(NamedTuple):
+    id: str
+    address: str
+    cpus: int
+
+    def __str__(self) -> str:
+        return f"node {self.address} ({self.id[:8]})"
 
 
 class RayPool:
-    """Workers as Ray tasks."""
+    """Workers as Ray tasks: at most ``HELD`` lists for each CPU are with the cluster at a time."""
 
     def __init__(
         self,
         ray: Any,
         setup: Setup,
         access: Access,
-        cpus: int,
         stats: KmsStats,
-        made: Callable[[int, bytes], None],
+        made: Callable[[int, Made], None],
     ) -> None:
         self._ray = ray
-        # Once for the job, not with every task.
+        # Once for the job, not with every list.
         self._common = ray.put((setup, access))
-        # Our own engine repeats what was lost, since it knows what had been published already.
+        # Our own engine repeats what was lost, since it knows what had been published already, and
+        # gives a span that is done again another key.
         self._work = ray.remote(num_cpus=1, max_retries=0)(work)
-        self._limit = cpus * _HELD
         self._stats = stats
         self._made = made
-        self._held: dict[Any, Tasks] = {}
+        self._held: dict[Any, tuple[Tasks, str | None]] = {}
+        self._nodes: dict[str, _Node] = {}
+        self._left_out: dict[str, StreamcryptError] = {}
+        self._delivered: set[str] = set()
+        self._refusals = 0
+        self._looked = self._seen = -math.inf
+        self._look()
+
+    @property
+    def cpus(self) -> int:
+        """Those of the nodes that take part."""
+        return max(1, sum(node.cpus for node in self._nodes.values() if node.id not in self._left_out))
 
     @property
     def has_room(self) -> bool:
-        return len(self._held) < self._limit
+        return len(self._held) < HELD * self.cpus
 
     @property
     def busy(self) -> bool:
         return bool(self._held)
 
     def submit(self, tasks: Tasks) -> None:
-        wrapped = [_wrapped(task) for task in tasks if isinstance(task, FileTask)]
-        self._held[self._work.remote(self._common, wrapped)] = tasks
+        work, node = self._work, None
+        if self._left_out:  # Ray would give it to any node, so the choice is ours now
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            node = self._least_busy()
+            work = work.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        self._held[work.remote(self._common, [_wrapped(task) for task in tasks])] = (tasks, node)
 
     def collect(self) -> list[Outcome | Lost]:
         results: list[Outcome | Lost] = []
-        ready, _ = self._ray.wait(list(self._held), num_returns=1)
-        for reference in ready:
-            tasks = self._held.pop(reference)
+        errors = self._ray.exceptions
+        for reference in self._ready():
+            tasks, _ = self._held.pop(reference)
             try:
-                done, stats = self._ray.get(reference)
-            except self._ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[-1]
-                results.append(Lost(tasks, f"a worker of the cluster was lost ({reason})"))
+                result = self._ray.get(reference)
+            except errors.RayTaskError as error:
+                reason = str(error.cause or error).strip().splitlines()[-1]
+                raise StreamcryptError(
+                    f"a node of the cluster cannot do the work: {reason}; every node needs Python as here, "
+                    f"streamcrypt {__version__} and what its keys need"
+                ) from error
+            except errors.RayError as error:
+                self._looked = -math.inf
+                results.append(Lost(tasks, f"a worker of the cluster was lost ({type(error).__name__})"))
                 continue
-            self._stats.merge(stats)
-            for outcome, header in done:
-                if header is not None and outcome.error is None:
-                    self._made(outcome.number, header)
-                results.append(outcome)
+            results += self._taken(result, tasks)
         return results
 
     def close(self, *, cancel: bool = False) -> None:
-        if cancel:
-            for reference in self._held:
-                self._ray.cancel(reference, force=True)
+        if cancel and self._held:
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                for reference in self._held:
+                    self._ray.cancel(reference, force=True)
+                # What they leave behind can be removed when they have ended.
+                self._ray.wait(list(self._held), num_returns=len(self._held), timeout=_ENDING)
         self._held.clear()
+        self._common = None
 
+    def _ready(self) -> list[Any]:
+        """The lists that are done; waits for the first."""
+        while not self._ray.wait(list(self._held), timeout=_LOOK)[0]:
+            self._look()
+            if time.monotonic() - self._seen > _NO_NODE:
+                raise TemporaryError(
+                    "the cluster has no node with processors left; --resume goes on when it has"
+                )
+        self._look()
+        ready: list[Any] = self._ray.wait(list(self._held), num_returns=len(self._held), timeout=0)[0]
+        return ready
 
-def _wrapped(task: FileTask) -> WrappedTask:
-    """The task without its keys."""
-    sealing = None
-    if task.sealing is not None:
-        header, _ = parse_header(task.sealing.header, max_encrypted_data_keys=None)
-        sealing = WrappedSealing(
-            task.sealing.suite_id,
-            dict(header.context),
-            header.encrypted_data_keys,
-            task.sealing.geometry.frame_length,
-            {},
+    def _look(self) -> None:
+        """See which nodes there are, now and then: they come and go."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK:
+            return
+        nodes = (
+            _Node(node["NodeID"], node["NodeManagerAddress"], int(node["Resources"].get("CPU", 0)))
+            for node in self._ray.nodes()
+            if node["Alive"]
         )
-    opening = task.opening
+        self._nodes = {node.id: node for node in nodes if node.cpus}
+        self._looked = now
+        if self._nodes or self._seen == -math.inf:
+            self._seen = now
+
+    def _taken(self, result: Result, tasks: Tasks) -> list[Outcome | Lost]:
+        self._stats.merge(result.stats)
+        if result.outcomes:
+            self._delivered.add(result.node)
+            self._refusals = 0
+        outcomes: list[Outcome | Lost] = []
+        for outcome in result.outcomes:
+            if outcome.error is None and outcome.number in result.made:
+                self._made(outcome.number, result.made[outcome.number])
+            if isinstance(outcome.error, SourceError | DestinationError):
+                outcome.error.args = (f"{outcome.error} (on {self._name(result.node)})",)
+            outcomes.append(outcome)
+        if result.refusal is not None:
+            self._refused(result.node, result.refusal)
+            self.submit(tasks[len(result.outcomes) :])
+        return outcomes
+
+    def _refused(self, node: str, error: StreamcryptError) -> None:
+        """A node cannot do the work: for now only, or it is left out from here on."""
+        if isinstance(error, TemporaryError) and node in self._delivered:
+            self._refusals += 1
+            if self._refusals > _REFUSALS * self.cpus:
+                raise error
+        elif node not in self._left_out:
+            self._left_out[node] = error
+            self._looked = -math.inf
+            self._look()
+            if any(other not in self._left_out for other in self._nodes):
+                _log.warning("%s is left out: %s", self._name(node), error)
+
+    def _least_busy(self) -> str:
+        """The node with the fewest lists for its CPUs; without any, the error of the last one."""
+        nodes = [node for node in self._nodes.values() if node.id not in self._left_out]
+        if not nodes:
+            name, error = next(reversed(self._left_out.items()))
+            error.args = (f"no node of the cluster can do the work; {self._name(name)}: {error}",)
+            raise error
+        held = Counter(node for _, node in self._held.values())
+        return min(nodes, key=lambda node: held[node.id] / node.cpus).id
+
+    def _name(self, node: str) -> str:
+        return str(self._nodes.get(node, f"node {node[:8]}"))
+
+
+def _wrapped(task: FileTask | SpanTask) -> WrappedTask:
+    """The task without its keys."""
+    file = task.file if isinstance(task, SpanTask) else task
+    opening, sealing = file.opening, file.sealing
+    bare = file._replace(opening=None, sealing=None)
     return WrappedTask(
-        task._replace(sealing=None, opening=None),
-        opening.header if opening is not None else None,
-        opening.geometry if opening is not None else None,
-        sealing,
+        task._replace(file=bare) if isinstance(task, SpanTask) else bare,
+        Wrapped(opening.header, opening.geometry) if opening is not None else None,
+        Wrapped(sealing.header, sealing.geometry) if sealing is not None else None,
     )
 
 
@@ -331,61 +598,135 @@ def _wrapped(task: FileTask) -> WrappedTask:
 # On a node
 
 
-def work(common: tuple[Setup, Access], tasks: Sequence[WrappedTask]) -> tuple[list[Done], KmsStats]:
-    """Do the tasks; what goes wrong with one is its outcome.  Also the KMS calls that it took."""
+def work(common: tuple[Setup, Access], tasks: Sequence[WrappedTask]) -> Result:
+    """Do the tasks; what goes wrong with one is its outcome, and what the node cannot do its refusal."""
+    import ray
+
     setup, access = common
-    keys = _keys_of(os.getpid(), access)
-    worker = Worker(setup)
-    done: list[Done] = []
-    ready: list[tuple[FileTask, bytes | None]] = []
+    node, stats = ray.get_runtime_context().get_node_id(), KmsStats()
+    made: dict[int, Made] = {}
+    ready: list[FileTask | SpanTask] = []
+    refusal: StreamcryptError | None = None
     try:
+        _check_node(setup, access)
+        keys = _keys_of(os.getpid(), access)
+        stats = keys.stats
         for wrapped in tasks:
-            path = setup.source.path(wrapped.task.source)
-            try:
-                ready.append(_unwrapped(wrapped, keys, access))
-            except StreamcryptError as error:
-                done.append(Done(Outcome(wrapped.task.number, error=located(error, path)), None))
-            except Exception as error:  # noqa: BLE001  (the outermost loop: the error goes home)
-                done.append(Done(Outcome(wrapped.task.number, error=unexpected(path, error)), None))
-        if ready:
-            headers = {task.number: header for task, header in ready}
-            outcomes = worker.run([task for task, _ in ready])
-            done += [Done(outcome, headers[outcome.number]) for outcome in outcomes]
+            ready.append(_unwrapped(wrapped, keys, access, made))
+    except StreamcryptError as error:
+        refusal = error
+    except (ValueError, ImportError) as error:
+        refusal = KeyAccessError(str(error))
+    except Exception as error:  # noqa: BLE001  (the outermost loop: the error goes home)
+        refusal = unexpected(setup.source.root, error)
+    outcomes: list[Outcome] = []
+    worker = Worker(setup)
+    try:
+        for start in range(0, len(ready), BATCH_FILES):
+            outcomes += worker.run(ready[start : start + BATCH_FILES])
     finally:
         worker.close()
-    return done, keys.stats.take()
+    if setup.durable and isinstance(setup.target, LocalTree):
+        outcomes = _flushed(setup.target, ready, outcomes)
+    return Result(node, outcomes, made, refusal, stats.take())
 
 
-def _unwrapped(wrapped: WrappedTask, keys: _Keys, access: Access) -> tuple[FileTask, bytes | None]:
-    """The task with its keys, and the header of the message that it will make."""
-    opening = sealing = header = None
-    if wrapped.header is not None:
+def _check_node(setup: Setup, access: Access) -> None:
+    """StreamcryptError where this node is no part of the job's world."""
+    if access.version != __version__:
+        raise StreamcryptError(
+            f"streamcrypt {__version__} is installed there, and the job is one of {access.version}"
+        )
+    for tree in (setup.source, setup.against):
+        if isinstance(tree, LocalTree) and not os.path.isdir(tree.root):
+            raise SourceError(f"{tree.root}: is not seen there; every node must see it under this name")
+    if access.marker is not None:
+        assert setup.target is not None
+        if not os.path.lexists(setup.target.path(access.marker)):
+            raise DestinationError(
+                f"{setup.target.root}: is not seen there, or is another folder; every node must see the "
+                "destination under this name"
+            )
+
+
+def _flushed(
+    target: LocalTree, tasks: Sequence[FileTask | SpanTask], outcomes: list[Outcome]
+) -> list[Outcome]:
+    """The outcomes, after spans have left this node's page cache: the driver can only flush its own."""
+    spans = [task for task in tasks if isinstance(task, SpanTask) and task.temporary is not None]
+    failed: dict[str, StreamcryptError] = {}
+    with contextlib.closing(target.copy()) as tree:
+        for temporary, task in {task.temporary: task for task in spans}.items():
+            assert temporary is not None
+            assert task.file.target is not None
+            try:
+                with contextlib.closing(tree.open_part(task.file.target, temporary)) as part:
+                    part.flush()
+            except StreamcryptError as error:
+                failed[temporary] = error
+    if not failed:
+        return outcomes
+    return [
+        outcome._replace(error=outcome.error or failed.get(task.temporary or ""))
+        if isinstance(task, SpanTask)
+        else outcome
+        for task, outcome in zip(tasks, outcomes, strict=True)
+    ]
+
+
+def _unwrapped(
+    wrapped: WrappedTask, keys: _Keys, access: Access, made: dict[int, Made]
+) -> FileTask | SpanTask:
+    """The task with its keys; what message it will make is noted in ``made``."""
+    task = wrapped.task
+    file = task.file if isinstance(task, SpanTask) else task
+    opening: Opening | None = None
+    sealing: Sealing | None = None
+    if wrapped.opening is not None:
         assert keys.reading is not None
-        opening = _opening(wrapped.header, wrapped.geometry, keys.reading, access.rules)
-    if wrapped.sealing is not None:
-        assert keys.writing is not None
-        sealing = _sealing(wrapped.sealing, wrapped.task.length, keys.writing, access.authenticated_context)
-        header = sealing.header
-    return wrapped.task._replace(opening=opening, sealing=sealing), header
+        header, geometry = wrapped.opening
+        parsed = _header(header)
+        key = unlock(parsed, keys.reading, access.rules).content_key
+        opening = Opening(header, parsed.message_id, key, geometry, parsed.suite.signed)
+    if wrapped.sealing is not None and isinstance(task, SpanTask):
+        sealing = _same_message(wrapped.sealing, keys, access)
+    elif wrapped.sealing is not None:
+        sealing = _own_message(wrapped.sealing, file.length, keys, access)
+        made[file.number] = Made(sealing.header, sealing.message_id)
+    whole = file._replace(opening=opening, sealing=sealing)
+    return task._replace(file=whole) if isinstance(task, SpanTask) else whole
 
 
-def _opening(header: bytes, geometry: Geometry | None, materials: Materials, rules: ReadingRules) -> Opening:
-    parsed, _ = parse_header(header, max_encrypted_data_keys=rules.max_encrypted_data_keys)
-    key = unlock(parsed, materials, rules).content_key
-    return Opening(header, parsed.message_id, key, geometry, parsed.suite.signed)
+def _same_message(wrapped: Wrapped, keys: _Keys, access: Access) -> Sealing:
+    """The message that the driver began, to seal a span of it."""
+    assert keys.writing is not None
+    assert wrapped.geometry is not None
+    header = _header(wrapped.header)
+    rules = ReadingRules(max_encrypted_data_keys=None, authenticated_context=access.authenticated_context)
+    key = unlock(header, keys.writing, rules).content_key
+    return Sealing(header.suite.id, wrapped.header, header.message_id, key, wrapped.geometry)
 
 
-def _sealing(
-    wrapped: WrappedSealing, length: int, materials: Materials, authenticated_context: Mapping[str, str]
-) -> Sealing:
-    suite = suite_by_id(wrapped.suite_id)
-    context = {**wrapped.context, **authenticated_context}
-    opened = materials.for_decryption(suite, context, wrapped.encrypted_data_keys)
-    own = EncryptionMaterials(suite, opened.context, wrapped.encrypted_data_keys, opened.data_key)
-    template = header_template(own, wrapped.frame_length, authenticated_context)
-    message = OutgoingMessage.begin(own, template, wrapped.frame_length)
+def _own_message(wrapped: Wrapped, length: int, keys: _Keys, access: Access) -> Sealing:
+    """Another message than the driver's, under the same data key."""
+    assert keys.writing is not None
+    assert wrapped.geometry is not None
+    frame_length = wrapped.geometry.frame_length
+    header = _header(wrapped.header)
+    opened = keys.writing.for_decryption(
+        header.suite, {**header.context, **access.authenticated_context}, header.encrypted_data_keys
+    )
+    kept = keys.begun.get(header.encrypted_data_keys)
+    if kept is None or kept[0] is not opened:
+        materials = EncryptionMaterials(
+            header.suite, opened.context, header.encrypted_data_keys, opened.data_key
+        )
+        template = header_template(materials, frame_length, access.authenticated_context)
+        keys.begun.clear()  # messages come in the order of their data keys
+        kept = keys.begun[header.encrypted_data_keys] = (opened, materials, template)
+    message = OutgoingMessage.begin(kept[1], kept[2], frame_length)
     return Sealing(
-        suite.id, message.header, message.message_id, message.content_key, message.geometry(length)
+        header.suite.id, message.header, message.message_id, message.content_key, message.geometry(length)
     )
 
 
@@ -395,6 +736,7 @@ class _Keys(NamedTuple):
     reading: Materials | None
     writing: Materials | None
     stats: KmsStats
+    begun: dict[tuple[EncryptedDataKey, ...], tuple[DecryptionMaterials, EncryptionMaterials, HeaderTemplate]]
 
 
 _keys: dict[tuple[Any, ...], _Keys] = {}
@@ -402,15 +744,16 @@ _keys: dict[tuple[Any, ...], _Keys] = {}
 
 def _keys_of(process: int, access: Access) -> _Keys:
     limit = access.rules.max_encrypted_data_keys
-    name = (process, access.reading, access.writing, limit)
+    name = (process, access.reading, access.writing, limit, access.cache)
     if name not in _keys:
         _keys.clear()  # another job's data keys are not kept
-        stats, cache = KmsStats(), DataKeyCache()
+        stats = KmsStats()
+        cache = None if access.cache is None else DataKeyCache(*access.cache)
 
         def materials(references: tuple[str, ...] | None) -> Materials:
             keyring = decrypting_keyring(list(references) if references is not None else None, stats=stats)
             return Materials(keyring, cache=cache, max_encrypted_data_keys=limit)
 
         writing = materials(access.writing) if access.writing is not None else None
-        _keys[name] = _Keys(materials(access.reading), writing, stats)
+        _keys[name] = _Keys(materials(access.reading), writing, stats, {})
     return _keys[name]

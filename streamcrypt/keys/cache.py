@@ -98,6 +98,16 @@ class DataKeyCache:
             f"max_messages={self._max_messages}, max_bytes={self._max_bytes})"
         )
 
+    @property
+    def capacity(self) -> int:
+        """How many entries it holds."""
+        return self._capacity
+
+    @property
+    def max_age(self) -> float:
+        """Seconds for which an entry serves."""
+        return self._max_age
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("DataKeyCache holds keys; it is neither pickled nor copied")
 

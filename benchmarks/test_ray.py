@@ -1,0 +1,246 @@
+"""A Ray cluster: two one-core nodes against one, and what the cluster costs against the local engine.
+
+    python -m pytest benchmarks/test_ray.py -s -p no:xdist
+
+Nodes are real ones, on this machine, each kept to one core; the driver is connected and the workers
+are warm, except in the row that says otherwise.  Variants in a shuffled order within each round,
+median of the ratios (benchmarks/ratios.py).  ``STREAMCRYPT_RAY_MB`` (2048), ``STREAMCRYPT_RAY_ROUNDS``
+(5), ``STREAMCRYPT_BENCH_DIR``; ``STREAMCRYPT_RAY_RECORDS``: what `bench calibrate` measured, to hold
+the plan's prediction against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ratios import rounds_of, show
+from suite.common import MiB, key_reference, make_files, remove, workspace
+
+import streamcrypt as sc
+from streamcrypt.bench import records as measured_records
+from streamcrypt.engine import remote
+from streamcrypt.plan import REFERENCE, predict
+
+ray = pytest.importorskip("ray")
+clusters = pytest.importorskip("families.clusters")
+
+MEGABYTES = int(os.environ.get("STREAMCRYPT_RAY_MB", "2048"))
+ROUNDS = int(os.environ.get("STREAMCRYPT_RAY_ROUNDS", "5"))
+FILE = 4 * MiB
+
+pytestmark = [
+    pytest.mark.timeout(0),
+    *(pytest.mark.filterwarnings(warning) for warning in clusters.WARNINGS),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """Two nodes of one core each, and a head that does no work."""
+    cores = sorted(os.sched_getaffinity(0))
+    with workspace() as home, clusters.ray_cluster({"STREAMCRYPT_HOME": str(home)}) as made:
+        made.cores = cores[:2]
+        for core in made.cores:
+            os.sched_setaffinity(0, {core})
+            clusters.add_node(made)
+        os.sched_setaffinity(0, set(cores))
+        yield made
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    with workspace() as folder:
+        make_files(folder / "source", MEGABYTES * MiB // FILE, FILE)
+        yield folder, key_reference(folder)
+
+
+@contextlib.contextmanager
+def held(cluster: object) -> Iterator[None]:
+    """One of the two nodes is busy with something else."""
+
+    @ray.remote(num_cpus=1)
+    def hold(path: str) -> None:
+        open(path, "w").close()
+        while os.path.exists(path):
+            time.sleep(0.01)
+
+    flag = Path(os.environ["RAY_TMPDIR"]) / "held"
+    task = hold.remote(str(flag))
+    while not flag.exists():
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        flag.unlink()
+        ray.get(task)
+
+
+def header() -> None:
+    print("\n| what | median | least to greatest | to reach | figures |\n| --- | --- | --- | --- | --- |")
+
+
+def test_two_nodes_against_one(cluster: object, job: tuple[Path, str]) -> None:
+    folder, key = job
+    encrypted = folder / "encrypted"
+    sc.encrypt(folder / "source", encrypted, keys=key, fsync=False)
+    out = folder / "out"
+
+    def encrypt() -> object:
+        return sc.encrypt(folder / "source", out, keys=key, fsync=False, engine="ray")
+
+    def decrypt() -> object:
+        return sc.decrypt(encrypted, out, keys=key, fsync=False, engine="ray")
+
+    def of_one(work: object) -> None:
+        with held(cluster):
+            started = time.perf_counter()
+            work()  # type: ignore[operator]
+            alone[work.__name__] = time.perf_counter() - started  # type: ignore[attr-defined]
+
+    alone: dict[str, float] = {}
+    header()
+    for work in (encrypt, decrypt):
+        ones = []
+
+        def one(work: object = work, ones: list[float] = ones) -> None:
+            of_one(work)
+            ones.append(alone[work.__name__])  # type: ignore[attr-defined]
+
+        measured = rounds_of({"two": work, "one": one}, ROUNDS, lambda name: remove(out))
+        for seconds, single in zip(measured, ones[1:], strict=True):
+            seconds["one"] = single  # without the waiting for the other node to be taken
+        note = ", ".join(
+            f"{name} {MEGABYTES * MiB / statistics.median(s[name] for s in measured) / 1e9:.2f} GB/s"
+            for name in ("one", "two")
+        )
+        show(
+            f"{work.__name__}, two one-core nodes: × one",
+            "1.8",
+            measured,
+            lambda s: s["one"] / s["two"],
+            note,
+        )
+
+
+def test_overhead_against_the_local_engine(cluster: object, job: tuple[Path, str]) -> None:
+    folder, key = job
+    out, encrypted = folder / "out", folder / "encrypted"
+    sc.encrypt(folder / "source", encrypted, keys=key, fsync=False)
+    source = folder / "source"
+
+    def command(*words: str) -> None:
+        words = ("encrypt", str(source), str(out), "--key", key, "--no-fsync", "--quiet", *words)
+        subprocess.run([sys.executable, "-m", "streamcrypt", *words], check=True, stderr=subprocess.DEVNULL)
+
+    address = cluster.address  # type: ignore[attr-defined]
+    rows = {
+        "encrypt": (
+            lambda: sc.encrypt(source, out, keys=key, fsync=False, workers=2),
+            lambda: sc.encrypt(source, out, keys=key, fsync=False, engine="ray"),
+        ),
+        "decrypt": (
+            lambda: sc.decrypt(encrypted, out, keys=key, fsync=False, workers=2),
+            lambda: sc.decrypt(encrypted, out, keys=key, fsync=False, engine="ray"),
+        ),
+        "verify": (
+            lambda: sc.verify(encrypted, keys=key, workers=2),
+            lambda: sc.verify(encrypted, keys=key, engine="ray"),
+        ),
+        "the command encrypt, cold": (
+            lambda: command("--workers", "2"),
+            lambda: command("--engine", "ray", "--address", address),
+        ),
+    }
+    header()
+    for name, (local, by_ray) in rows.items():
+        variants = {"local": local, "ray": by_ray}
+        measured = rounds_of(variants, ROUNDS, lambda name: remove(out))
+        note = ", ".join(
+            f"{n} {MEGABYTES * MiB / statistics.median(s[n] for s in measured) / 1e9:.2f} GB/s"
+            for n in variants
+        )
+        target = "–" if "cold" in name else "at most 1.10"
+        what = f"{name}, {MEGABYTES} MiB on two one-core nodes: × the local time"
+        show(what, target, measured, lambda s: s["ray"] / s["local"], note)
+
+
+@pytest.mark.parametrize("files", [1, 5, 20, 60])
+def test_files_in_a_list(cluster: object, job: tuple[Path, str], files: int) -> None:
+    """How long lists should be: LISTS and LIST_FILES of engine/remote.py."""
+    folder, key = job
+    out = folder / "out"
+
+    def encrypt() -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remote, "LISTS", 1)
+            patch.setattr(remote, "BATCH_BYTES", files * FILE)
+            patch.setattr(remote, "LIST_BYTES", files * FILE)
+            return sc.encrypt(folder / "source", out, keys=key, fsync=False, engine="ray")
+
+    variants = {
+        "local": lambda: sc.encrypt(folder / "source", out, keys=key, fsync=False, workers=2),
+        "ray": encrypt,
+    }
+    measured = rounds_of(variants, ROUNDS, lambda name: remove(out))
+    show(
+        f"encrypt, {files} files of 4 MiB a list: × the local time",
+        "–",
+        measured,
+        lambda s: s["ray"] / s["local"],
+    )
+
+
+def test_hand_over(cluster: object, tmp_path: Path) -> None:
+    """Seconds of the driver for a list of nothing: plan/cluster.py's HAND_OVER."""
+    (tmp_path / "f").touch()
+    from streamcrypt.engine.spans import FileTask
+    from streamcrypt.engine.worker import Setup
+    from streamcrypt.keys.calls import KmsStats
+    from streamcrypt.storage import LocalTree
+
+    pool = remote.RayPool(
+        ray, Setup(LocalTree(str(tmp_path)), None), remote.Access(None, None), KmsStats(), lambda *_: None
+    )
+    for count in (100, 2_000):  # the first ones warm up
+        started = time.perf_counter()
+        for number in range(count):
+            while not pool.has_room:
+                pool.collect()
+            pool.submit([FileTask(number, "f", None, 0)])
+        while pool.busy:
+            pool.collect()
+        seconds = time.perf_counter() - started
+    pool.close()
+    print(f"\na list of nothing: {seconds / 2_000 * 1e3:.2f} ms")
+
+
+def test_the_plan_of_a_cluster(cluster: object, job: tuple[Path, str]) -> None:
+    folder, key = job
+    records = measured_records.read(Path(os.environ.get("STREAMCRYPT_RAY_RECORDS", REFERENCE)))
+    total, files = MEGABYTES * MiB, MEGABYTES * MiB // FILE
+    planned = predict.Job(
+        bytes=total, files=files, hosts=2, workers=1, cores=1, engine="ray", fsync=False, kms_latency=0.0,
+        kms_quota=1e9,
+    )  # fmt: skip
+    out = folder / "out"
+    run = {"ray": lambda: sc.encrypt(folder / "source", out, keys=key, fsync=False, engine="ray")}
+    measured = rounds_of(run, ROUNDS, lambda name: remove(out))
+    found = predict.predict(planned, records)
+    seconds = found.estimate.seconds - predict.cluster.START  # the workers are warm
+    header()
+    show(
+        "encrypt on two one-core nodes: predicted × measured",
+        "0.8 to 1.2",
+        measured,
+        lambda s: seconds / s["ray"],
+        f"predicted {seconds:.2f} s, interval {found.interval[0]:.2f} to {found.interval[1]:.2f} s with the start, "
+        f"rates of {records.machine.name}",
+    )

@@ -1,0 +1,412 @@
+"""Jobs on a Ray cluster of several nodes: same answer as locally, whoever dies, whatever a node may not do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from families.datasets import flip
+from families.trees import leftovers, make_tree, read_tree
+
+import streamcrypt as sc
+from streamcrypt.cli import main
+
+ray = pytest.importorskip("ray", reason="RAY IS MISSING: its clusters were not tested")
+
+from families.clusters import (  # noqa: E402
+    WARNINGS,
+    add_node,
+    credentials,
+    kill_node,
+    ray_cluster,
+    served_kms,
+    services_of,
+    workers_of,
+)
+
+from streamcrypt.engine import remote, spans  # noqa: E402
+from streamcrypt.engine.manifest import read_manifest  # noqa: E402
+from streamcrypt.engine.remote import HELD, RayPool  # noqa: E402
+from streamcrypt.engine.spans import FileTask  # noqa: E402
+from streamcrypt.engine.worker import Setup  # noqa: E402
+from streamcrypt.keys.calls import KmsStats  # noqa: E402
+from streamcrypt.keys.materials import Materials  # noqa: E402
+from streamcrypt.keys.reference import decrypting_keyring  # noqa: E402
+from streamcrypt.storage import LocalTree  # noqa: E402
+from streamcrypt.streams import ReadingRules, source_header, unlock  # noqa: E402
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    *(pytest.mark.filterwarnings(warning) for warning in WARNINGS),
+]
+
+
+class Setting:
+    """Two nodes of one CPU each, and a KMS whose key their workers may use."""
+
+    def __init__(self, cluster, service, url):
+        self.cluster, self.service, self.url = cluster, service, url
+        self.key = f"local:alias/ml@{url}"
+        self.worker = credentials(service, "worker", "Decrypt", "DescribeKey")
+        self.nodes = [add_node(cluster, self.worker) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    home = tmp_path_factory.mktemp("kms")
+    empty = str(tmp_path_factory.mktemp("empty"))
+    with served_kms(home) as (service, url):
+        for name in ("ml", "private"):
+            key = service.create_key()["KeyMetadata"]["KeyId"]
+            service.create_alias(AliasName=f"alias/{name}", TargetKeyId=key)
+        account = "arn:aws:iam::000000000000"
+        statements = [
+            {"Effect": "Allow", "Principal": {"AWS": f"{account}:root"}, "Action": "kms:*", "Resource": "*"},
+            {
+                "Effect": "Deny",
+                "Principal": {"AWS": f"{account}:user/worker"},
+                "Action": "*",
+                "Resource": "*",
+            },
+        ]
+        policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
+        service.put_key_policy(KeyId=key, PolicyName="default", Policy=policy)
+        # No other way to a key than over HTTP: the home of the processes is an empty one.
+        with ray_cluster({"STREAMCRYPT_HOME": empty, **credentials(service, None)}) as cluster:
+            yield Setting(cluster, service, url)
+
+
+@pytest.fixture
+def nodes(setting):
+    """The two nodes; what a test has killed is replaced, what it has added is removed."""
+    yield setting
+    for node in list(setting.cluster.worker_nodes - set(setting.nodes)):
+        kill_node(setting.cluster, node)
+    for node in setting.nodes:
+        if node not in setting.cluster.worker_nodes:
+            setting.nodes[setting.nodes.index(node)] = add_node(setting.cluster, setting.worker)
+
+
+def sizes(files, size, seed=1):
+    """Files of about this size, in folders, an empty one among them."""
+    rng = random.Random(seed)
+    return {f"d{n % 3}/f{n:03}": round(size * rng.uniform(0.5, 1.5)) if n else 0 for n in range(files)}
+
+
+def listing(root, key):
+    """The manifest, without what is drawn at random."""
+    with sc.open(root / "_streamcrypt" / "manifest", keys=key) as file:
+        return [(line.name, line.folder, line.size, line.message_length) for line in read_manifest(file)]
+
+
+def cut_small(patch):
+    """Files of more than 1 MiB are cut into spans, which go to all nodes."""
+    patch.setattr(spans, "SPLIT_LENGTH", 2**20)
+    patch.setattr(spans, "SPAN_LENGTH", 2**18)
+    for module in (spans, remote):
+        patch.setattr(module, "BATCH_BYTES", 2**19)
+
+
+def once(report, audit, root, names):
+    """Every name is there, was reported once, and nothing else is."""
+    assert report["files"] == len(names)
+    assert sorted(line["path"] for line in audit) == sorted(names)
+    assert set(read_tree(root)) == {*names, "_streamcrypt/manifest"}
+    assert not leftovers(root)
+
+
+# -- same answer, bounds
+
+
+def test_same_result_and_manifest_as_locally(nodes, tmp_path, monkeypatch):
+    contents = make_tree(tmp_path / "in", sizes(60, 40_000) | {"big": 3_000_000, "bigger": 5_000_001})
+    (tmp_path / "in" / "empty").mkdir()
+    cut_small(monkeypatch)
+    lists, most = [], 0
+
+    def submit(pool, tasks, original=RayPool.submit):
+        nonlocal most
+        original(pool, tasks)
+        lists.append(tasks)
+        most = max(most, len(pool._held))
+
+    monkeypatch.setattr(RayPool, "submit", submit)
+    options = {"keys": nodes.key, "fsync": True, "frame_size": "64KiB"}
+    ours = sc.encrypt(tmp_path / "in", tmp_path / "ray", engine="ray", **options)
+    assert ours["workers"] == 2
+    assert most <= 2 * HELD
+    assert sum(isinstance(tasks[0], spans.SpanTask) for tasks in lists) > 8
+    assert max(sum(remote._length(task) for task in tasks) for tasks in lists) <= ours["bytes_in"] // 16
+
+    local = sc.encrypt(tmp_path / "in", tmp_path / "local", **options)
+    for name in ("files", "bytes_in", "bytes_out", "data_keys", "failed", "skipped", "operation"):
+        assert ours[name] == local[name], name
+    assert listing(tmp_path / "ray", nodes.key) == listing(tmp_path / "local", nodes.key)
+    assert ours["kms"]["calls"]["GenerateDataKey"] == 1  # the driver's; each worker unwraps it once
+    assert 1 <= ours["kms"]["calls"]["Decrypt"] <= 2
+
+    assert sc.verify(tmp_path / "ray", against=tmp_path / "in", keys=nodes.key)["files"] == 62
+    for call in ({"engine": "ray"}, {}):
+        done = sc.verify(tmp_path / "ray", against=tmp_path / "in", keys=nodes.key, **call)
+        assert done["bytes_in"] == local["bytes_out"]
+    sc.decrypt(tmp_path / "local", tmp_path / "back", keys=nodes.key, engine="ray")
+    assert read_tree(tmp_path / "back") == contents
+    assert (tmp_path / "back" / "empty").is_dir()
+    sc.rekey(tmp_path / "ray", tmp_path / "new", from_keys=nodes.key, engine="ray", **options)
+    assert listing(tmp_path / "new", nodes.key) == listing(tmp_path / "local", nodes.key)
+    assert sc.verify(tmp_path / "new", against=tmp_path / "in", keys=nodes.key)["files"] == 62
+    ids = {sc.inspect(path).message_id for path in (tmp_path / "ray").rglob("*") if path.is_file()}
+    assert len(ids) == 63
+
+
+def test_no_more_lists_than_the_processors_can_hold_are_with_the_cluster(nodes, tmp_path):
+    make_tree(tmp_path, {f"f{n}": 10 for n in range(20)})
+    setup = Setup(LocalTree(str(tmp_path)), None)
+    pool = RayPool(ray, setup, remote.Access(None, None), KmsStats(), lambda *_: None)
+    done = []
+    for number in range(20):
+        while not pool.has_room:
+            done += pool.collect()
+        pool.submit([FileTask(number, f"f{number}", None, 10)])
+        assert len(pool._held) <= 2 * HELD
+    while pool.busy:
+        done += pool.collect()
+    assert sorted(outcome.number for outcome in done) == list(range(20))
+    pool.close()
+
+
+def test_no_key_is_in_the_object_stores(nodes, tmp_path):
+    # Headers of 4 KB: lists are then too long for Ray's messages and travel through its object stores.
+    context = {"Project": "x" * 4_000}
+    make_tree(tmp_path / "in", {f"f{n:03}": 100 for n in range(600)})
+    sc.encrypt(tmp_path / "in", tmp_path / "out", keys=nodes.key, context=context, engine="ray", fsync=False)
+    materials = Materials(decrypting_keyring(nodes.key))
+    secrets, wrapped = [], b""
+    for name in ("f000", "f300", "f599", "_streamcrypt/manifest"):
+        with contextlib.closing(LocalTree(str(tmp_path / "out")).open(name)) as source:
+            header = source_header(source, max_encrypted_data_keys=None)
+        secrets.append(unlock(header, materials, ReadingRules()).content_key)
+        wrapped = header.encrypted_data_keys[0].ciphertext
+    opened = materials.for_decryption(header.suite, header.context, header.encrypted_data_keys)
+    secrets.append(opened.data_key)
+
+    found = [0] * len(secrets)
+    lists = 0
+    for memory in map(memory_of, services_of(nodes.cluster)):
+        for part in memory:
+            lists += part.count(wrapped)
+            for number, secret in enumerate(secrets):
+                found[number] += part.count(secret)
+    assert lists > 100  # what was looked through is what travelled
+    assert found == [0] * len(secrets)
+    for path in Path(os.environ["RAY_TMPDIR"]).rglob("*"):
+        if path.is_file():
+            assert not any(secret in path.read_bytes() for secret in secrets), path
+
+
+def memory_of(pid):
+    """What a process has in memory, the shared memory of an object store included."""
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            span, rights, *_ = line.split()
+            start, stop = (int(text, 16) for text in span.split("-"))
+            if rights.startswith("rw") and stop - start <= 2**28:
+                try:
+                    memory.seek(start)
+                    yield memory.read(stop - start)
+                except OSError:
+                    continue
+
+
+# -- whoever dies
+
+
+def test_a_node_is_killed_in_mid_job(nodes, tmp_path):
+    contents = make_tree(tmp_path / "in", sizes(120, 600_000))
+    audit, killed = [], []
+
+    def kill(progress):
+        if progress.files and not killed:
+            killed.append(nodes.nodes[0])
+            kill_node(nodes.cluster, nodes.nodes[0])
+
+    report = sc.encrypt(
+        tmp_path / "in", tmp_path / "out", keys=nodes.key, engine="ray", progress=kill, audit=audit.append
+    )
+    assert killed
+    once(report, audit, tmp_path / "out", contents)
+    assert sc.verify(tmp_path / "out", against=tmp_path / "in", keys=nodes.key)["files"] == 120
+
+    # Two nodes again, and one of them dies while files are cut into spans.
+    nodes.nodes[0] = add_node(nodes.cluster, nodes.worker)
+    killed.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        cut_small(patch)
+        large = make_tree(tmp_path / "large", {f"f{n}": 9_000_000 + n for n in range(6)})
+
+        def kill_in_mid_file(progress):
+            if progress.bytes > 12_000_000 and not killed:
+                kill(progress._replace(files=1))
+
+        audit.clear()
+        report = sc.encrypt(
+            tmp_path / "large", tmp_path / "large.enc", keys=nodes.key, engine="ray", frame_size="64KiB",
+            progress=kill_in_mid_file, audit=audit.append,
+        )  # fmt: skip
+    assert killed
+    once(report, audit, tmp_path / "large.enc", large)
+    assert sc.verify(tmp_path / "large.enc", against=tmp_path / "large", keys=nodes.key)["files"] == 6
+
+
+def test_a_worker_is_killed_in_mid_job_while_it_decrypts(nodes, tmp_path):
+    contents = make_tree(tmp_path / "in", sizes(80, 600_000))
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=nodes.key, fsync=False)
+    audit, killed = [], []
+
+    def kill(progress):
+        if len(killed) < 2 and progress.files > 20 * len(killed):
+            for pid in workers_of(nodes.cluster)[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    report = sc.decrypt(
+        tmp_path / "enc", tmp_path / "back", keys=nodes.key, engine="ray", fsync=False, progress=kill,
+        audit=audit.append,
+    )  # fmt: skip
+    assert killed
+    assert report["files"] == 80
+    assert len(audit) == 80
+    assert read_tree(tmp_path / "back") == contents
+
+
+def driver(nodes, *words):
+    """A job in a process of its own."""
+    command = [sys.executable, "-m", "streamcrypt", *map(str, words), "--engine", "ray"]
+    return subprocess.Popen(
+        [*command, "--address", nodes.cluster.address, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_journal(process, root, seconds=60):
+    """Wait until the job has finished its first files."""
+    deadline = time.monotonic() + seconds
+    while not (root / "_streamcrypt" / "journal").exists():
+        assert time.monotonic() < deadline, "the job does not begin"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def test_the_driver_is_killed_and_the_job_resumed(nodes, tmp_path):
+    contents = make_tree(tmp_path / "in", sizes(300, 400_000))
+    words = ("encrypt", tmp_path / "in", tmp_path / "out", "--key", nodes.key)
+    with driver(nodes, *words) as process:
+        wait_for_journal(process, tmp_path / "out")
+        process.kill()
+        process.communicate()
+    there = {name for name in contents if (tmp_path / "out" / name).exists()}
+    assert 0 < len(there) < 300
+    assert not (tmp_path / "out" / "_streamcrypt" / "manifest").exists()
+
+    with pytest.raises(sc.DestinationError, match="holds an interrupted job; resume goes on with it"):
+        sc.encrypt(tmp_path / "in", tmp_path / "out", keys=nodes.key, engine="ray")
+    with driver(nodes, *words, "--resume") as process:
+        while process.poll() is None and not (working := workers_of(nodes.cluster)):
+            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(working[0], signal.SIGKILL)
+        out, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    report = json.loads(out)
+    assert report["files"] + report["skipped"] == 300
+    assert report["skipped"] > 0
+    assert set(read_tree(tmp_path / "out")) == {*contents, "_streamcrypt/manifest"}
+    assert not leftovers(tmp_path / "out")
+    assert sc.verify(tmp_path / "out", against=tmp_path / "in", keys=nodes.key)["files"] == 300
+
+
+def test_an_interrupt_leaves_nothing_partial_and_no_task(nodes, tmp_path):
+    contents = make_tree(tmp_path / "in", sizes(300, 400_000))
+    with driver(nodes, "encrypt", tmp_path / "in", tmp_path / "out", "--key", nodes.key) as process:
+        wait_for_journal(process, tmp_path / "out")
+        process.send_signal(signal.SIGINT)
+        out, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert json.loads(out)["exit_code"] == 130
+    assert not leftovers(tmp_path / "out")
+    for name in contents:
+        path = tmp_path / "out" / name
+        if path.exists():
+            assert sc.decrypt_bytes(path.read_bytes(), keys=nodes.key) == contents[name]
+
+
+# -- what a node may not do
+
+
+def test_the_work_of_a_node_without_access_goes_to_the_others(nodes, tmp_path, caplog):
+    contents = make_tree(tmp_path / "in", sizes(80, 100_000))
+    add_node(nodes.cluster, credentials(nodes.service, "nobody"), cpus=2)
+    with caplog.at_level(logging.WARNING, logger="streamcrypt.engine"):
+        report = sc.encrypt(tmp_path / "in", tmp_path / "out", keys=nodes.key, engine="ray", fsync=False)
+    assert report["files"] == len(contents)
+    assert not report["failed"]
+    (left_out,) = {record.getMessage() for record in caplog.records}
+    assert re.match(r"node [0-9.]+ \([0-9a-f]{8}\) is left out: .*AccessDenied", left_out)
+    assert sc.verify(tmp_path / "out", against=tmp_path / "in", keys=nodes.key)["files"] == 80
+    assert not leftovers(tmp_path / "out")
+
+
+def test_a_key_that_no_node_may_use_is_exit_code_4(nodes, tmp_path, capsys):
+    make_tree(tmp_path / "in", sizes(20, 1_000))
+    private = f"local:alias/private@{nodes.url}"
+    words = ["encrypt", tmp_path / "in", tmp_path / "out", "--key", private, "--engine", "ray", "--json"]
+    assert main([str(word) for word in words]) == 4
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])  # Ray itself, connected here, may print
+    assert said["exit_code"] == 4
+    assert "no node of the cluster can do the work; node " in said["error"]
+    assert "AccessDenied" in said["error"]
+    assert not list((tmp_path / "out").rglob("f*"))
+    assert not leftovers(tmp_path / "out")
+    with pytest.raises(sc.KeyAccessError):
+        sc.encrypt(tmp_path / "in", tmp_path / "out", keys=private, engine="ray", overwrite=True)
+
+
+def test_a_node_that_sees_another_folder_is_refused(tmp_path):
+    setup = Setup(LocalTree(str(tmp_path / "in")), LocalTree(str(tmp_path / "out")))
+    with pytest.raises(sc.SourceError, match="every node must see it"):
+        remote._check_node(setup, remote.Access(None, None))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(sc.DestinationError, match="another folder"):
+        remote._check_node(setup, remote.Access(None, None, marker=".streamcrypt-1.tmp"))
+    with pytest.raises(sc.StreamcryptError, match="is installed there"):
+        remote._check_node(setup, remote.Access(None, None, version="0.0"))
+
+
+def test_exit_codes_are_those_of_the_local_engine(nodes, tmp_path, capsys):
+    make_tree(tmp_path / "in", sizes(20, 10_000))
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=nodes.key, fsync=False)
+    flip(tmp_path / "enc" / "d1" / "f004", 5_000)
+    (tmp_path / "enc" / "d2" / "f005").unlink()
+
+    def run(engine):
+        target = str(tmp_path / engine)
+        words = ["decrypt", str(tmp_path / "enc"), target, "--key", nodes.key, "--engine", engine, "--json"]
+        code = main(words)
+        said = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return code, said["exit_code"], sorted(failure["path"] for failure in said["failed"]), said["files"]
+
+    assert run("ray") == run("local") == (3, 3, ["d1/f004", "d2/f005"], 18)
+    assert read_tree(tmp_path / "ray") == read_tree(tmp_path / "local")
