@@ -285,11 +285,16 @@ class Store:
         self._next_due: float | None = None
         self._open_materials: dict[str, bytes] = {}
         self._private_keys: dict[str, Any] = {}
-        self._prepare_folder(create)
-        self._connect()
-        self._root, self.id = self._open_root(create)
-        self._seal = AESGCM(self._root)
-        self.refresh()
+        self._blob_keys: dict[str, BlobKey] = {}
+        try:
+            self._prepare_folder(create)
+            self._connect()
+            self._root, self.id = self._open_root(create)
+            self._seal = AESGCM(self._root)
+            self.refresh()
+        except (OSError, sqlite3.Error) as error:
+            self.close()
+            raise StreamcryptError(f"{self._folder}: the embedded KMS cannot be opened ({error})") from error
         _stores.add(self)
 
     @property

@@ -75,6 +75,7 @@ def violated(home: Path, returned: Path) -> str | None:
 def test_every_system_call_of_a_store(campaign, tmp_path, fault):
     run = campaign("31")
     with open(os.devnull, "wb") as nowhere:
+        use_a_store(tmp_path / "warm", nowhere.fileno())()  # modules that are loaded when they are needed
         work = use_a_store(tmp_path / "counted", nowhere.fileno())
         counts, _ = calls_of(work, CALLS, tmp_path / "log")
     sites = [(call, number) for call, count in sorted(counts.items()) for number in range(1, count + 1)]
