@@ -667,8 +667,10 @@ class _Run:
             return
         if self._manifest is not None and self._may_replace:
             assert self.job.destination is not None
+            tree = self.job.destination.tree
             for name in (SIGNATURE, STATEMENT):  # of what was there before
-                self.job.destination.tree.remove(name)
+                if tree.exists(name):
+                    tree.remove(name)
         # Items, not tasks: nothing waits for data keys that are not needed yet.
         sample = list(islice(items, SAMPLE))
         if not sample:
