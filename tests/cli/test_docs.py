@@ -149,3 +149,14 @@ def test_the_top_help_lists_every_command() -> None:
     for command in COMMANDS:
         assert re.search(rf"^    {command} ", done.stdout, re.MULTILINE), command
     assert done.stderr == ""
+
+
+def test_the_reference_names_every_public_name() -> None:
+    import streamcrypt
+
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    for name in streamcrypt.__all__:
+        is_error = isinstance(getattr(streamcrypt, name), type) and issubclass(
+            getattr(streamcrypt, name), Exception
+        )
+        assert is_error or re.search(rf"(::: \S+\.|[\[ ]){name}\b", text), name
