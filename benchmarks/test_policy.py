@@ -46,6 +46,25 @@ POLICIES = {
             n, USER, Effect="Deny", Condition={"StringLike": {"kms:EncryptionContext:Project": f"p*{n}"}}
         )
     ),
+    # Conditions that differ in what they read, in operators that parse, and with variables.
+    "100 names of pairs": _policy(
+        lambda n: _statement(n, USER, Condition={"StringEquals": {f"kms:EncryptionContext:team-{n}": "x"}})
+    ),
+    "100 dates": _policy(
+        lambda n: _statement(
+            n,
+            USER,
+            Condition={"DateLessThan": {"aws:CurrentTime": f"{1920 + n}-01-01T00:00:00Z"}},
+        )
+    ),
+    "100 networks": _policy(
+        lambda n: _statement(n, USER, Condition={"IpAddress": {"aws:SourceIp": f"10.{n}.0.0/16"}})
+    ),
+    "100 variables": _policy(
+        lambda n: _statement(
+            n, USER, Condition={"StringLike": {"kms:EncryptionContext:Project": f"{n}/${{aws:username}}/*"}}
+        )
+    ),
 }
 
 
@@ -56,6 +75,18 @@ def test_hundred_statements(benchmark: Any, policy: str) -> None:
     )
     decision = benchmark(evaluate, request, policy)
     assert not decision.allowed
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_hundred_statements_and_values_never_seen(benchmark: Any, policy: str) -> None:
+    """The same where no answer is remembered: every request has an encryption context of its own."""
+    requests = iter(
+        Request(
+            Caller(USER), "kms:Decrypt", KEY, encryption_context={"Project": f"none-{n}", "Stage": str(n)}
+        )
+        for n in range(10**9)
+    )
+    benchmark(lambda: evaluate(next(requests), policy))
 
 
 def test_default_policy(benchmark: Any) -> None:

@@ -100,7 +100,7 @@ def _plain(value: object) -> Any:
     return value.isoformat() if isinstance(value, datetime) else None
 
 
-_encode = json.JSONEncoder(separators=(",", ":"), skipkeys=True, default=_plain).encode
+_encode = json.JSONEncoder(separators=(",", ":"), skipkeys=True, check_circular=False, default=_plain).encode
 
 
 def row(

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, NoReturn, TypeVar
 
 from cryptography.hazmat.primitives import hashes
@@ -97,7 +98,7 @@ class Call:
 
     def resolve(self, reference: str, *, action: str | None = None, aliases: bool = True) -> Key:
         """The key that ``reference`` names; NotFoundException or AccessDeniedException as AWS answers."""
-        region, account, kind, name = self._parse(reference, aliases)
+        region, account, kind, name = _parse(reference, self.region, self.account, aliases)
         if region != self.region:
             refuse("NotFoundException", f"Invalid arn {region}")
         if account != self.account and self.operation not in _CROSS_ACCOUNT:
@@ -119,27 +120,6 @@ class Call:
             refuse("NotFoundException", f"Key '{key_arn(account, region, key_id or '')}' does not exist")
         self.keys.append(key)
         return key
-
-    def _parse(self, reference: str, aliases: bool) -> tuple[str, str, str, str]:
-        """Region, account, "key" or "alias", and the id or the alias name with its prefix."""
-        if reference.startswith("arn:"):
-            match = re.fullmatch(_ARN, reference)
-            if match is None:
-                refuse("InvalidArnException", f"Invalid arn {reference}")
-            region, account, kind, name = match.groups()
-            if kind == "alias":
-                name = f"alias/{name}"
-            elif not re.fullmatch(_KEY_ID, name):
-                refuse("NotFoundException", f"Invalid keyId '{name}'")
-        elif reference.startswith("alias/"):
-            region, account, kind, name = self.region, self.account, "alias", reference
-        elif re.fullmatch(_KEY_ID, reference):
-            region, account, kind, name = self.region, self.account, "key", reference
-        else:
-            refuse("NotFoundException", f"Invalid keyId '{reference}'")
-        if kind == "alias" and not aliases:
-            refuse("NotFoundException", f"Invalid keyId '{reference}'")
-        return region, account, kind, name
 
     def key_of_blob(self, key_id: str, action: str) -> Key:
         """The key that a ciphertext names; a stranger cannot tell an absent key from a forbidden one."""
@@ -331,3 +311,26 @@ class Call:
 
 def timestamp(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
+
+
+@lru_cache(maxsize=1024)
+def _parse(reference: str, region: str, account: str, aliases: bool) -> tuple[str, str, str, str]:
+    """Region, account, "key" or "alias", and the id or the alias name with its prefix."""
+    if reference.startswith("arn:"):
+        match = re.fullmatch(_ARN, reference)
+        if match is None:
+            refuse("InvalidArnException", f"Invalid arn {reference}")
+        region, account, kind, name = match.groups()
+        if kind == "alias":
+            name = f"alias/{name}"
+        elif not re.fullmatch(_KEY_ID, name):
+            refuse("NotFoundException", f"Invalid keyId '{name}'")
+    elif reference.startswith("alias/"):
+        kind, name = "alias", reference
+    elif re.fullmatch(_KEY_ID, reference):
+        kind, name = "key", reference
+    else:
+        refuse("NotFoundException", f"Invalid keyId '{reference}'")
+    if kind == "alias" and not aliases:
+        refuse("NotFoundException", f"Invalid keyId '{reference}'")
+    return region, account, kind, name

@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import eq, ge, gt, le, lt
 from typing import Any, Final, NamedTuple
 
 from streamcrypt.kms.errors import KmsError
@@ -36,7 +37,8 @@ Context = Mapping[str, Values]
 """Lower-cased condition key -> the request's value, a tuple of several, or None where the request has none."""
 RESOURCE: Final = "resource"
 """Where a Context holds the ARN of the request's resource (no condition key: those have a prefix)."""
-Matcher = Callable[[str], bool]
+Matcher = Callable[[Any], Any]
+"""Whether something that was read matches: true or false."""
 
 _VARIABLE = r"\$\{([^}]*)\}"
 _LITERAL_VARIABLES: Final = frozenset("*?$")
@@ -49,6 +51,12 @@ class Test(NamedTuple):
     """The condition key, then those of the policy variables in its values."""
     holds: Callable[[Any], bool]
     """Takes the value of the one key; of several keys a tuple."""
+    prepare: Callable[[str], Any] = str
+    """How the operator reads a text; what it cannot read is None."""
+    matches: Callable[[Any], Any] | None = None
+    """Whether what was read is one of the values (true or false): the quick way for one text, where there is one."""
+    negated: bool = False
+    """Whether ``holds`` of a text is the opposite of ``matches``."""
 
 
 def read(keys: tuple[str, ...], context: Context) -> Any:
@@ -110,8 +118,7 @@ def arn_match(pattern: str) -> Matcher:
 
 
 def _matches(regex: str) -> Matcher:
-    fullmatch = re.compile(regex, re.DOTALL).fullmatch
-    return lambda text: fullmatch(text) is not None
+    return re.compile(regex, re.DOTALL).fullmatch
 
 
 # The same test stands in many statements: compiled once it is one object, and is asked once.
@@ -129,7 +136,7 @@ def _compile_test(
         wanted = {_parsed(_bool, value) for value in values}
         return Test((key,), lambda given: (given is None) in wanted)
     try:
-        matcher_of, negated = _OPERATORS[name]
+        prepare, matcher_of, negated = _OPERATORS[name]
     except KeyError:
         raise malformed(f"Unknown condition operator {operator}.") from None
     # An operator without a set prefix asks one value; ours asks all (Allow) or any (Deny).
@@ -142,16 +149,15 @@ def _compile_test(
         if not any(isinstance(part, _Variable) for part in template)
     ]
     matches = matcher_of(fixed)  # refuses now what can be refused now: the values without variables
+
+    def holds_by(matches: Matcher, given: Values) -> bool:
+        if given is None:
+            return when_absent
+        prepared = map(prepare, (given,) if isinstance(given, str) else given)
+        return ask((value is not None and bool(matches(value))) is not negated for value in prepared)
+
     if len(fixed) == len(templates):
-
-        def holds(given: Values) -> bool:
-            if given.__class__ is str:  # one value, as nearly always
-                return matches(given) is not negated  # type: ignore[arg-type]  # it is a str
-            if given is None:
-                return when_absent
-            return ask(matches(value) is not negated for value in given)
-
-        return Test((key,), holds)
+        return Test((key,), lambda given: holds_by(matches, given), prepare, matches, negated)
 
     parts = (part for template in templates for part in template)
     named = tuple(dict.fromkeys(part.key for part in parts if isinstance(part, _Variable)))
@@ -163,11 +169,11 @@ def _compile_test(
         return matcher_of([text for text in resolved if text is not None])
 
     def holds_with_variables(given: tuple[Values, ...]) -> bool:
-        if given[0] is None:
-            return when_absent
         matches = matcher_for(*given[1:])
-        values = (given[0],) if isinstance(given[0], str) else given[0]
-        return ask(matches(value) is not negated for value in values)
+        if given[0].__class__ is not str:
+            return holds_by(matches, given[0])
+        prepared = prepare(given[0])
+        return (prepared is not None and bool(matches(prepared))) is not negated
 
     return Test((key, *named), holds_with_variables)
 
@@ -237,9 +243,11 @@ def _resolve(template: Sequence[str | _Variable], context: Context) -> list[str]
 
 
 # --- operators ------------------------------------------------------------------------------------
-# Each takes the policy's values, as lists of parts, and gives the test of one value of the request.
+# Each reads a text of the request, takes the policy's values, as lists of parts, and gives the test of what
+# was read.
 
 Parts = list[str]
+_Operator = tuple[Callable[[str], Any], Callable[[list[Parts]], Matcher], bool]
 
 
 def _equals(values: list[Parts]) -> Matcher:
@@ -247,8 +255,7 @@ def _equals(values: list[Parts]) -> Matcher:
 
 
 def _equals_ignoring_case(values: list[Parts]) -> Matcher:
-    wanted = frozenset("".join(parts).casefold() for parts in values)
-    return lambda text: text.casefold() in wanted
+    return frozenset("".join(parts).casefold() for parts in values).__contains__
 
 
 def _like(values: list[Parts]) -> Matcher:
@@ -288,8 +295,8 @@ def _arn_regex(parts: Parts) -> str:
 
 
 def _compare(
-    parse: Callable[[str], Any], holds: Callable[[Any, Any], bool]
-) -> Callable[[list[Parts]], Matcher]:
+    parse: Callable[[str], Any], holds: Callable[[Any, Any], bool], negated: bool = False
+) -> _Operator:
     """Operators on parsed values.  A bad value of the policy is malformed; one of the request matches nothing."""
 
     @lru_cache(maxsize=256)
@@ -303,12 +310,10 @@ def _compare(
         wanted = [_parsed(parse, "".join(parts)) for parts in values]
         if len(wanted) == 1:
             (only,) = wanted
-            return lambda text: (given := parsed(text)) is not None and holds(given, only)
-        return lambda text: (
-            (given := parsed(text)) is not None and any(holds(given, value) for value in wanted)
-        )
+            return lambda given: holds(given, only)
+        return lambda given: any(holds(given, value) for value in wanted)
 
-    return matcher_of
+    return parsed, matcher_of, negated
 
 
 def _parsed(parse: Callable[[str], Any], text: str) -> Any:
@@ -351,37 +356,33 @@ def _within(given: tuple[int, int, int], network: tuple[int, int, int]) -> bool:
     return given[0] == network[0] and network[1] <= given[1] and given[2] <= network[2]
 
 
-_equal_numbers = _compare(float, lambda given, value: given == value)
-_equal_dates = _compare(_seconds, lambda given, value: given == value)
-_in_network = _compare(_network, _within)
-
-# name -> (how to make the test, negated)
-_OPERATORS: Final[dict[str, tuple[Callable[[list[Parts]], Matcher], bool]]] = {
-    "StringEquals": (_equals, False),
-    "StringNotEquals": (_equals, True),
-    "StringEqualsIgnoreCase": (_equals_ignoring_case, False),
-    "StringNotEqualsIgnoreCase": (_equals_ignoring_case, True),
-    "StringLike": (_like, False),
-    "StringNotLike": (_like, True),
-    "NumericEquals": (_equal_numbers, False),
-    "NumericNotEquals": (_equal_numbers, True),
-    "NumericLessThan": (_compare(float, lambda given, value: given < value), False),
-    "NumericLessThanEquals": (_compare(float, lambda given, value: given <= value), False),
-    "NumericGreaterThan": (_compare(float, lambda given, value: given > value), False),
-    "NumericGreaterThanEquals": (_compare(float, lambda given, value: given >= value), False),
-    "DateEquals": (_equal_dates, False),
-    "DateNotEquals": (_equal_dates, True),
-    "DateLessThan": (_compare(_seconds, lambda given, value: given < value), False),
-    "DateLessThanEquals": (_compare(_seconds, lambda given, value: given <= value), False),
-    "DateGreaterThan": (_compare(_seconds, lambda given, value: given > value), False),
-    "DateGreaterThanEquals": (_compare(_seconds, lambda given, value: given >= value), False),
-    "Bool": (_compare(_bool, lambda given, value: given is value), False),
-    "BinaryEquals": (_compare(_binary, lambda given, value: given == value), False),
-    "IpAddress": (_in_network, False),
-    "NotIpAddress": (_in_network, True),
+# name -> (how to read a text, how to make the test, negated)
+_OPERATORS: Final[dict[str, _Operator]] = {
+    "StringEquals": (str, _equals, False),
+    "StringNotEquals": (str, _equals, True),
+    "StringEqualsIgnoreCase": (str.casefold, _equals_ignoring_case, False),
+    "StringNotEqualsIgnoreCase": (str.casefold, _equals_ignoring_case, True),
+    "StringLike": (str, _like, False),
+    "StringNotLike": (str, _like, True),
+    "NumericEquals": _compare(float, eq),
+    "NumericNotEquals": _compare(float, eq, True),
+    "NumericLessThan": _compare(float, lt),
+    "NumericLessThanEquals": _compare(float, le),
+    "NumericGreaterThan": _compare(float, gt),
+    "NumericGreaterThanEquals": _compare(float, ge),
+    "DateEquals": _compare(_seconds, eq),
+    "DateNotEquals": _compare(_seconds, eq, True),
+    "DateLessThan": _compare(_seconds, lt),
+    "DateLessThanEquals": _compare(_seconds, le),
+    "DateGreaterThan": _compare(_seconds, gt),
+    "DateGreaterThanEquals": _compare(_seconds, ge),
+    "Bool": _compare(_bool, eq),
+    "BinaryEquals": _compare(_binary, eq),
+    "IpAddress": _compare(_network, _within),
+    "NotIpAddress": _compare(_network, _within, True),
     # IAM User Guide: "The ArnEquals and ArnLike condition operators behave identically."
-    "ArnEquals": (_arn_like, False),
-    "ArnLike": (_arn_like, False),
-    "ArnNotEquals": (_arn_like, True),
-    "ArnNotLike": (_arn_like, True),
+    "ArnEquals": (str, _arn_like, False),
+    "ArnLike": (str, _arn_like, False),
+    "ArnNotEquals": (str, _arn_like, True),
+    "ArnNotLike": (str, _arn_like, True),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Final
 
 from streamcrypt.kms import material
@@ -116,9 +115,9 @@ def _generate_data_key(call: Call) -> tuple[Response, bytes]:
     context = request.get("EncryptionContext") or {}
     key = _usable(call, request["KeyId"], ENCRYPT_DECRYPT, {"kms:EncryptionAlgorithm": SYMMETRIC}, context)
     call.require_algorithm(key, SYMMETRIC)
-    plaintext = os.urandom(length or _DATA_KEY_LENGTHS[spec or ""])
     current = call.current_material(key)
-    blob = material.seal_blob(_blob_prefix(key.id, current.id), call.open(key, current), plaintext, context)
+    blob_key = call.store.blob_key(key, current)
+    plaintext, blob = blob_key.generate(length or _DATA_KEY_LENGTHS[spec or ""], context)
     return {"CiphertextBlob": blob, "KeyId": key.arn, "KeyMaterialId": current.id}, plaintext
 
 
@@ -143,7 +142,7 @@ def _generate_data_key_pair(call: Call) -> tuple[Response, bytes]:
     pair = material.generate_private_key(spec)
     private = material.private_der(pair)
     current = call.current_material(key)
-    blob = material.seal_blob(_blob_prefix(key.id, current.id), call.open(key, current), private, context)
+    blob = call.store.blob_key(key, current).seal(private, context)
     response = {
         "PrivateKeyCiphertextBlob": blob,
         "PublicKey": material.public_der(pair),
@@ -335,24 +334,16 @@ def _open_source(
         refuse("InvalidCiphertextException")
     if generation.sealed is None:
         refuse("KMSInvalidStateException", f"{key.arn} is pending import.")
-    return key, material.open_blob(ciphertext, call.open(key, generation), context), generation.id
+    return key, call.store.blob_key(key, generation).open(ciphertext, context), generation.id
 
 
 def _encrypt_under(
     call: Call, key: Key, algorithm: str, plaintext: bytes, context: Mapping[str, str]
 ) -> bytes:
     if algorithm == SYMMETRIC:
-        current = call.current_material(key)
-        return material.seal_blob(
-            _blob_prefix(key.id, current.id), call.open(key, current), plaintext, context
-        )
+        return call.store.blob_key(key, call.current_material(key)).seal(plaintext, context)
     _refuse_context(key, context)
     return material.rsa_encrypt(material.SPECS[key.spec], algorithm, _private(call, key), plaintext)
-
-
-@lru_cache(maxsize=4096)
-def _blob_prefix(key_id: str, material_id: str) -> bytes:
-    return material.key_prefix(key_id) + bytes.fromhex(material_id)
 
 
 def _private(call: Call, key: Key) -> Any:

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hmac import HMAC
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from streamcrypt.kms.errors import KmsError, refuse, uuid_text
 
@@ -235,16 +235,50 @@ def key_prefix(key_id: str) -> bytes:
     return bytes((_VERSION, 0)) + bytes.fromhex(key_id.replace("-", ""))
 
 
-def seal_blob(prefix: bytes, material: bytes, plaintext: bytes, context: Mapping[str, str]) -> bytes:
-    """A ciphertext blob; ``prefix`` is key_prefix() and the 32 bytes of the material id."""
-    fresh = os.urandom(_SALT_LENGTH + _NONCE_LENGTH)
-    salt, nonce = fresh[:_SALT_LENGTH], fresh[_SALT_LENGTH:]
-    header = prefix + salt
-    return (
-        header
-        + nonce
-        + _blob_cipher(material, salt).encrypt(nonce, plaintext, header + encode_context(context))
-    )
+class BlobKey:
+    """Symmetric material, ready to seal and to open blobs of its key."""
+
+    __slots__ = ("_expand", "_prefix")
+
+    def __init__(self, key_id: str, identity: str, material: bytes) -> None:
+        self._prefix = key_prefix(key_id) + bytes.fromhex(identity)
+        # HKDF-Expand to the length of one hash is one HMAC: T(1) = HMAC(PRK, info | 0x01) (RFC 5869, 2.3).
+        # Begun once and copied for each blob it takes a fifth of HKDFExpand's time.
+        self._expand = HMAC(material, _HASHES["SHA_256"])
+        self._expand.update(b"streamcrypt kms blob 1|")
+
+    def seal(self, plaintext: bytes, context: Mapping[str, str]) -> bytes:
+        """A ciphertext blob."""
+        return self._seal(plaintext, context, os.urandom(_SALT_LENGTH + _NONCE_LENGTH))
+
+    def generate(self, length: int, context: Mapping[str, str]) -> tuple[bytes, bytes]:
+        """``length`` random bytes, and the blob that holds them."""
+        fresh = os.urandom(length + _SALT_LENGTH + _NONCE_LENGTH)
+        plaintext = fresh[:length]
+        return plaintext, self._seal(plaintext, context, fresh[length:])
+
+    def _seal(self, plaintext: bytes, context: Mapping[str, str], fresh: bytes) -> bytes:
+        salt, nonce = fresh[:_SALT_LENGTH], fresh[_SALT_LENGTH:]
+        header = self._prefix + salt
+        sealed = self._cipher(salt).encrypt(nonce, plaintext, header + encode_context(context))
+        return header + nonce + sealed
+
+    def open(self, blob: bytes, context: Mapping[str, str]) -> bytes:
+        """The plaintext; InvalidCiphertextException when blob or context are not those that were sealed."""
+        header = blob[:_HEADER_LENGTH]
+        nonce = blob[_HEADER_LENGTH : _HEADER_LENGTH + _NONCE_LENGTH]
+        sealed = blob[_HEADER_LENGTH + _NONCE_LENGTH :]
+        try:
+            return self._cipher(header[-_SALT_LENGTH:]).decrypt(
+                nonce, sealed, header + encode_context(context)
+            )
+        except InvalidTag:
+            refuse("InvalidCiphertextException")
+
+    def _cipher(self, salt: bytes) -> AESGCM:
+        expand = self._expand.copy()
+        expand.update(salt + b"\x01")
+        return AESGCM(expand.finalize())
 
 
 def parse_blob(blob: bytes) -> BlobHeader:
@@ -255,21 +289,6 @@ def parse_blob(blob: bytes) -> BlobHeader:
     key_id = f"mrk-{raw.hex()}" if blob[1] else uuid_text(raw.hex())
     identity = blob[2 + _UUID_LENGTH : 2 + _UUID_LENGTH + _MATERIAL_ID_LENGTH].hex()
     return BlobHeader(key_id, identity)
-
-
-def open_blob(blob: bytes, material: bytes, context: Mapping[str, str]) -> bytes:
-    """The plaintext; InvalidCiphertextException when blob or context are not those that were sealed."""
-    header = blob[:_HEADER_LENGTH]
-    nonce = blob[_HEADER_LENGTH : _HEADER_LENGTH + _NONCE_LENGTH]
-    cipher = _blob_cipher(material, header[-_SALT_LENGTH:])
-    try:
-        return cipher.decrypt(nonce, blob[_HEADER_LENGTH + _NONCE_LENGTH :], header + encode_context(context))
-    except InvalidTag:
-        refuse("InvalidCiphertextException")
-
-
-def _blob_cipher(material: bytes, salt: bytes) -> AESGCM:
-    return AESGCM(HKDFExpand(_HASHES["SHA_256"], 32, b"streamcrypt kms blob 1|" + salt).derive(material))
 
 
 def encode_context(context: Mapping[str, str]) -> bytes:

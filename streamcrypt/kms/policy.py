@@ -11,7 +11,9 @@ root user needs none.  A key policy without a statement for the account leaves t
 policies void, which no other AWS service does: never take an identity policy's Allow for enough.
 
 A policy is parsed and compiled once for a text (``_compile`` remembers it).  Statements are then
-found by action and asked together, by what they read of a request (``_About``).  Sources: AWS KMS Developer Guide, "Key policies", "Grants", "Troubleshooting
+found by action and asked together, by what they read of a request (``_About``).
+
+Sources: AWS KMS Developer Guide, "Key policies", "Grants", "Troubleshooting
 key access"; IAM User Guide, "Policy elements"; texts of AccessDeniedException as AWS sends them.
 """
 
@@ -21,9 +23,9 @@ import json
 import re
 import time as time_module
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from datetime import UTC, datetime
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 from streamcrypt.kms.conditions import (
@@ -538,6 +540,12 @@ class _RequestContext(dict[str, Values]):
         self._request = request
         self._filled = False
 
+    def named(self, keys: tuple[str, ...]) -> tuple[Values, ...]:
+        """The values of keys that begin with _NAMED: absent is what the request itself does not name."""
+        if not self._filled:
+            self._fill()
+        return tuple(map(self.get, keys))
+
     def __missing__(self, key: str) -> Values:
         if not self._filled:
             self._fill()
@@ -551,11 +559,11 @@ class _RequestContext(dict[str, Values]):
         request = self._request
         self._filled = True
         for prefix, mapping in _CONDITION_KEY_FAMILIES.items():
-            for name, value in mapping(request).items():
+            for name, text in mapping(request).items():
                 key = prefix + name.lower()
                 held = self.get(key)
                 # "The condition key is not case sensitive": pairs that differ in case only are all meant.
-                self[key] = value if held is None else (*((held,) if isinstance(held, str) else held), value)
+                self[key] = text if held is None else (*((held,) if isinstance(held, str) else held), text)
         for given in (request.caller.conditions, request.conditions):
             for name, value in given.items():
                 self[name.lower()] = _values(value)
@@ -657,6 +665,7 @@ _CONDITION_KEY_FAMILIES: Final[dict[str, Callable[[Request], Mapping[str, str]]]
     "aws:principaltag/": lambda request: request.caller.tags,
     "aws:resourcetag/": lambda request: request.key.tags if request.key else {},
 }
+_NAMED: Final = tuple(_CONDITION_KEY_FAMILIES)
 
 
 # --- policies, compiled ---------------------------------------------------------------------------
@@ -715,23 +724,26 @@ class _About:
     answer was is remembered, so that a hundred statements cost little more than one.
     """
 
-    __slots__ = ("_columns", "_conditional", "_named", "_statements", "denies")
+    __slots__ = ("_columns", "_conditional", "_named", "_pairs", "_statements", "denies")
 
     def __init__(self, statements: Sequence[_Statement]) -> None:
         self._statements = statements
         self._named: dict[tuple[str, str], tuple[int, int]] = {}
         self.denies = 0
-        readers: dict[tuple[str, ...], dict[Callable[[Any], bool], int]] = {}
+        readers: dict[tuple[str, ...], dict[Test, int]] = {}
         for number, statement in enumerate(statements):
             self.denies |= 0 if statement.allow else 1 << number
             for test in statement.tests:
                 asking = readers.setdefault(test.keys, {})
-                asking[test.holds] = asking.get(test.holds, 0) | 1 << number
-        # Requests differ most in their encryption context: asked first, it leaves least to ask.
-        order = sorted(readers, key=lambda keys: (len(keys), not keys[0].startswith("kms:encryptioncontext")))
-        self._columns = [_Column(keys, readers[keys]) for keys in order]
+                asking[test] = asking.get(test, 0) | 1 << number
+        columns = [_Column(keys, tests) for keys, tests in readers.items()]
+        pairs = [column for column in columns if len(column.keys) == 1 and column.keys[0].startswith(_NAMED)]
+        self._pairs = _Columns(pairs) if pairs else None
+        self._columns = sorted(
+            (column for column in columns if column not in pairs), key=lambda c: len(c.keys)
+        )
         self._conditional = 0
-        for column in self._columns:
+        for column in columns:
             self._conditional |= column.bits
 
     def named(self, identity: _Identity) -> tuple[int, int]:
@@ -749,15 +761,16 @@ class _About:
             masks = self._named[key] = itself, account
         return masks
 
-    def applying(self, mask: int, context: Context) -> int:
+    def applying(self, mask: int, context: _RequestContext) -> int:
         """Those of ``mask`` whose resource and conditions hold."""
-        if mask & self._conditional:
-            for column in self._columns:
-                asked = mask & column.bits
-                if asked:
-                    mask ^= column.failing(asked, context)
-                    if not mask:
-                        break
+        if not mask & self._conditional:
+            return mask
+        # Requests differ most in their encryption context: asked first, it leaves least to ask.
+        if self._pairs is not None and mask & self._pairs.bits:
+            mask ^= self._pairs.failing(mask & self._pairs.bits, context.named(self._pairs.keys))
+        for column in self._columns:
+            if asked := mask & column.bits:
+                mask ^= column.failing(asked, read(column.keys, context))
         return mask
 
     def first(self, mask: int) -> _Statement:
@@ -766,33 +779,77 @@ class _About:
 
 
 class _Column:
-    """The tests of many statements that read the same condition key of a request."""
+    """The tests of many statements that read the same of a request."""
 
-    __slots__ = ("_failing", "_keys", "_tests", "bits")
+    __slots__ = ("_failing", "_texts", "_values", "bits", "keys")
 
-    def __init__(self, keys: tuple[str, ...], tests: Mapping[Callable[[Any], bool], int]) -> None:
-        self._keys = keys
-        self._tests = [(bits, holds) for holds, bits in tests.items()]
+    def __init__(self, keys: tuple[str, ...], tests: Mapping[Test, int]) -> None:
+        self.keys = keys
+        self._values = [(bits, test.holds) for test, bits in tests.items()]
+        # One text, as nearly always, is read once for all tests that read it alike.
+        self._texts: dict[Callable[[str], Any], list[tuple[int, Callable[[Any], Any], bool]]] | None = {}
+        for test, bits in tests.items():
+            if test.matches is None:
+                self._texts = None
+                break
+            self._texts.setdefault(test.prepare, []).append((bits, test.matches, test.negated))
         self._failing: dict[tuple[int, Any], int] = {}
         self.bits = 0
         for bits in tests.values():
             self.bits |= bits
 
-    def failing(self, asked: int, context: Context) -> int:
-        """The statements of ``asked`` with a test that does not hold."""
-        value = read(self._keys, context)
-        known = self._failing.get((asked, value))
-        if known is not None:
-            return known
-        failing = 0
-        for bits, holds in self._tests:
-            if bits & asked and not holds(value):
-                failing |= bits
-        failing &= asked
-        if len(self._failing) >= _REMEMBERED:  # values that never come again (a time): forget, do not grow
-            self._failing.clear()
-        self._failing[asked, value] = failing
+    def failing(self, asked: int, value: Any) -> int:
+        """The statements of ``asked`` with a test that does not hold of ``value``."""
+        failing = self._failing.get((asked, value))
+        if failing is None:
+            failing = self._ask(asked, value) & asked
+            _remember(self._failing, (asked, value), failing)
         return failing
+
+    def _ask(self, asked: int, value: Any) -> int:
+        failing = 0
+        if self._texts is None or value.__class__ is not str:
+            for bits, holds in self._values:
+                if bits & asked and not holds(value):
+                    failing |= bits
+            return failing
+        for prepare, tests in self._texts.items():
+            given = prepare(value)
+            for bits, matches, negated in tests:
+                if bits & asked and (given is None or not matches(given)) is not negated:
+                    failing |= bits
+        return failing
+
+
+class _Columns:
+    """Columns that read pairs by their name, most of which no request has: a hundred names are one question."""
+
+    __slots__ = ("_columns", "_failing", "bits", "keys")
+
+    def __init__(self, columns: Sequence[_Column]) -> None:
+        self._columns = columns
+        self._failing: dict[tuple[int, tuple[Values, ...]], int] = {}
+        self.keys = tuple(column.keys[0] for column in columns)
+        self.bits = 0
+        for column in columns:
+            self.bits |= column.bits
+
+    def failing(self, asked: int, values: tuple[Values, ...]) -> int:
+        """The statements of ``asked`` with a test that does not hold of its pair's value."""
+        failing = self._failing.get((asked, values))
+        if failing is None:
+            failing = 0
+            for column, value in zip(self._columns, values, strict=True):
+                if left := asked & column.bits & ~failing:
+                    failing |= column.failing(left, value)
+            _remember(self._failing, (asked, values), failing)
+        return failing
+
+
+def _remember(answers: dict[Any, int], question: Any, answer: int) -> None:
+    if len(answers) >= _REMEMBERED:  # values that never come again (a time): forget, do not grow
+        answers.clear()
+    answers[question] = answer
 
 
 _REMEMBERED: Final = 64

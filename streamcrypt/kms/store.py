@@ -36,7 +36,7 @@ from streamcrypt.errors import KeyAccessError, StreamcryptError
 from streamcrypt.hygiene import lock
 from streamcrypt.kms import audit, policy, rootkey
 from streamcrypt.kms.errors import new_uuid
-from streamcrypt.kms.material import load_private
+from streamcrypt.kms.material import BlobKey, load_private
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -321,6 +321,7 @@ class Store:
                 self._connection = None
             self._open_materials.clear()
             self._private_keys.clear()
+            self._blob_keys.clear()
 
     # -- files ---------------------------------------------------------------------------
 
@@ -680,9 +681,18 @@ class Store:
             self._private_keys[generation.id] = private
         return private
 
+    def blob_key(self, key: Key, generation: Material) -> BlobKey:
+        """What seals and opens the blobs of a symmetric key."""
+        found = self._blob_keys.get(generation.id)
+        if found is None:
+            found = BlobKey(key.id, generation.id, self.open_material(key, generation))
+            self._blob_keys[generation.id] = found
+        return found
+
     def forget_material(self, material_id: str) -> None:
         self._open_materials.pop(material_id, None)
         self._private_keys.pop(material_id, None)
+        self._blob_keys.pop(material_id, None)
 
     def _material_aad(self, account: str, key_id: str, material_id: str) -> bytes:
         return f"streamcrypt kms material 1|{self.id}|{account}|{key_id}|{material_id}".encode()
@@ -851,7 +861,8 @@ class Store:
 
 
 _INSERT_IF_CURRENT: Final = (
-    f"{audit.INTO} SELECT ?, ?, ?, ?, ?, ? WHERE (SELECT value FROM meta WHERE name = 'generation') = ?"
+    f"{audit.INTO} SELECT ?, ?, ?, ?, ?, ? "  # noqa: S608 - constants of ours
+    "WHERE (SELECT value FROM meta WHERE name = 'generation') = ?"
 )
 
 
