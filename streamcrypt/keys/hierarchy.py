@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -69,6 +69,16 @@ class BranchKey(KeyHolder):
     branch_key_id: str
     version: uuid.UUID
     key: bytes = field(repr=False)
+
+
+class BranchKeyFacts(NamedTuple):
+    """What a row of the store says of a branch key, without the key."""
+
+    branch_key_id: str
+    version: str
+    created: str
+    kms_arn: str
+    context: dict[str, str]
 
 
 class BranchKeySource(Protocol):
@@ -161,6 +171,12 @@ class BranchKeyTable(Protocol):
     def get(self, branch_key_id: str, kind: str) -> Item | None:
         """One row, or None."""
 
+    def active_rows(self) -> list[Item]:
+        """The active row of every branch key, by id."""
+
+    def version_rows(self, branch_key_id: str) -> list[Item]:
+        """The rows of a branch key's versions."""
+
     def write(self, new: Sequence[Item], replaced: Sequence[Item]) -> None:
         """All rows or none: ``new`` must not exist yet, ``replaced`` must.  KeyAccessError otherwise."""
 
@@ -218,6 +234,19 @@ class BranchKeyStore:
         beacon_row = beacon | {"enc": self._generate(beacon)}
         self._table.write(new=[version_row, active_row, beacon_row], replaced=[])
         return branch_key_id
+
+    def facts(self, branch_key_id: str | None = None) -> list[BranchKeyFacts]:
+        """What the table says of every active branch key, or of one key's versions, oldest first.
+
+        No key is opened and KMS is not called, so nothing of it is authenticated.
+        """
+        if branch_key_id is None:
+            rows = self._table.active_rows()
+        else:
+            self._get(branch_key_id, _ACTIVE)
+            rows = self._table.version_rows(branch_key_id)
+            rows.sort(key=lambda row: str(row.get("create-time")))
+        return [_facts(row) for row in rows]
 
     def rotate(self, branch_key_id: str) -> uuid.UUID:
         """A new active version; older ones go on decrypting."""
@@ -311,6 +340,20 @@ class BranchKeyStore:
         return self._reach(KeyArn.parse(arn))
 
 
+def _facts(row: Item) -> BranchKeyFacts:
+    return BranchKeyFacts(
+        str(row.get("branch-key-id", "")),
+        str(row.get("version", row.get("type", ""))).removeprefix(_VERSION_PREFIX),
+        str(row.get("create-time", "")),
+        str(row.get("kms-arn", "")),
+        {
+            name.removeprefix(_CONTEXT_PREFIX): str(value)
+            for name, value in row.items()
+            if name.startswith(_CONTEXT_PREFIX)
+        },
+    )
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
@@ -332,9 +375,31 @@ class SqliteBranchKeyTable:
             found = connection.execute(
                 "SELECT item FROM branch_keys WHERE branch_key_id = ? AND type = ?", (branch_key_id, kind)
             ).fetchone()
-        if found is None:
-            return None
-        row: Item = json.loads(found[0])
+        return None if found is None else self._row(found[0])
+
+    def active_rows(self) -> list[Item]:
+        return self._rows("type = ? ORDER BY branch_key_id", (_ACTIVE,))
+
+    def version_rows(self, branch_key_id: str) -> list[Item]:
+        # A range, not LIKE: an index serves it, and no id has a wildcard.
+        after = _VERSION_PREFIX[:-1] + ";"
+        return self._rows(
+            "branch_key_id = ? AND type > ? AND type < ?", (branch_key_id, _VERSION_PREFIX, after)
+        )
+
+    def _rows(self, condition: str, values: Sequence[str]) -> list[Item]:
+        if not self._path.exists():
+            return []
+        with self._connection() as connection:
+            found = connection.execute(
+                f"SELECT item FROM branch_keys WHERE {condition}",  # noqa: S608 - a constant of this class
+                values,
+            ).fetchall()
+        return [self._row(text) for (text,) in found]
+
+    @staticmethod
+    def _row(text: str) -> Item:
+        row: Item = json.loads(text)
         row["enc"] = base64.b64decode(row["enc"])
         return row
 
@@ -373,7 +438,9 @@ class SqliteBranchKeyTable:
             with contextlib.closing(
                 sqlite3.connect(self._path, timeout=30, isolation_level=None)
             ) as connection:
-                connection.execute("PRAGMA synchronous = FULL")
+                # A transaction ends when its journal is gone: with FULL a power loss may bring the journal
+                # back, and take away what was returned.
+                connection.execute("PRAGMA synchronous = EXTRA")
                 connection.execute("BEGIN IMMEDIATE")
                 with connection:
                     yield connection
@@ -399,11 +466,45 @@ class DynamoBranchKeyTable:
     def identity(self) -> Hashable:
         return ("dynamodb", self._table, self._identity)
 
+    @property
+    def name(self) -> str:
+        """The name of the DynamoDB table."""
+        return self._table
+
     def get(self, branch_key_id: str, kind: str) -> Item | None:
         key = {"branch-key-id": {"S": branch_key_id}, "type": {"S": kind}}
         response = self._call("GetItem", "get_item", TableName=self._table, Key=key, ConsistentRead=True)
         found = response.get("Item")
-        return None if found is None else {name: next(iter(value.values())) for name, value in found.items()}
+        return None if found is None else _from_dynamo(found)
+
+    def active_rows(self) -> list[Item]:
+        # The key store's schema has no index on the type, so the table is read.
+        rows = self._pages(
+            "Scan",
+            "scan",
+            FilterExpression="#type = :active",
+            ExpressionAttributeNames={"#type": "type"},
+            ExpressionAttributeValues={":active": {"S": _ACTIVE}},
+        )
+        return sorted(rows, key=lambda row: str(row["branch-key-id"]))
+
+    def version_rows(self, branch_key_id: str) -> list[Item]:
+        return self._pages(
+            "Query",
+            "query",
+            KeyConditionExpression="#id = :id AND begins_with(#type, :version)",
+            ExpressionAttributeNames={"#id": "branch-key-id", "#type": "type"},
+            ExpressionAttributeValues={":id": {"S": branch_key_id}, ":version": {"S": _VERSION_PREFIX}},
+        )
+
+    def _pages(self, operation: str, method: str, **request: Any) -> list[Item]:
+        rows: list[Item] = []
+        while True:
+            response = self._call(operation, method, TableName=self._table, ConsistentRead=True, **request)
+            rows += [_from_dynamo(item) for item in response.get("Items", ())]
+            if not response.get("LastEvaluatedKey"):
+                return rows
+            request["ExclusiveStartKey"] = response["LastEvaluatedKey"]
 
     def write(self, new: Sequence[Item], replaced: Sequence[Item]) -> None:
         puts = [(row, "attribute_not_exists") for row in new] + [
@@ -455,7 +556,9 @@ class DynamoBranchKeyTable:
             if code == "TransactionCanceledException":
                 why, hint = "a branch key of that id exists, or is gone", "choose another id, or try again"
             else:
-                why, hint = printable(str(error)), f"the caller needs dynamodb:{operation} on the table"
+                # IAM knows a transaction by what it does: each of ours puts rows.
+                action = "PutItem" if operation == "TransactWriteItems" else operation
+                why, hint = printable(str(error)), f"the caller needs dynamodb:{action} on the table"
             raise KeyAccessError(
                 f"{where}: DynamoDB refused {operation}: {why}; {hint}",
                 code=code,
@@ -463,6 +566,10 @@ class DynamoBranchKeyTable:
                 key=self._table,
             ) from error
         return response
+
+
+def _from_dynamo(item: Mapping[str, Mapping[str, Any]]) -> Item:
+    return {name: next(iter(value.values())) for name, value in item.items()}
 
 
 def _to_dynamo(row: Item) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,142 @@
+"""A key that was returned is never lost: SIGKILL at any statement, power loss at any write.
+
+The same with every system call and thousands of images: ``tests/campaigns/test_kms_durability.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import keywork
+from families.crashes import Recording, record
+
+from streamcrypt.errors import KeyAccessError
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="STRACE IS MISSING: no crash images")
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory where there is one: what the disk keeps is worked out, not waited for."""
+    place = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+def killed_at_statement(number: int, home: Path) -> tuple[bool, list[list[str]]]:
+    """Whether the work ended before its ``number``-th statement, at which it is killed; what it told."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(reading)
+            _kill_at_statement(number)
+            with os.fdopen(writing, "w") as pipe:
+                keywork.work(home, lambda *line: print(*line, sep="\t", file=pipe, flush=True))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = [line.rstrip("\n").split("\t") for line in pipe if line.endswith("\n")]
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0, told
+
+
+def _kill_at_statement(number: int) -> None:
+    connect, left = sqlite3.connect, number
+
+    def count(statement: str) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting(*words: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*words, **options)
+        connection.set_trace_callback(count)
+        return connection
+
+    sqlite3.connect = counting  # type: ignore[assignment]  # in this process, which ends here
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sigkill_at_statements(memory: Path):
+    """Every second statement of the store's making and of the first key, then every eleventh."""
+    number, ended = 0, False
+    while not ended:
+        number += 2 if number < 45 else 11
+        home = memory / str(number)
+        ended, told = killed_at_statement(number, home)
+        assert keywork.lost(home, told) == [], f"statement {number}"
+        shutil.rmtree(home)
+    assert len(told) == 9
+
+
+def recorded(memory: Path, *program: str) -> Recording:
+    """The work, done by ``python PROGRAM HOME``."""
+    home = memory / "recorded"
+    shutil.rmtree(home, ignore_errors=True)
+    (home / "kms").mkdir(parents=True, mode=0o700)
+    program = (sys.executable, *program, str(home))
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "PYTHONHASHSEED": "0"}
+    return record(list(program), home / "kms", memory / "log", env=environment)
+
+
+def lost_in_image(recording: Recording, memory: Path, until: int, losing: str, seed: int = 0) -> list[Any]:
+    home = memory / "image"
+    shutil.rmtree(home, ignore_errors=True)
+    (home / "kms").mkdir(parents=True, mode=0o700)
+    recording.image(home / "kms", until, losing, seed)
+    return keywork.lost(home, recording.told(until))
+
+
+@needs_strace
+def test_power_loss(memory: Path):
+    """Just after each thing that was told: what was not flushed is lost, or some of it, or nothing."""
+    recording = recorded(memory, keywork.__file__)
+    events = recording.events
+    moments = [number + 1 for number, event in enumerate(events) if event.kind == "told"]
+    assert len(moments) == 9
+    for until in moments:
+        for seed, losing in enumerate(("all", "none", *["some"] * 8)):
+            assert lost_in_image(recording, memory, until, losing, seed) == [], (until, losing, seed)
+    between = range(moments[0], len(events), max(1, len(events) // 40))
+    for until in between:
+        assert lost_in_image(recording, memory, until, "some") == [], until
+
+
+CARELESS = """
+import sqlite3
+from families import keywork
+
+class Connection(sqlite3.Connection):
+    def execute(self, statement, *values):
+        return super().execute(statement.replace("synchronous=FULL", "synchronous=NORMAL"), *values)
+
+connect = sqlite3.connect
+sqlite3.connect = lambda *words, **options: connect(*words, factory=Connection, **options)
+keywork.main()
+"""
+
+
+@needs_strace
+def test_the_images_show_a_store_that_does_not_flush(memory: Path):
+    recording = recorded(memory, "-c", CARELESS)
+    first, *_, last = [number for number, event in enumerate(recording.events) if event.kind == "told"]
+    with pytest.raises(KeyAccessError, match="the database is empty although its root key"):
+        lost_in_image(recording, memory, 1 + first, "all")
+    assert lost_in_image(recording, memory, 1 + last, "all")
