@@ -13,7 +13,6 @@ import base64
 import json
 import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from streamcrypt.cli.output import INTERRUPTED
 from streamcrypt.errors import KeyUnavailableError, SourceError, StreamcryptError
 from streamcrypt.kms import shapes
 from streamcrypt.kms.errors import KmsError
@@ -83,6 +83,7 @@ def add_kms_commands(subparsers: Any) -> None:
     for name in shapes.operations():
         if not _LEFT_OUT.search(name):
             _add_operation(commands, name)
+    _add_branch_keys(commands)
     _add_serve(commands)
     _add_env(commands)
     _add_audit(commands)
@@ -230,7 +231,7 @@ def _translated(error: Exception, operation: str, request: Mapping[str, Any]) ->
     key = str(named or request.get("AliasName") or "the key of the ciphertext")
     if code in ("ThrottlingException", "KMSInternalException", "DependencyTimeoutException"):
         return KeyUnavailableError(
-            f"{key}: {said or code}; try again", code=code, operation=operation, key=key
+            f"{key}: {said.removesuffix('.') or code}; try again", code=code, operation=operation, key=key
         )
     found = translate(error, operation, key, request.get("EncryptionContext"))
     return found if found is not None else StreamcryptError(f"kms {_kebab(operation)}: {error}")
@@ -439,6 +440,132 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no messages on standard error")
 
 
+# -- branch keys of hierarchy keyrings -----------------------------------------------------------------
+
+
+def _add_branch_keys(commands: Any) -> None:
+    create = commands.add_parser(
+        "create-branch-key",
+        help="make a branch key, under which a hierarchy keyring wraps data keys",
+        description="Make a branch key, wrapped by a KMS key; prints its id and the key reference that names it.",
+        epilog="example: streamcrypt kms create-branch-key --key-id alias/ml --branch-key-id tenant-a",
+    )
+    create.add_argument("--branch-key-id", metavar="ID", help="the id (default: a UUID)")
+    create.add_argument(
+        "--encryption-context", metavar="NAME=VALUE,…", help="pairs that are bound to the branch key for good"
+    )
+    _add_branch_key_options(
+        create, wrapping_key="the symmetric KMS key that wraps it: id, alias or ARN", needed=True
+    )
+    create.set_defaults(run=_run_create_branch_key)
+
+    rotate = commands.add_parser(
+        "version-branch-key",
+        help="rotate a branch key: a new version encrypts, older ones go on decrypting",
+        description="Rotate a branch key: a new version becomes active, older versions go on decrypting.",
+        epilog="example: streamcrypt kms version-branch-key --branch-key-id tenant-a",
+    )
+    rotate.add_argument("--branch-key-id", metavar="ID", required=True, help="the branch key")
+    _add_branch_key_options(rotate, wrapping_key="refuse a branch key that another KMS key wraps")
+    rotate.set_defaults(run=_run_version_branch_key)
+
+    listing = commands.add_parser(
+        "list-branch-keys",
+        help="the branch keys of a store, or the versions of one",
+        description="List the branch keys of a store with their active version, or all versions of one.",
+        epilog="example: streamcrypt kms list-branch-keys --store dynamodb:BranchKeys",
+    )
+    listing.add_argument("--branch-key-id", metavar="ID", help="list the versions of this one")
+    _add_branch_key_options(listing)
+    listing.set_defaults(run=_run_list_branch_keys)
+
+    table = commands.add_parser(
+        "create-branch-key-store",
+        help="make the DynamoDB table of a branch-key store",
+        description="Make a DynamoDB table with the schema of AWS's key store, billed by request.",
+        epilog="example: streamcrypt kms create-branch-key-store --store dynamodb:BranchKeys",
+    )
+    _add_branch_key_options(table)
+    table.set_defaults(run=_run_create_branch_key_store)
+
+
+def _add_branch_key_options(
+    parser: argparse.ArgumentParser, *, wrapping_key: str | None = None, needed: bool = False
+) -> None:
+    parser.add_argument(
+        "--store", default="local", metavar="STORE",
+        help="local (default, in this home), or dynamodb:TABLE[?logical=NAME&region=REGION]",
+    )  # fmt: skip
+    if wrapping_key is not None:
+        parser.add_argument("--key-id", metavar="KEY", required=needed, help=wrapping_key)
+        parser.add_argument(
+            "--kms", choices=("local", "aws"), default="local",
+            help="where --key-id is an alias or id of; an ARN says it itself (default: local)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--region", help="the Region of that KMS (default: local, or AWS's configuration)"
+        )
+    _add_common(parser)
+
+
+def _wrapping_key(args: argparse.Namespace) -> str | None:
+    """The ARN of the KMS key that --key-id names."""
+    key: str | None = args.key_id
+    if key is None or (key.startswith("arn:") and ":key/" in key):
+        return key
+    arn: str = _caller(args)("DescribeKey", {"KeyId": key})["KeyMetadata"]["Arn"]
+    return arn
+
+
+def _run_create_branch_key(args: argparse.Namespace) -> int:
+    from streamcrypt.keys.reference import branch_key_store
+
+    context = _pairs("--encryption-context", args.encryption_context or "", structure=False)
+    store = branch_key_store(args.store, kms_key_arn=_wrapping_key(args))
+    branch_key_id = store.create(args.branch_key_id, context)
+    _print_branch_key(args, branch_key_id, store.active(branch_key_id).version)
+    return 0
+
+
+def _run_version_branch_key(args: argparse.Namespace) -> int:
+    from streamcrypt.keys.reference import branch_key_store
+
+    store = branch_key_store(args.store, kms_key_arn=_wrapping_key(args))
+    _print_branch_key(args, args.branch_key_id, store.rotate(args.branch_key_id))
+    return 0
+
+
+def _print_branch_key(args: argparse.Namespace, branch_key_id: str, version: object) -> None:
+    reference = f"hierarchy:{branch_key_id}@{args.store}"
+    made = {"BranchKeyId": branch_key_id, "Version": str(version), "KeyReference": reference}
+    _out(json.dumps(made, indent=4, ensure_ascii=False))
+
+
+def _run_list_branch_keys(args: argparse.Namespace) -> int:
+    from streamcrypt.keys.reference import branch_key_store
+
+    found = [
+        {
+            "BranchKeyId": facts.branch_key_id,
+            "Version": facts.version,
+            "CreateTime": facts.created,
+            "KmsArn": facts.kms_arn,
+            "EncryptionContext": facts.context,
+        }
+        for facts in branch_key_store(args.store).facts(args.branch_key_id)
+    ]
+    _out(json.dumps({"BranchKeys": found}, indent=4, ensure_ascii=False))
+    return 0
+
+
+def _run_create_branch_key_store(args: argparse.Namespace) -> int:
+    from streamcrypt.keys.reference import make_branch_key_table
+
+    table = make_branch_key_table(args.store)
+    _out(json.dumps({"TableName": table}, indent=4))
+    return 0
+
+
 # -- serve and env -----------------------------------------------------------------------------------
 
 
@@ -500,7 +627,7 @@ def _run_serve(args: argparse.Namespace) -> int:
         raise StreamcryptError(
             f"kms serve: cannot listen on {args.host} port {args.port} ({error.strerror}); choose another --port"
         ) from error
-    return 0
+    return INTERRUPTED if server.interrupted else 0
 
 
 def _add_env(commands: Any) -> None:
@@ -657,10 +784,13 @@ def _run_audit(args: argparse.Namespace) -> int:
     last = store.query("SELECT COALESCE(MAX(id), 0) FROM audit")[0][0]
     _print_events([audit.event(row) for row in store.query(*wanted.select(limit=args.limit))], args)
     if args.follow:
-        for event in audit.follow(
-            lambda after: store.query(*wanted.select(after=after)), _until_interrupted(), after=last
-        ):
-            _out(json.dumps(event, ensure_ascii=False))
+        try:
+            for event in audit.follow(
+                lambda after: store.query(*wanted.select(after=after)), _pause, after=last
+            ):
+                _out(json.dumps(event, ensure_ascii=False))
+        except KeyboardInterrupt:
+            return INTERRUPTED
     return 0
 
 
@@ -702,14 +832,10 @@ def _print_events(events: list[dict[str, Any]], args: argparse.Namespace) -> Non
         _out(json.dumps(event, ensure_ascii=False))
 
 
-def _until_interrupted() -> Callable[[], bool]:
-    """Waits for the next look; false once SIGINT or SIGTERM has come."""
-    import threading
-
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    return lambda: not ended.wait(0.5)
+def _pause() -> bool:
+    """Wait before the next look at the store; there always is one."""
+    time.sleep(0.5)
+    return True
 
 
 def _add_cost(commands: Any) -> None:

@@ -1,6 +1,7 @@
 """Backup and restore of an embedded KMS: one file that holds everything, under a passphrase.
 
-A backup is the database with one more row, ``meta.root``: the root key document (rootkey.py).
+A backup is the database with one more row, ``meta.root``: the root key document (rootkey.py); and
+where there are branch keys (hierarchy keyring) with another, ``meta.branch_keys``: their database.
 Losing a wrapping key loses every message under it, so a backup is refused rather than half
 written, and restored only where no KMS is.
 """
@@ -17,9 +18,10 @@ from typing import Any, Final
 
 from streamcrypt.errors import DestinationError, KeyAccessError, SourceError
 from streamcrypt.kms import rootkey
-from streamcrypt.kms.store import DATABASE_NAME, FOLDER_NAME, ROOT_NAME, Store
+from streamcrypt.kms.store import BRANCH_KEYS_NAME, DATABASE_NAME, FOLDER_NAME, ROOT_NAME, Store
 
 _ROOT_ROW: Final = "root"
+_BRANCH_KEYS_ROW: Final = "branch_keys"
 
 
 def write_backup(
@@ -39,9 +41,13 @@ def write_backup(
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         copy = sqlite3.connect(temporary, isolation_level=None)
         with contextlib.closing(copy):
+            # Before the keys that wrap them: whatever is in this copy, its wrapping key is in the other.
+            branch_keys = _read_database(store.folder / BRANCH_KEYS_NAME)
             store.copy_to(copy)
             copy.execute("PRAGMA journal_mode=DELETE")
             copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_ROOT_ROW, json.dumps(document)))
+            if branch_keys is not None:
+                copy.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_BRANCH_KEYS_ROW, branch_keys))
             _check_integrity(copy, path)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -78,7 +84,9 @@ def restore_backup(
         database = temporary / DATABASE_NAME
         os.close(os.open(database, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         shutil.copyfile(path, database)
-        store_id, root = _open_backup(database, path, ask)
+        store_id, root, branch_keys = _open_backup(database, path, ask)
+        if branch_keys is not None:
+            _write_database(temporary / BRANCH_KEYS_NAME, branch_keys, path)
         rootkey.write(temporary / ROOT_NAME, rootkey.document(root, store_id, root_key, ask))
         with database.open("rb") as file:
             os.fsync(file.fileno())
@@ -89,8 +97,26 @@ def restore_backup(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open_backup(database: Path, name: Path, ask: rootkey.Passphrase) -> tuple[str, bytes]:
-    """Store id and root key of a copied backup, whose root row is then gone."""
+def _read_database(path: Path) -> bytes | None:
+    """A consistent copy of a SQLite file, also while others write; None where there is none."""
+    if not path.exists():
+        return None
+    with contextlib.closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as connection:
+        return connection.serialize()
+
+
+def _write_database(path: Path, content: bytes, name: Path) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        _check_integrity(connection, name)
+
+
+def _open_backup(database: Path, name: Path, ask: rootkey.Passphrase) -> tuple[str, bytes, bytes | None]:
+    """Store id, root key and branch keys of a copied backup, whose rows of these are then gone."""
     connection = sqlite3.connect(database, isolation_level=None)
     with contextlib.closing(connection):
         try:
@@ -108,8 +134,8 @@ def _open_backup(database: Path, name: Path, ask: rootkey.Passphrase) -> tuple[s
             raise KeyAccessError(f"{name}: the root key in the backup is damaged") from error
         rootkey.check(root, store_id, bytes(rows["root_check"]), name=str(name))
         connection.execute("PRAGMA secure_delete=ON")
-        connection.execute("DELETE FROM meta WHERE name = ?", (_ROOT_ROW,))
-    return store_id, root
+        connection.execute("DELETE FROM meta WHERE name IN (?, ?)", (_ROOT_ROW, _BRANCH_KEYS_ROW))
+    return store_id, root, rows.get(_BRANCH_KEYS_ROW)
 
 
 def _check_integrity(connection: sqlite3.Connection, name: Path) -> None:

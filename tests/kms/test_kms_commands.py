@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from streamcrypt import decrypt_bytes, encrypt_bytes
 from streamcrypt.cli.kms import add_kms_commands
 from streamcrypt.errors import KeyAccessError, KeyUnavailableError, StreamcryptError, WrappedKeyError
 from streamcrypt.kms import open_service
@@ -26,7 +27,8 @@ INTERFACE = (
     "enable-key", "disable-key", "enable-key-rotation", "rotate-key-on-demand", "schedule-key-deletion",
     "cancel-key-deletion", "put-key-policy", "get-key-policy", "create-grant", "list-grants", "revoke-grant",
     "encrypt", "decrypt", "generate-data-key", "re-encrypt", "sign", "verify", "get-public-key",
-    "derive-shared-secret", "serve", "env", "audit", "cost", "backup", "restore",
+    "derive-shared-secret", "create-branch-key", "version-branch-key", "list-branch-keys",
+    "create-branch-key-store", "serve", "env", "audit", "cost", "backup", "restore",
 )  # fmt: skip
 
 Run = Callable[..., str]
@@ -212,6 +214,70 @@ def test_backup_and_restore(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert base64.b64decode(opened) == b"hello"
 
 
+def test_branch_keys(run: Run):
+    arn = json.loads(run("create-key", "--alias", "alias/ml", "--quiet"))["KeyMetadata"]["Arn"]
+    made = json.loads(
+        run(
+            "create-branch-key",
+            "--key-id",
+            "alias/ml",
+            "--branch-key-id",
+            "tenant-a",
+            "--encryption-context",
+            "t=a",
+        )
+    )
+    assert made["KeyReference"] == "hierarchy:tenant-a@local"
+    message = encrypt_bytes(b"x", keys=made["KeyReference"])
+    rotated = json.loads(run("version-branch-key", "--branch-key-id", "tenant-a", "--key-id", arn))
+    assert rotated["Version"] != made["Version"]
+    assert decrypt_bytes(message, keys=made["KeyReference"]) == b"x"
+    run("create-branch-key", "--key-id", arn)
+    found = json.loads(run("list-branch-keys"))["BranchKeys"]
+    assert len(found) == 2
+    (active,) = [entry for entry in found if entry["BranchKeyId"] == "tenant-a"]
+    assert (active["Version"], active["KmsArn"], active["EncryptionContext"]) == (
+        rotated["Version"],
+        arn,
+        {"t": "a"},
+    )
+    versions = json.loads(run("list-branch-keys", "--branch-key-id", "tenant-a"))["BranchKeys"]
+    assert [entry["Version"] for entry in versions] == [made["Version"], rotated["Version"]]
+    with pytest.raises(KeyAccessError, match="exists already"):
+        run("create-branch-key", "--key-id", arn, "--branch-key-id", "tenant-a")
+    with pytest.raises(KeyAccessError, match="the store has no"):
+        run("version-branch-key", "--branch-key-id", "none")
+    with pytest.raises(ValueError, match="needs no table"):
+        run("create-branch-key-store", "--store", "local")
+
+
+def test_branch_keys_in_dynamodb(run: Run, monkeypatch: pytest.MonkeyPatch):
+    moto = pytest.importorskip("moto.server", reason="moto[server] IS MISSING: no DynamoDB")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "eu-central-1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        store = ["--store", "dynamodb:BranchKeys?logical=production"]
+        assert json.loads(run("create-branch-key-store", *store)) == {"TableName": "BranchKeys"}
+        run("create-key", "--kms", "aws")
+        key = json.loads(run("list-keys", "--kms", "aws"))["Keys"][0]["KeyId"]
+        made = json.loads(run("create-branch-key", "--key-id", key, "--kms", "aws", *store))
+        rotated = json.loads(run("version-branch-key", "--branch-key-id", made["BranchKeyId"], *store))
+        (active,) = json.loads(run("list-branch-keys", *store))["BranchKeys"]
+        assert (active["BranchKeyId"], active["Version"]) == (made["BranchKeyId"], rotated["Version"])
+        versions = json.loads(run("list-branch-keys", "--branch-key-id", made["BranchKeyId"], *store))[
+            "BranchKeys"
+        ]
+        assert {entry["Version"] for entry in versions} == {made["Version"], rotated["Version"]}
+    finally:
+        server.stop()
+
+
 def test_a_reminder_until_the_backup(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def create() -> str:
         args = parser().parse_args(["kms", "create-key"])
@@ -227,22 +293,31 @@ def test_serve_refuses_another_address(run: Run, capsys: pytest.CaptureFixture[s
     assert run("serve", "--host", "0.0.0.0", "--port", "0", code=2) == ""
 
 
-def test_serve_prints_its_url_and_answers(home: Path, tmp_path: Path):
-    program = (
-        "import argparse, sys\n"
-        "from streamcrypt.cli.kms import add_kms_commands\n"
-        "made = argparse.ArgumentParser()\n"
-        "add_kms_commands(made.add_subparsers())\n"
-        "args = made.parse_args(['kms', 'serve', '--port', '0'])\n"
-        "sys.exit(args.run(args))\n"
-    )
+def start(*words: str) -> subprocess.Popen[str]:
     root = Path(__file__).resolve().parents[2]
-    server = subprocess.Popen(
-        [sys.executable, "-c", program],
+    return subprocess.Popen(
+        [sys.executable, "-m", "streamcrypt", "kms", *words],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
+
+
+def test_ctrl_c_ends_audit_follow_as_interrupted(run: Run):
+    run("create-key", "--quiet")
+    following = start("audit", "--follow")
+    assert following.stdout is not None
+    assert json.loads(following.stdout.readline())["eventName"] == "CreateKey"
+    run("list-keys")
+    assert json.loads(following.stdout.readline())["eventName"] == "ListKeys"
+    following.send_signal(signal.SIGINT)
+    assert following.wait(20) == 130
+    following.stdout.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_serve_prints_its_url_and_answers(home: Path, number: signal.Signals, code: int):
+    server = start("serve", "--port", "0")
     assert server.stdout is not None
     try:
         url = server.stdout.readline().strip()
@@ -252,6 +327,6 @@ def test_serve_prints_its_url_and_answers(home: Path, tmp_path: Path):
         assert args.run(args) == 0
         assert open_service().describe_key(KeyId="alias/far")["KeyMetadata"]["Enabled"]
     finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        server.send_signal(number)
+        assert server.wait(20) == code
         server.stdout.close()

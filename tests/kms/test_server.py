@@ -124,13 +124,15 @@ def test_session_credentials(service: Service):
         assert refused[0] == code
 
 
-def signed(key: AccessKey, *, token: str | None = None) -> tuple[dict[str, str], bytes]:
+def signed(
+    key: AccessKey, *, token: str | None = None, operation: str = "ListKeys"
+) -> tuple[dict[str, str], bytes]:
     """The headers and the body of a request, as botocore signs it."""
     body = b"{}"
     request = AWSRequest(
         "POST",
         "http://127.0.0.1:8400/",
-        headers={"X-Amz-Target": "TrentService.ListKeys", "Content-Type": "application/x-amz-json-1.1"},
+        headers={"X-Amz-Target": f"TrentService.{operation}", "Content-Type": "application/x-amz-json-1.1"},
         data=body,
     )
     SigV4Auth(Credentials(key.id, key.secret, token), "kms", "local").add_auth(request)
@@ -292,8 +294,8 @@ def test_bad_requests(server: Server, request_bytes: bytes, status: int):
     assert _raw(server, request_bytes).startswith(f"HTTP/1.1 {status} ".encode())
 
 
-def _request(key: AccessKey, *, close: bool) -> bytes:
-    headers, body = signed(key)
+def _request(key: AccessKey, *, close: bool, operation: str = "ListKeys") -> bytes:
+    headers, body = signed(key, operation=operation)
     lines = [f"{name}: {value}" for name, value in headers.items()]
     lines += [f"Content-Length: {len(body)}", *(["Connection: close"] if close else [])]
     return ("POST / HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n").encode() + body
@@ -305,6 +307,49 @@ def test_pipelined_and_dribbled_requests(service: Service, server: Server):
     assert _raw(server, both).count(b"HTTP/1.1 200 OK") == 2
     dribbled = (both[n : n + 1] for n in range(len(both)))
     assert _raw(server, *dribbled).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_slow_and_idle_connections_are_closed(service: Service, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Server, "request_timeout", 0.2)
+    monkeypatch.setattr(Server, "idle_timeout", 0.6)
+    key = principals.access_key(service.store, ROOT)
+    whole = _request(key, close=False)
+    servers = running(service)
+    server = next(servers)
+    try:
+        assert _raw(server, whole[:-1]).startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        assert _raw(server) == b""
+        answer = _raw(server, whole)
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert answer.count(b"HTTP/1.1") == 1
+    finally:
+        next(servers, None)
+
+
+def test_who_does_not_read_is_not_read_from(service: Service, monkeypatch: pytest.MonkeyPatch):
+    """A flood of requests whose answers nobody reads takes no more memory than a buffer, and ends."""
+    monkeypatch.setattr(Server, "request_timeout", 0.5)
+    key = principals.access_key(service.store, ROOT)
+    requests = _request(key, close=False, operation="ListAliases") * 100
+    servers = running(service)
+    server = next(servers)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(requests)
+            assert connection.recv(1)
+            (served,) = server.connections  # whose answers the kernel would hold by the megabyte
+            served._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            ended = None
+            while ended is None:
+                try:
+                    connection.sendall(requests)
+                except OSError as error:
+                    ended = error
+            assert isinstance(ended, ConnectionError)
+        assert len(service.store.query("SELECT id FROM audit")) < 50_000
+    finally:
+        next(servers, None)
 
 
 def test_an_unknown_operation_and_bad_json(service: Service, server: Server):

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamcrypt.errors import DestinationError, KeyAccessError, SourceError, StreamcryptError
+from streamcrypt.keys.reference import branch_key_store
 from streamcrypt.kms import KmsError, Service, material, open_service, rootkey
 from streamcrypt.kms.backup import restore_backup, write_backup
 from streamcrypt.kms.store import Store
@@ -295,6 +296,12 @@ def test_another_process_sees_a_change_at_once(tmp_path: Path):
         two.encrypt(KeyId=key, Plaintext=b"x")
     two.enable_key(KeyId=key)
     assert one.encrypt(KeyId=key, Plaintext=b"x")
+    # What was tried on yesterday's knowledge has left no row: one for each call, and each as it was answered.
+    rows = one.store.query("SELECT operation, error FROM audit ORDER BY id")
+    assert rows == [
+        ("CreateKey", None), ("Encrypt", None), ("DisableKey", None), ("Encrypt", "DisabledException"),
+        ("EnableKey", None), ("Encrypt", None),
+    ]  # fmt: skip
     one.close()
     two.close()
 
@@ -386,6 +393,29 @@ def test_backup_and_restore(kept: Service, tmp_path: Path):
         write_backup(kept.store, file, passphrase=lambda: PASSPHRASE)
 
 
+def test_a_backup_holds_the_branch_keys(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    service = open_service(home)
+    arn = service.create_key()["KeyMetadata"]["Arn"]
+    branch_keys = branch_key_store("local", kms_key_arn=arn)
+    branch_keys.create("tenant-a", {"tenant": "a"})
+    branch_keys.rotate("tenant-a")
+    active = branch_keys.active("tenant-a")
+    file = tmp_path / "backup"
+    write_backup(service.store, file, passphrase=lambda: PASSPHRASE)
+    assert active.key not in file.read_bytes()
+    restore_backup(file, tmp_path / "new", passphrase=lambda: PASSPHRASE)
+    restored = tmp_path / "new" / "kms" / "branch-keys.sqlite3"
+    assert stat.S_IMODE(restored.stat().st_mode) == 0o600
+    monkeypatch.setenv("STREAMCRYPT_HOME", str(tmp_path / "new"))
+    again = branch_key_store("local")
+    assert again.active("tenant-a").key == active.key
+    assert [facts.context for facts in again.facts("tenant-a")] == [{"tenant": "a"}] * 2
+    database = sqlite3.connect(tmp_path / "new" / "kms" / "kms.sqlite")
+    names = {name for (name,) in database.execute("SELECT name FROM meta")}
+    database.close()
+    assert not {"root", "branch_keys"} & names
+
+
 def test_what_is_no_backup(kept: Service, tmp_path: Path):
     (tmp_path / "text").write_text("nonsense " * 1000)
     with pytest.raises(SourceError, match="not a backup"):
@@ -448,7 +478,7 @@ def _encodable(text: str) -> bool:
 
 
 def test_blob_key_is_hkdf_expand():
-    """The one HMAC in _blob_cipher is RFC 5869's HKDF-Expand."""
+    """The one HMAC in BlobKey is RFC 5869's HKDF-Expand."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -456,9 +486,8 @@ def test_blob_key_is_hkdf_expand():
     key, salt = bytes(range(32)), b"s" * 16
     expanded = HKDFExpand(hashes.SHA256(), 32, b"streamcrypt kms blob 1|" + salt).derive(key)
     nonce = b"n" * 12
-    assert AESGCM(expanded).encrypt(nonce, b"x", b"") == material._blob_cipher(key, salt).encrypt(
-        nonce, b"x", b""
-    )
+    blob_key = material.BlobKey("12345678-1234-4234-8234-123456789012", "00" * 32, key)
+    assert AESGCM(expanded).encrypt(nonce, b"x", b"") == blob_key._cipher(salt).encrypt(nonce, b"x", b"")
 
 
 @given(st.binary(max_size=300))
