@@ -388,7 +388,7 @@ def erase(
     gone = {path for tree in before for path in tree.gone}
     for path in (path for tree in after for path in tree.gone if path not in gone):
         lost.append(Failure(path, KeyAccessError(f"{path}: its key was deleted by somebody else meanwhile")))
-    done.proved = not lost and not unproved
+    done.proved = not lost and not done.failed
     if lost:
         raise _with_report(
             lost[0].error,

@@ -19,7 +19,7 @@ import os
 import resource
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -169,7 +169,7 @@ class _Run:
         self._manifest_target: HashingTarget | None = None
         self._statement: StatementWriter | None = None
         self._wrapped: set[int] = set()  # data keys that were made, of a job with a key map
-        self._refused: dict[int, KeyAccessError] = {}  # data keys that no key opens, and why
+        self._refused: dict[Hashable, KeyAccessError] = {}  # data keys that no key opens, and why
         self._batch_files = BATCH_FILES
         # A resumed job replaces what the interrupted one made; `_resumed` looks before it does.
         self._may_replace = job.overwrite or job.resume
@@ -467,14 +467,13 @@ class _Run:
 
     def _content_key(self, header: Header, reading: Materials) -> bytes:
         """The key that opens a message's frames; a data key that a key refused to unwrap is not asked for again."""
-        name = hash((header.encrypted_data_keys, frozenset(header.context.items())))
-        if (refused := self._refused.get(name)) is not None:
+        if self._refused and (refused := self._refused.get(_data_key(header))) is not None:
             raise copy.copy(refused)
         try:
             return unlock(header, reading, self.job.rules).content_key
         except KeyAccessError as error:
             if not isinstance(error, TemporaryError | IntegrityError | ContextMismatchError):
-                self._refused[name] = copy.copy(error)
+                self._refused[_data_key(header)] = copy.copy(error)
             raise
 
     def _sealing_or_failure(self, number: int, name: str, plaintext_length: int) -> Sealing | None:
@@ -1011,6 +1010,11 @@ def _kind(job: Job) -> str:
         return job.operation + signer
     settings = json.dumps([job.suite.id, job.frame_length, sorted(job.context.items())])
     return f"{job.operation} {zlib.crc32(settings.encode()):08x}{signer}"
+
+
+def _data_key(header: Header) -> Hashable:
+    """What a KMS is asked for: the wrapped keys, and the context that is bound to them."""
+    return header.encrypted_data_keys, frozenset(header.context.items())
 
 
 def merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[Entry | None, Listed | None]]:

@@ -203,6 +203,7 @@ STATEMENTS: dict[str, Callable[[Path], object]] = {
     "a line more": lambda t: (t / STATEMENT).write_bytes((t / STATEMENT).read_bytes() + b"{}\n"),
     "nothing left": lambda t: (t / STATEMENT).write_bytes(b""),
     "no statement": lambda t: (t / STATEMENT).unlink(),
+    "a deep one": lambda t: (t / STATEMENT).write_bytes(b"[" * 4000 + b"\n"),
     "no JSON": lambda t: (t / STATEMENT).write_bytes(b"\xff\xfe"),
     "the signature": lambda t: flip(t / SIGNATURE),
     "an empty signature": lambda t: (t / SIGNATURE).write_bytes(b""),
