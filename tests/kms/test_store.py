@@ -306,6 +306,28 @@ def test_another_process_sees_a_change_at_once(tmp_path: Path):
     two.close()
 
 
+def test_a_neighbour_that_always_changes_keys_delays_nobody(tmp_path: Path):
+    one, two = make(tmp_path), make(tmp_path)
+    key = one.create_key()["KeyMetadata"]["KeyId"]
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            two.update_key_description(KeyId=key, Description="another")
+
+    neighbour = threading.Thread(target=change)
+    neighbour.start()
+    try:
+        for _ in range(300):
+            assert one.encrypt(KeyId=key, Plaintext=b"x")["KeyId"].endswith(key)
+    finally:
+        ended.set()
+        neighbour.join()
+    assert one.store.query("SELECT COUNT(*), COUNT(error) FROM audit WHERE operation = 'Encrypt'") == [(300, 0)]
+    one.close()
+    two.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_opens_its_own_connection(kept: Service):
