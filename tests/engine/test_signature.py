@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,53 @@ def test_an_empty_folder_more_or_less_is_nothing(signed, pem):
     (signed / "empty folder").rmdir()
     (signed / "another").mkdir()
     assert sc.verify(signed, signed_by=pem).files == len(FILES)
+
+
+def test_whatever_happens_to_a_tree_exactly_that_is_named(signed, pem, tmp_path, monkeypatch):
+    """Random changes, several at once: the names that fail are those whose bytes are not the signed ones."""
+    without_keys(monkeypatch, tmp_path)
+    before = {name: data for name, data in read_tree(signed).items() if name not in (STATEMENT, SIGNATURE)}
+    found = 0
+    for seed in range(60):
+        chance = random.Random(seed)
+        tree = tmp_path / f"tree {seed}"
+        shutil.copytree(signed, tree)
+        for _ in range(chance.randint(1, 4)):
+            names = [name for name in read_tree(tree) if name not in (STATEMENT, SIGNATURE)]
+            one, other = chance.choice(names), chance.choice(names)
+            data = bytearray((tree / one).read_bytes())
+            change = chance.choice(["flip", "cut", "remove", "add", "rename", "swap", "copy", "extend"])
+            if change == "flip":
+                data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            elif change == "cut":
+                del data[chance.randrange(len(data)) :]
+            elif change == "extend":
+                data += chance.randbytes(chance.randint(1, 50))
+            elif change == "swap":
+                (tree / one).write_bytes((tree / other).read_bytes())
+                (tree / other).write_bytes(data)
+                continue
+            elif change == "copy":
+                data = bytearray((tree / other).read_bytes())
+            elif change == "add":
+                (tree / f"new{chance.randrange(3)}").write_bytes(data)
+                continue
+            elif change in ("remove", "rename") and one != MANIFEST:
+                (tree / one).unlink()
+                if change == "rename":
+                    (tree / f"new{chance.randrange(3)}").write_bytes(data)
+                continue
+            (tree / one).write_bytes(data)
+        after = {name: data for name, data in read_tree(tree).items() if name not in (STATEMENT, SIGNATURE)}
+        expected = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        failed = set()
+        try:
+            sc.verify(tree, signed_by=pem)
+        except sc.IntegrityError as error:
+            failed = {failure.path for failure in error.report.failed}
+        assert failed == expected, f"seed {seed}"
+        found += len(failed)
+    assert found > 60
 
 
 def another_key(tree: Path, kms, tmp_path: Path) -> Path:
