@@ -31,19 +31,31 @@ A configuration is measured as a job of its own: a fresh process that calls the 
 those of the call, workers started by it included, interpreter start and imports not. Sweeps go in rounds, each with
 every configuration once in a new seeded order, so that a slow minute falls on all of them. Data are seeded and do
 not compress; sources are in the page cache. `memory` is a memory file system, `disk` the temporary folder's file
-system, with or without fsync as the row says. Before each run other work on the cores is looked for, after it steal
+system, with or without fsync as the row says. Before the clock starts, data that wait to be written are written, and
+memory for what will be written is claimed and given back (the host of a virtual machine takes back what its guest
+frees, and fresh pages cost several times more). Before each run other work on the cores is looked for, after it steal
 time and swapping; a run with either is repeated up to three times, then kept and marked, never dropped. Rates are
 plaintext bytes per second. "Of copy" is the same bytes moved by the same number of threads without a cipher, in the
 same minute, over the time measured: 1.00 would be as fast as copying.
 
 Repeat any of it:
 
+*Not run by the tests: it takes hours, on a machine that should do nothing else.*
+
 ```sh
 streamcrypt bench run --preset standard --out results     # or quick, full, --axis NAME=VALUE,…, a TOML file
+streamcrypt bench compare OLD NEW                         # two sweeps: ratios, intervals, what is noise
+streamcrypt bench compare --baseline-ref main --out both  # two versions, measured in turns (a git checkout)
+streamcrypt bench kms --kms local --latency 10ms --quota 100 --rate 150   # open loop; without --rate closed
 streamcrypt bench calibrate --out machine.json            # just what a plan needs
 streamcrypt plan --validate benchmarks/held_out.json --records machine.json --out held-out
 streamcrypt report results --out report.html
+python benchmarks/alone.py                               # a configuration in a sweep against itself alone
 ```
+
+A sweep, a calibration and a validation that were interrupted go on when the same command is given again.
+`bench compare` ends with 0 when nothing is slower, with 1 when something is slower or fails, with 5 when nothing can
+be told.
 
 A sweep as TOML:
 
@@ -63,7 +75,7 @@ workers = [1, 2]
 MODEL = """\
 ## The plan's model
 
-```
+```text
 wall = start + files·(a_serial + a/P) + bytes·(c_serial + c/P) + frames·f/P
        + [fsync] files·(t_serial + t/P) + [fsync] bytes·t_b + workers·w
 ```
@@ -73,6 +85,32 @@ with relative weights, one set for each operation, suite kind and storage. Waits
 of the engine's queue (one cache for a host; message, age and byte limits; a token bucket for the quota), which a
 property test holds to an event simulation of 200 random loads. An interval repeats the plan with rates refitted to
 resampled runs, times the relative errors of cells left out of their own fit.
+"""
+
+
+METRICS = """\
+## Metrics of any run
+
+The JSON object of a command (`--json`) or of a Python call (`report.to_json()`) has of a job what a benchmark's record
+has: files, bytes, seconds, workers, data keys, cache hits, misses and evictions, KMS calls with their latency,
+throttles and retries. `--audit FILE` adds a line for every object. Where something collects spans or counters already:
+
+```python
+from streamcrypt import telemetry            # pip install 'streamcrypt[telemetry]'
+
+stop = telemetry.opentelemetry()             # a span for every job from now on; tracer_provider=… or the global one
+stop = telemetry.prometheus()                # counters of every job; registry=… or the client's own
+```
+
+`opentelemetry-instrument streamcrypt encrypt …` makes the spans without a line of code. A span is named after the
+job (`streamcrypt encrypt`), has the report's figures as attributes (`streamcrypt.files`, `streamcrypt.bytes_in`,
+`streamcrypt.kms.calls.GenerateDataKey` …), ends as an error when the job does, and is the parent of what happens in
+it, so that botocore's instrumentation shows each KMS call below it. The counters: `streamcrypt_jobs_total`
+(operation, outcome), `streamcrypt_job_seconds` (a histogram), `streamcrypt_files_total`, `…_failed_files_total`
+(error), `…_skipped_files_total`, `…_read_bytes_total`, `…_written_bytes_total`, `…_data_keys_total`,
+`…_cache_lookups_total` (result), `…_cache_evictions_total` (limit), `…_kms_calls_total` (call),
+`…_kms_throttled_total`, `…_kms_retries_total`. No key, no plaintext and no encryption context is in either; paths are
+in spans. A process that calls neither function pays nothing.
 """
 
 
@@ -168,6 +206,7 @@ def main() -> None:
         rates_table(reference),
         [""],
         validation_section(arguments.validation),
+        ["", METRICS],
     ]
     PAGE.parent.mkdir(exist_ok=True)
     text = "\n".join(line for section in sections for line in section).rstrip() + "\n"

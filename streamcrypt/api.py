@@ -669,12 +669,6 @@ class _Calls:
 
     def report(self, job: Job, work: Callable[[Job], Report]) -> Report:
         """Run the job and complete its report; raises the gravest failure."""
-        job = _placed(job)
-        if job.key_map is not None and job.resume:  # what was begun under an older map may be replaced
-            keyring = decrypting_keyring(job.key_map.references, stats=self.stats)
-            job = job._replace(resuming=Materials(keyring, cache=self.cache, max_encrypted_data_keys=None))
-        if job.signing is not None and not job.dry_run:
-            job.signing.prepare()
         with contextlib.ExitStack() as watched:
             told = [watched.enter_context(observe(job)) for observe in observers]
             report = self._completed(job, work)
@@ -684,6 +678,12 @@ class _Calls:
         return report
 
     def _completed(self, job: Job, work: Callable[[Job], Report]) -> Report:
+        job = _placed(job)
+        if job.key_map is not None and job.resume:  # what was begun under an older map may be replaced
+            keyring = decrypting_keyring(job.key_map.references, stats=self.stats)
+            job = job._replace(resuming=Materials(keyring, cache=self.cache, max_encrypted_data_keys=None))
+        if job.signing is not None and not job.dry_run:
+            job.signing.prepare()
         opens = job.reading is not None or job.writing is not None
         if self._engine == "ray" and opens and not job.dry_run:
             from streamcrypt.engine.remote import Cluster  # start-up: only a cluster needs it

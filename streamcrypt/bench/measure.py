@@ -98,7 +98,7 @@ class Bench:
         self._yardsticks = yardsticks
         self._stack = contextlib.ExitStack()
         self._places: dict[str, Path] = {}
-        self._work = work
+        self._work = work.resolve() if work is not None else None
         self._datasets: dict[tuple[Any, ...], tuple[Path, int]] = {}
 
     def __enter__(self) -> Bench:
@@ -141,15 +141,20 @@ class Bench:
                 os.sync()  # else the run pays for flushing its own source
         return self._datasets[key][0]
 
-    def run(self, cell: Cell, *, session: str = "", round_number: int = 0) -> Record:
-        """One run of ``cell``.  What goes wrong in the child is the record's ``error``."""
+    def run(
+        self, cell: Cell, *, session: str = "", round_number: int = 0, tree: Path | None = None
+    ) -> Record:
+        """One run of ``cell``.  What goes wrong in the child is the record's ``error``.
+
+        ``tree``: a folder whose streamcrypt is measured instead of this one.
+        """
         source = self._dataset(cell)
         folder = Path(tempfile.mkdtemp(prefix="run-", dir=self._place(cell.storage)))
         try:
             noise = busy()
             before = _Weather.now()
             started = now()
-            answer, peak = self._child(cell, source, folder)
+            answer, peak = self._child(cell, source, folder, tree)
             noise += _Weather.now().noise(before)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +163,7 @@ class Bench:
         answer["peak_rss"] = max(peak, answer.get("peak_rss", 0))
         return Record(session=session, round=round_number, cell=cell, started=started, noise=noise, **answer)
 
-    def _child(self, cell: Cell, source: Path, folder: Path) -> tuple[dict[str, Any], int]:
+    def _child(self, cell: Cell, source: Path, folder: Path, tree: Path | None) -> tuple[dict[str, Any], int]:
         from dataclasses import asdict
 
         question = {
@@ -168,12 +173,15 @@ class Bench:
             "yardsticks": self._yardsticks,
         }
         environment = {**os.environ, "STREAMCRYPT_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
+        if tree is not None:
+            environment["PYTHONPATH"] = str(tree)
         process = subprocess.Popen(
             [sys.executable, "-m", "streamcrypt.bench.measure"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=tree,  # -m looks there first
             start_new_session=True,
         )
         watch = _PeakMemory(process.pid)
@@ -261,13 +269,15 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
         # The keys of what is read follow the cell's own cache limits.
         report = sc.encrypt(source, encrypted, keys=fast, cache=_cache(cell), **common, **sealing)
 
-    def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
-        before = _cpu_seconds()
+    def timed(call: Callable[[], Any]) -> tuple[Any, float, float, float]:
+        parent, workers = _cpu_seconds()
         start = time.perf_counter()
         result = call()
         wall = time.perf_counter() - start
-        return result, wall, _cpu_seconds() - before
+        parent_after, workers_after = _cpu_seconds()
+        return result, wall, parent_after - parent, workers_after - workers
 
+    _settle(cell, source)
     cache = _cache(cell)
     call: Callable[[], Any]
     if cell.operation == "encrypt":
@@ -285,7 +295,7 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
         call = lambda: _random_reads(encrypted, keyring, cache, cell)  # noqa: E731
     else:
         raise ValueError(f"{cell.operation!r} cannot be measured")
-    report, wall, cpu = timed(call)
+    report, wall, parent_cpu, workers_cpu = timed(call)
     outcome = report if isinstance(report, dict) else report.to_json()
     if outcome.get("failed"):
         raise RuntimeError(f"{len(outcome['failed'])} files failed, first: {outcome['failed'][0]['error']}")
@@ -294,7 +304,8 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
     found = outcome.get("cache") or {"hits": 0, "misses": 0, "evictions": {}}
     answer: dict[str, Any] = {
         "wall_s": wall,
-        "cpu_s": cpu,
+        "cpu_s": parent_cpu + workers_cpu,
+        "parent_cpu_s": parent_cpu,
         "bytes_in": outcome.get("plain", plain),
         "bytes_out": outcome.get("bytes_out", 0),
         "files": len(lengths),
@@ -314,6 +325,25 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
     return answer
 
 
+def _settle(cell: Cell, source: Path) -> None:
+    """Pay what the preparation owes before the clock starts, so that no run pays for the one before.
+
+    Data that wait to be written are written.  And memory for what the call will write is claimed once and
+    given back: the host of a virtual machine takes back what its guest has freed for a few seconds, and
+    fresh pages then cost several times what those of a machine in use cost.
+    """
+    if cell.storage == "disk":
+        os.sync()
+    if cell.operation in ("encrypt", "decrypt", "rekey") and hasattr(os, "memfd_create"):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        room = min(sum(path.stat().st_size for path in source.iterdir()), free // 2)
+        memory = os.memfd_create("settle")  # not mapped: it does not count as this process's memory
+        try:
+            os.posix_fallocate(memory, 0, max(room, 1))
+        finally:
+            os.close(memory)
+
+
 _CAMEL: Final = {"generate_data_key": "GenerateDataKey", "encrypt": "Encrypt", "decrypt": "Decrypt"}
 
 
@@ -331,12 +361,10 @@ def _cache(cell: Cell) -> Any:
     return sc.DataKeyCache(**{name: value for name, value in limits.items() if value is not None})
 
 
-def _cpu_seconds() -> float:
-    total = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
-        total += usage.ru_utime + usage.ru_stime
-    return total
+def _cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of its children that have ended."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime
 
 
 def _own_peak() -> int:

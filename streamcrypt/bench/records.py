@@ -97,6 +97,7 @@ class Record:
     started: str  # UTC, ISO 8601
     wall_s: float
     cpu_s: float = 0.0
+    parent_cpu_s: float = 0.0  # of cpu_s, what was not worker processes
     bytes_in: int = 0
     bytes_out: int = 0
     files: int = 0

@@ -8,13 +8,18 @@ times, and kept and marked when it stays noisy, never dropped.
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import dataclasses
 import fcntl
+import io
 import itertools
 import json
 import math
 import random
+import subprocess
+import tarfile
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,51 +241,52 @@ def design(
 
 
 def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep:
-    """The few cells from which a plan's rates are fitted: about a minute for one storage and one round.
+    """The cells from which a plan's rates are fitted: two to three minutes for two storages and one round.
 
-    Small files give the cost of a file, small frames that of a frame, large files that of a byte; each
-    with one worker and with as many as there are cores, since their ratio is the contention.
+    Many small files give the cost of a file, small frames that of a frame, large files that of a byte; each
+    with one worker and with as many as there are cores, since their ratio is the contention, and with so
+    many that the engine takes processes for workers.  What does not depend on the storage (frames,
+    signatures, data keys, starting workers) is measured on the first one only, memory if it is there.
     """
+    many, large, middle = (2000, 8 * KIB, MIB), (20, 24 * MIB, MIB), (200, 2 * MIB, MIB)
+    more, frames = (5000, 8 * KIB, MIB), (112, 4 * MIB, 4 * KIB)
+    spans, some_frames = (2, 256 * MIB, MIB), (800, 256 * KIB, 64 * KIB)
     cells: list[Cell] = []
-    for storage in storages:
-        for workers in sorted({1, cores}):
-            base = Cell(storage=storage, workers=workers)
-            for operation in ("encrypt", "decrypt", "verify", "rekey"):
-                durable = storage == "disk" and operation != "verify"
-                shapes = [
-                    (1500, 8 * KIB, MIB),
-                    (100, 2 * MIB, MIB),
-                    (30, 24 * MIB, MIB),
-                    (20, 4 * MIB, 4 * KIB),
-                ]
-                if operation in ("encrypt", "decrypt"):
-                    shapes += [(40, 8 * MIB, 64 * KIB), (3, 192 * MIB, MIB), (300, 256 * KIB, 64 * KIB)]
-                cells += [
-                    dataclasses.replace(
-                        base, operation=operation, files=files, file_size=size, frame_size=frame
-                    )
-                    for files, size, frame in shapes
-                ]
-                if durable:
-                    cells += [
-                        dataclasses.replace(
-                            base, operation=operation, files=files, file_size=size, frame_size=MIB, fsync=True
-                        )
-                        for files, size in ((300, 16 * KIB), (24, 16 * MIB), (100, MIB))
-                    ]
-            cells += [
-                dataclasses.replace(base, operation=operation, signed=True, files=files, file_size=size)
-                for operation in ("encrypt", "decrypt")
-                for files, size in ((200, 16 * KIB), (40, 2 * MIB), (10, 16 * MIB), (4, 32 * MIB))
-            ]
+
+    def add(shape: tuple[int, int, int], **fields: Any) -> None:
+        files, size, frame = shape
+        cells.append(Cell(files=files, file_size=size, frame_size=frame, **fields))
+
+    ordered = sorted(set(storages), key=lambda storage: storage != "memory")
+    for storage, workers, operation in itertools.product(
+        ordered, sorted({1, cores}), ("encrypt", "decrypt", "verify", "rekey")
+    ):
+        common: dict[str, Any] = {"storage": storage, "workers": workers, "operation": operation}
+        fsync = storage == "disk" and operation != "verify"
+        moves = operation in ("encrypt", "decrypt")
+        shapes = [many, large] + ([middle] if moves else [])
+        if storage == ordered[0]:
+            shapes += [more, frames] + ([spans, some_frames] if moves else [])
+            add((600, 8 * KIB, MIB), cache_max_messages=1, **common)
+            for signed in ((300, 16 * KIB, MIB), (12, 24 * MIB, MIB)):
+                add(signed, signed=True, **common)
+            if workers > 1:
+                add((12_000, 4 * KIB, MIB), fsync=fsync, **common)
+        elif workers > 1:
+            shapes.append(more)
+        for shape in shapes:
+            add(shape, fsync=fsync, **common)
+        if fsync and (workers == 1 or operation == "encrypt"):
+            add(many, **common)
+            add(large, **common)
     return Sweep(_distinct(cells), 1)
 
 
 def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[Cell, ...]:
-    """Configurations outside the calibration grid, by a seeded Latin hypercube: to judge a plan by.
+    """Configurations outside the calibration grid, by seeded Latin hypercubes: to judge a plan by.
 
-    Frame lengths, sizes, distributions and numbers of workers that calibration has not seen, cache
-    limits, a KMS with latency or a quota that decides, and writes that the disk decides.
+    Frame lengths, sizes, distributions and numbers of workers that calibration has not seen, writes that
+    the disk decides; limits of messages with a KMS whose latency or quota decides; limits of age.
     """
     axes: dict[str, Sequence[Any]] = {
         "operation": ["encrypt", "encrypt", "decrypt", "verify"],
@@ -292,12 +298,12 @@ def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[C
     }
     cells = []
     for number, cell in enumerate(latin_hypercube(axes, 32, seed)):
-        total = (1 << 30) if cell.file_size > 64 * KIB else 48 * MIB
+        total = 512 * MIB if cell.file_size > 64 * KIB else 64 * MIB
         wide = {"constant": 0.0, "lognormal": 1.0, "pareto": 2.5}[cell.distribution]
         cells.append(
             dataclasses.replace(
                 cell,
-                files=max(8, min(2000, total // cell.file_size)),
+                files=max(8, min(4000, total // cell.file_size)),
                 spread=wide,
                 seed=seed + number,
                 fsync=cell.storage == "disk" and cell.operation != "verify",
@@ -317,21 +323,90 @@ def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[C
         per_key = cell.cache_max_messages or 1
         files = min(800, max(60, int(6 / slowest * per_key)))
         cells.append(dataclasses.replace(cell, files=files, seed=seed + 1000 + number, storage=storages[0]))
+    # Encrypting only: how many data keys an age limit made of a dataset, the dataset alone can tell.
+    aged: dict[str, Sequence[Any]] = {
+        "workers": [1, 2, 4],
+        "file_size": [200 * KIB, 1200 * KIB, 5 * MIB],
+        "cache_max_age": [0.05, 0.15, 0.4],
+        "kms_latency": [0.004, 0.02],
+    }
+    for number, cell in enumerate(latin_hypercube(aged, 6, seed + 2000)):
+        files = 512 * MIB // cell.file_size
+        cells.append(dataclasses.replace(cell, files=files, seed=seed + 2000 + number, storage=storages[0]))
     return _distinct(cells)
 
 
 # -- running
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One sweep at a time in a folder; SweepError while another runs."""
-    with (folder / "lock").open("w") as lock:
+class _Folder:
+    """A sweep's folder: this machine's fingerprint, a line for every run that is done, room for more.
+
+    RecordsError when it holds another machine's runs; SweepError while another sweep runs in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines = path / "runs.jsonl"
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / "lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise SweepError(f"{folder}: another sweep is running here") from error
-        yield
+            self._lock.close()
+            raise SweepError(f"{path}: another sweep is running here") from error
+        try:
+            self._check_machine()
+        except BaseException:
+            self._lock.close()
+            raise
+        _drop_cut_line(self._lines)
+        self._done = {(run.round, run.cell.hash) for run in read_lines(self._lines)}
+
+    def _check_machine(self) -> None:
+        machine, head = this_machine(), self.path / "machine.json"
+        if not head.exists():
+            head.write_text(json.dumps({"schema": SCHEMA, "machine": machine.to_json()}), encoding="utf-8")
+            return
+        known = read_folder(self.path).machine
+        if known.id != machine.id:
+            raise RecordsError(
+                f"{self.path}: measured on {known.name}; this is {machine.name}; use another folder"
+            )
+
+    def __enter__(self) -> _Folder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
+    @property
+    def done(self) -> int:
+        return len(self._done)
+
+    def has(self, round_number: int, cell: Cell) -> bool:
+        return (round_number, cell.hash) in self._done
+
+    def add(self, record: Record) -> int:
+        """How many runs there are now."""
+        append_line(self._lines, record)
+        self._done.add((record.round, record.cell.hash))
+        return len(self._done)
+
+    def finish(self) -> Records:
+        """The runs, also as ``records.parquet``."""
+        records = read_folder(self.path)
+        if records.runs:
+            write_parquet(self.path / "records.parquet", records)
+        return records
+
+
+def _drop_cut_line(lines: Path) -> None:
+    """Take away what an interruption left of the last line: the next run begins a line of its own."""
+    if lines.exists():
+        with lines.open("r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def order(sweep: Sweep, round_number: int) -> list[Cell]:
@@ -360,47 +435,107 @@ def run(
     """
     if not sweep.cells:
         raise SweepError("the sweep has no cells")
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = this_machine()
-    head = folder / "machine.json"
-    lines = folder / "runs.jsonl"
-    with _alone(folder):
-        if head.exists():
-            known = read_folder(folder).machine
-            if known.id != machine.id:
-                raise RecordsError(
-                    f"{folder}: measured on {known.name}; this is {machine.name}; use another folder"
-                )
-        else:
-            head.write_text(json.dumps({"schema": SCHEMA, "machine": machine.to_json()}), encoding="utf-8")
-        done = {(run.round, run.cell.hash) for run in read_lines(lines)}
-        session = f"{random.SystemRandom().getrandbits(32):08x}"
-        total = len(sweep.cells) * sweep.rounds
-        started = clock()
-        with Bench(work, timeout=timeout, yardsticks=yardsticks) as bench:
-            for round_number in range(sweep.rounds):
-                for cell in order(sweep, round_number):
-                    if (round_number, cell.hash) in done:
-                        continue
-                    if budget is not None and clock() - started > budget:
-                        return read_folder(folder)
-                    record = _quietest(bench, cell, session, round_number, attempts)
-                    append_line(lines, record)
-                    done.add((round_number, cell.hash))
-                    if progress is not None:
-                        progress(len(done), total, record)
-        records = read_folder(folder)
-        write_parquet(folder / "records.parquet", records)
-    return records
+    total = len(sweep.cells) * sweep.rounds
+    session = _session()
+    started = clock()
+    with _Folder(folder) as kept, Bench(work, timeout=timeout, yardsticks=yardsticks) as bench:
+        for round_number, cell in _rounds(sweep):
+            if kept.has(round_number, cell):
+                continue
+            if budget is not None and clock() - started > budget:
+                break
+            record = _quietest(bench, cell, session, round_number, attempts)
+            done = kept.add(record)
+            if progress is not None:
+                progress(done, total, record)
+        return kept.finish()
 
 
-def _quietest(bench: Bench, cell: Cell, session: str, round_number: int, attempts: int) -> Record:
+def run_against(
+    sweep: Sweep,
+    baseline: Path,
+    folder: Path,
+    *,
+    work: Path | None = None,
+    timeout: float = 120.0,
+    attempts: int = ATTEMPTS,
+    progress: Callable[[int, int, Record], None] | None = None,
+) -> tuple[Records, Records]:
+    """Run every cell with the streamcrypt of the folder ``baseline`` and with this one, in turns.
+
+    Runs of one round and cell follow one another, the first of them by chance: what the machine does
+    meanwhile, both see.  They go into ``folder``/old and ``folder``/new, and go on where they were.
+    """
+    total = 2 * len(sweep.cells) * sweep.rounds
+    session = _session()
+    with (
+        _Folder(folder / "old") as old,
+        _Folder(folder / "new") as new,
+        Bench(work, timeout=timeout, yardsticks=False) as bench,
+    ):
+        for round_number, cell in _rounds(sweep):
+            sides: list[tuple[_Folder, Path | None]] = [(old, baseline), (new, None)]
+            if random.Random(f"{sweep.seed} {round_number} {cell.hash}").random() < 0.5:  # noqa: S311 - an order
+                sides.reverse()
+            for kept, tree in sides:
+                if kept.has(round_number, cell):
+                    continue
+                record = _quietest(bench, cell, session, round_number, attempts, tree)
+                kept.add(record)
+                if progress is not None:
+                    progress(old.done + new.done, total, record)
+        return old.finish(), new.finish()
+
+
+def _session() -> str:
+    return f"{random.SystemRandom().getrandbits(32):08x}"
+
+
+def _rounds(sweep: Sweep) -> Iterator[tuple[int, Cell]]:
+    for round_number in range(sweep.rounds):
+        for cell in order(sweep, round_number):
+            yield round_number, cell
+
+
+def _quietest(
+    bench: Bench, cell: Cell, session: str, round_number: int, attempts: int, tree: Path | None = None
+) -> Record:
     """The first run without noise, or the last of so many."""
     for _ in range(attempts):
-        record = bench.run(cell, session=session, round_number=round_number)
+        record = bench.run(cell, session=session, round_number=round_number, tree=tree)
         if not record.noise or record.error is not None:
             break
     return record
+
+
+@contextlib.contextmanager
+def checkout(ref: str) -> Iterator[Path]:
+    """The package as it was at a commit, branch or tag of this checkout, in a folder for the while.
+
+    SweepError when this is no git checkout or it has no such commit.
+    """
+    import streamcrypt
+
+    root = Path(streamcrypt.__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory(prefix="streamcrypt-baseline-") as folder:
+        try:
+            found = subprocess.run(
+                ["git", "-C", str(root), "archive", "--format=tar", ref, "streamcrypt"],  # noqa: S607 - git is found by PATH
+                capture_output=True,
+                check=False,
+            )
+        except OSError as error:
+            raise SweepError(f"a baseline from git needs git: {error.strerror}") from error
+        if found.returncode != 0:
+            reason = found.stderr.decode(errors="replace").strip().splitlines() or ["git archive failed"]
+            raise SweepError(
+                f"no streamcrypt of {ref!r} to compare with: {reason[-1]}; run in a git checkout of streamcrypt, "
+                "installed with pip install -e"
+            )
+        with tarfile.open(fileobj=io.BytesIO(found.stdout)) as archive:
+            archive.extractall(folder, filter="data")
+        compileall.compile_dir(folder, quiet=2)  # as an installed package: no run pays for it
+        yield Path(folder)
 
 
 # -- comparing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,27 +116,13 @@ def _add_bench(subparsers: Any) -> None:
         "--axis frame_size=64KiB,1MiB --axis workers=1,2 --out results",
     )
     run.add_argument("spec", nargs="?", type=Path, help="a TOML file with [axes] (see docs/performance.md)")
-    run.add_argument(
-        "--preset", choices=["quick", "standard", "full"], help="a sweep that is known (default quick)"
-    )
-    run.add_argument(
-        "--axis", action="append", default=[], metavar="NAME=VALUE,…", help="an axis and its values"
-    )
-    run.add_argument(
-        "--design", default="grid", choices=["grid", "one-at-a-time", "lhs"], help="how axes combine"
-    )
-    run.add_argument("--count", type=_count, default=40, help="cells of an lhs design")
-    run.add_argument("--rounds", type=_count, help="runs of every cell")
-    run.add_argument("--seed", type=int, default=1, help="of data and of the order of cells")
+    _cells(run)
     run.add_argument("--out", type=Path, required=True, help="folder for the records")
     run.add_argument(
-        "--work", type=Path, help="folder for test data of storage=disk (default: the temporary folder)"
+        "--budget",
+        type=DURATION,
+        help="stop after this time; the same command goes on (default: none; quick 45s)",
     )
-    run.add_argument(
-        "--attempts", type=_count, help="tries of a run that other work disturbs (default 3; quick 1)"
-    )
-    run.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
-    run.add_argument("--budget", type=DURATION, help="stop after this time; the same command goes on")
     run.add_argument("--no-yardsticks", action="store_true", help="leave out copy, cipher and read alone")
     _common(run)
     run.set_defaults(run=_needing_extras(_bench_run))
@@ -146,7 +133,12 @@ def _add_bench(subparsers: Any) -> None:
         description="Measure the rates of this machine for `plan`.  "
         "Example: streamcrypt bench calibrate --out machine.json",
     )
-    calibrate.add_argument("--out", type=Path, required=True, help="JSON file for the records")
+    calibrate.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file for the records; an interrupted calibration goes on",
+    )
     calibrate.add_argument("--rounds", type=_count, default=1, help="runs of every cell")
     calibrate.add_argument("--storage", default="disk", help="disk, memory, or disk,memory")
     calibrate.add_argument("--work", type=Path, help="folder for test data of storage=disk")
@@ -154,17 +146,28 @@ def _add_bench(subparsers: Any) -> None:
         "--attempts", type=_count, default=3, help="tries of a run that other work disturbs"
     )
     calibrate.add_argument("--timeout", type=DURATION, default=120.0, help="time limit of one run")
+    calibrate.add_argument("--budget", type=DURATION, help="stop after this time; the same command goes on")
     _common(calibrate)
     calibrate.set_defaults(run=_needing_extras(_bench_calibrate))
 
     compare = commands.add_parser(
         "compare",
-        help="two sweeps, cell by cell",
-        description="Compare two sweeps.  Exit code 0: no regression, 1: something is slower, 5: nothing to tell.",
+        help="two sweeps, or two versions, cell by cell",
+        description="Compare two sweeps, or this version with another that is measured in turns with it.  "
+        "Exit code 0: no regression, 1: something is slower, 5: nothing to tell.  "
+        "Example: streamcrypt bench compare --baseline-ref main --out compared",
     )
-    compare.add_argument("old", type=Path, help="folder or file of records")
-    compare.add_argument("new", type=Path, help="folder or file of records")
+    compare.add_argument("old", nargs="?", type=Path, help="folder or file of records")
+    compare.add_argument("new", nargs="?", type=Path, help="folder or file of records")
     compare.add_argument("--cross-machine", action="store_true", help="compare records of two machines")
+    versions = compare.add_argument_group("two versions")
+    versions.add_argument(
+        "--baseline-ref",
+        metavar="REF",
+        help="measure this commit, branch or tag of the checkout in turns with it",
+    )
+    versions.add_argument("--out", type=Path, help="folder for what --baseline-ref measures")
+    _cells(versions)
     _common(compare)
     compare.set_defaults(run=_needing_extras(_bench_compare))
 
@@ -190,11 +193,34 @@ def _add_bench(subparsers: Any) -> None:
     kms.set_defaults(run=_needing_extras(_bench_kms))
 
 
+def _cells(parser: Any) -> None:
+    """What says which cells are run, and how."""
+    parser.add_argument(
+        "--preset", choices=["quick", "standard", "full"], help="a sweep that is known (default quick)"
+    )
+    parser.add_argument(
+        "--axis", action="append", default=[], metavar="NAME=VALUE,…", help="an axis and its values"
+    )
+    parser.add_argument(
+        "--design", default="grid", choices=["grid", "one-at-a-time", "lhs"], help="how axes combine"
+    )
+    parser.add_argument("--count", type=_count, default=40, help="cells of an lhs design")
+    parser.add_argument("--rounds", type=_count, help="runs of every cell")
+    parser.add_argument("--seed", type=int, default=1, help="of data and of the order of cells")
+    parser.add_argument(
+        "--work", type=Path, help="folder for test data of storage=disk (default: the temporary folder)"
+    )
+    parser.add_argument(
+        "--attempts", type=_count, help="tries of a run that other work disturbs (default 3; quick 1)"
+    )
+    parser.add_argument("--timeout", type=DURATION, help="time limit of one run (default 2m; quick 10s)")
+
+
 def _sweep_of(args: argparse.Namespace) -> Any:
     from streamcrypt.bench import sweep
     from streamcrypt.bench.records import Cell
 
-    if args.spec is not None:
+    if getattr(args, "spec", None) is not None:
         if args.axis or args.preset:
             raise sweep.SweepError("a TOML file has its own axes; leave out --axis and --preset")
         found = sweep.from_toml(args.spec)
@@ -224,17 +250,34 @@ def _bench_run(args: argparse.Namespace) -> int:
             planned,
             args.out,
             work=args.work,
-            timeout=args.timeout,
+            timeout=args.timeout or (_QUICK_TIMEOUT if _is_quick(args) else _TIMEOUT),
             yardsticks=not args.no_yardsticks,
-            budget=args.budget,
-            attempts=args.attempts or (1 if args.preset == "quick" else sweep.ATTEMPTS),
+            budget=args.budget or (_QUICK_BUDGET if _is_quick(args) else None),
+            attempts=args.attempts or (1 if _is_quick(args) else sweep.ATTEMPTS),
             progress=None if args.quiet else _progress,
         )
     except sweep.SweepError as error:
         return _fail(str(error), USAGE_ERROR)
     except (RecordsError, measure.MeasureError, OSError) as error:
         return _fail(str(error), 1)
+    _say_rest(planned, records, quiet=args.quiet)
     return _tell(records, args)
+
+
+# A quick sweep takes less than a minute on any machine: its last run begins before the budget is spent.
+_QUICK_BUDGET = 45.0
+_QUICK_TIMEOUT = 10.0
+_TIMEOUT = 120.0
+
+
+def _is_quick(args: argparse.Namespace) -> bool:
+    return args.preset in (None, "quick") and not args.axis and getattr(args, "spec", None) is None
+
+
+def _say_rest(planned: Any, records: Any, *, quiet: bool) -> None:
+    left = len(planned.cells) * planned.rounds - len(records.runs)
+    if left > 0:
+        _say(f"the time is over, {left} runs are left; the same command goes on", quiet=quiet)
 
 
 def _progress(done: int, total: int, record: Any) -> None:
@@ -264,25 +307,31 @@ def _tell(records: Any, args: argparse.Namespace) -> int:
 
 
 def _bench_calibrate(args: argparse.Namespace) -> int:
-    import tempfile
-
     from streamcrypt.bench import measure, sweep
     from streamcrypt.bench.records import RecordsError, usable_cores, write_json
 
     storages = args.storage.split(",")
     planned = dataclasses.replace(sweep.calibration(storages, cores=usable_cores()), rounds=args.rounds)
+    # Runs are kept beside the file until it is written: an interrupted calibration goes on.
+    kept = args.out.with_name(args.out.name + ".runs")
     try:
-        with tempfile.TemporaryDirectory(prefix="streamcrypt-calibrate-") as folder:
-            records = sweep.run(
-                planned,
-                Path(folder) / "sweep",
-                work=args.work,
-                timeout=args.timeout,
-                yardsticks=False,
-                attempts=args.attempts,
-                progress=None if args.quiet else _progress,
-            )
-            write_json(args.out, records)
+        if kept.exists():
+            _say(f"goes on with the runs in {kept}; remove it to begin anew", quiet=args.quiet)
+        records = sweep.run(
+            planned,
+            kept,
+            work=args.work,
+            timeout=args.timeout,
+            yardsticks=False,
+            budget=args.budget,
+            attempts=args.attempts,
+            progress=None if args.quiet else _progress,
+        )
+        if len(records.runs) < len(planned.cells) * planned.rounds:
+            _say_rest(planned, records, quiet=args.quiet)
+            return _fail(f"not calibrated yet: {args.out} is written at the end", 1)
+        write_json(args.out, records)
+        shutil.rmtree(kept)
     except (sweep.SweepError, RecordsError, measure.MeasureError, OSError) as error:
         return _fail(str(error), 1)
     _say(f"wrote {args.out}: {records.machine.name}, {len(records.runs)} runs", quiet=args.quiet)
@@ -290,14 +339,21 @@ def _bench_calibrate(args: argparse.Namespace) -> int:
 
 
 def _bench_compare(args: argparse.Namespace) -> int:
-    from streamcrypt.bench import records, sweep
+    from streamcrypt.bench import measure, records, sweep
 
     try:
-        found = sweep.compare(
-            records.read(args.old), records.read(args.new), cross_machine=args.cross_machine
-        )
-    except records.RecordsError as error:
+        if args.baseline_ref is not None:
+            old, new = _versions(args)
+        elif args.old is None or args.new is None:
+            return _fail("give two sweeps to compare, or --baseline-ref and --out", USAGE_ERROR)
+        else:
+            old, new = records.read(args.old), records.read(args.new)
+        found = sweep.compare(old, new, cross_machine=args.cross_machine)
+    except (records.RecordsError, sweep.SweepError) as error:
         return _fail(str(error), USAGE_ERROR)
+    except (measure.MeasureError, OSError) as error:
+        return _fail(str(error), 1)
+    failed = [run for run in (*old.runs, *new.runs) if run.error is not None]
     code = sweep.compare_exit_code(found)
     if args.json:
         _out(json.dumps({"cells": [one.to_json() for one in found], "exit_code": code}))
@@ -308,10 +364,37 @@ def _bench_compare(args: argparse.Namespace) -> int:
                 f"{one.ratio:6.3f}  [{low:.3f}, {high:.3f}] {one.interval_kind:7}  {one.verdict:12} {one.cell.label()}"
             )
     if not found:
-        return _fail("the two have no configuration and round in common; nothing was compared", code)
+        why = f" (first failure: {failed[0].error})" if failed else ""
+        return _fail(f"the two have no configuration and round in common; nothing was compared{why}", code)
+    if failed:  # a version that cannot do it is no faster one
+        return _fail(f"{len(failed)} runs failed, first: {failed[0].cell.label()}: {failed[0].error}", 1)
     if code == 5:
         _say("too noisy to tell: repeat on a quiet machine, with more rounds")
     return code
+
+
+def _versions(args: argparse.Namespace) -> Any:
+    """The records of another version and of this one, measured in turns."""
+    from streamcrypt.bench import sweep
+
+    if args.old is not None or args.out is None:
+        raise sweep.SweepError(
+            "--baseline-ref measures two versions into --out FOLDER; it takes no other records"
+        )
+    planned = _sweep_of(args)
+    if args.rounds is None:
+        planned = dataclasses.replace(planned, rounds=max(planned.rounds, 5))
+    _say(f"{len(planned.cells)} configurations × {planned.rounds} rounds × 2 versions", quiet=args.quiet)
+    with sweep.checkout(args.baseline_ref) as baseline:
+        return sweep.run_against(
+            planned,
+            baseline,
+            args.out,
+            work=args.work,
+            timeout=args.timeout or _TIMEOUT,
+            attempts=args.attempts or sweep.ATTEMPTS,
+            progress=None if args.quiet else _progress,
+        )
 
 
 def _bench_kms(args: argparse.Namespace) -> int:
@@ -373,6 +456,12 @@ def _add_plan(subparsers: Any) -> None:
     )
     job.add_argument("--hosts", type=_count, help="how many machines")
     job.add_argument(
+        "--engine",
+        default="local",
+        choices=["local", "ray"],
+        help="each host a job of its own (local), or one job on a Ray cluster of the hosts",
+    )
+    job.add_argument(
         "--workers", type=_count, help="workers on each (default: as the records' machine has cores)"
     )
     job.add_argument("--cores", type=_count, help="cores of each machine")
@@ -412,6 +501,9 @@ def _add_plan(subparsers: Any) -> None:
     what = parser.add_argument_group("what to do")
     what.add_argument(
         "--solve", choices=["hosts", "workers", "deadline", "cache"], help="find the least that will do"
+    )
+    what.add_argument(
+        "--simulate", action="store_true", help="with --engine ray: also play the job, list by list"
     )
     what.add_argument("--check", type=Path, help="compare the plan with the JSON report of the finished job")
     what.add_argument(
@@ -502,6 +594,7 @@ def _job_of(args: argparse.Namespace) -> Any:
         network_bandwidth=args.network_bandwidth,
         deadline=args.deadline,
         price_host_hour=args.price_host_hour,
+        engine=args.engine,
         object_store=bool(args.listing and "://" in args.listing),
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -517,6 +610,8 @@ def _plan(args: argparse.Namespace) -> int:
         if args.validate is not None:
             return _validate(args, records)
         job = _job_of(args)
+        if args.simulate and args.engine != "ray":
+            raise planner.PlanError("--simulate plays a job on a cluster; it goes with --engine ray")
         if args.check is not None:
             return _check(args, job, records)
         solved = args.solve
@@ -539,10 +634,13 @@ def _plan(args: argparse.Namespace) -> int:
             f"rates are those of the reference machine ({records.machine.name}, {records.date}), not of yours; "
             "`streamcrypt bench calibrate` measures yours in a few minutes",
         )
+    simulated = _simulated(found.job, records) if args.simulate else None
     if args.json:
-        _out(json.dumps(found.to_json() | {"reference_records": shipped}))
+        _out(json.dumps(found.to_json() | {"reference_records": shipped, "simulated": simulated}))
     else:
         _out(planner.describe_plan(found))
+        if simulated is not None:
+            _out(_describe_simulated(simulated))
     if not found.feasible:
         share = found.meets_deadline or 0.0
         return _fail(
@@ -551,6 +649,38 @@ def _plan(args: argparse.Namespace) -> int:
             1,
         )
     return 0
+
+
+def _simulated(job: Any, records: Any) -> dict[str, Any]:
+    """The job on a cluster, played list by list."""
+    from streamcrypt.plan import predict as planner
+    from streamcrypt.plan.cluster import START
+    from streamcrypt.plan.simulate import simulate_cluster
+
+    load = planner.cluster_load(job, records)
+    outcome, sent = simulate_cluster(load)
+    return {
+        "seconds": START + outcome.seconds,
+        "lists": load.lists,
+        "workers": load.all_workers,
+        "driver_busy": outcome.driver_seconds / outcome.seconds,
+        "workers_busy": outcome.worker_seconds / outcome.seconds,
+        "driver_calls": outcome.driver_calls,
+        "worker_calls": outcome.worker_calls,
+        "peak_per_second": outcome.peak_per_second,
+        "quota_per_second": load.quota,
+        "last_call": float(sent[-1]) if len(sent) else 0.0,
+    }
+
+
+def _describe_simulated(found: dict[str, Any]) -> str:
+    return (
+        f"  simulated    {found['seconds']:,.4g} s: {found['lists']:,} lists on {found['workers']:,} workers; "
+        f"the driver is busy {found['driver_busy']:.0%} of the time, the workers {found['workers_busy']:.0%}\n"
+        f"               {found['driver_calls']:,} KMS calls of the driver, {found['worker_calls']:,} of the "
+        f"workers, at most {found['peak_per_second']:,.0f} in a second (quota {found['quota_per_second']:,.6g}/s "
+        f"after as many at once), the last after {found['last_call']:,.3g} s"
+    )
 
 
 def _check(args: argparse.Namespace, job: Any, records: Any) -> int:

@@ -93,17 +93,22 @@ SAMPLE: Final = 4096
 # seconds: see benchmarks/README.md, "threads or processes".
 _INTERPRETER_PER_FILE: Final = 150e-6
 _INTERPRETER_PER_FRAME: Final = 4e-6
-_PROCESSES_PAY: Final = 0.4
+PROCESSES_PAY: Final = 0.4
 # Descriptors that are left to whatever else this process opens meanwhile.
 _OTHER_DESCRIPTORS: Final = 32
 
 
-def processes_pay(files: int, frames: float) -> bool:
-    """Whether the interpreter has so much to do with a job of these that more than one worker are processes.
+def interpreter_seconds(files: float, frames: float) -> float:
+    """What the interpreter itself spends on so many files and frames; threads spend it one at a time."""
+    return files * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME
+
+
+def processes_pay(files: float, frames: float) -> bool:
+    """Whether a job of these is worth starting processes for, when it has more than one worker.
 
     `files` are those of the sample by which a job chooses, at most ``SAMPLE``.  A plan asks it too.
     """
-    return files * _INTERPRETER_PER_FILE + frames * _INTERPRETER_PER_FRAME > _PROCESSES_PAY
+    return interpreter_seconds(files, frames) > PROCESSES_PAY
 
 
 def encrypt(job: Job) -> Report:

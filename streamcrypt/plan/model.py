@@ -1,12 +1,25 @@
-"""Rates fitted to measured runs: how long a host takes for files, bytes and frames.
+"""Rates fitted to measured runs: how long a host takes for files, bytes, frames, signatures and data keys.
 
-    wall = start + files·(a_serial + a/P) + bytes·(c_serial + c_B/P) + frames·c_F/P
-           + [fsync] files·(t_serial + t/P) + [fsync] bytes·t_B + workers·w         P = usable workers
+    wall = start + [processes] workers·w
+           + [threads] files·(a + a'·(1 - 1/workers)) + frames·f      one at a time: the interpreter's lock
+           + [processes] files·b·(d + (1 - d)/P) + frames·g/P         P = usable workers
+           + bytes·(c_serial + c/P)
+           + [fsync] files·(t_serial + t/P) + bytes·t_B
+           + [signed] files·(s_serial + s/P) + bytes·s_B/P
+           + keys·k
 
-Every coefficient is at least zero (non-negative least squares, each run weighted by 1/wall, so that
-the fit minimises relative errors).  The terms over P are work that the workers share; the serial ones
-are what contention leaves undivided: the parent's work per file, a disk, a memory bus.  Their ratio
-is the contention of Amdahl's law and of Gunther's universal scalability law, term by term.
+Whether the workers are threads or processes is the engine's own choice (``engine.run.processes_pay``).
+d is the parent's share of the work on a small file, from the processor seconds of parent and workers: on
+one machine, whose processes are always as many as its cores, the wall clock cannot tell the two apart.
+Every coefficient is at least zero (non-negative least squares, each cell weighted by 1/wall, so that
+the fit minimises relative errors).  One fit has all runs of an operation: what depends on the storage
+(files, bytes) has a coefficient for each, the rest is shared, so that a few cells determine it.  The
+terms over P are work that the workers share; the serial ones are what contention leaves undivided: the
+parent's work per file, a disk, a memory bus.  Their ratio is the contention of Amdahl's law and of
+Gunther's universal scalability law, term by term.
+
+The same is fitted to the processor seconds, without the division by P: what the cores had to do says
+what limits a job.
 
 Runs in which a KMS with latency or quota took part are left out: that wait is the queue's
 (``closed.py``), not the host's.
@@ -22,13 +35,22 @@ from typing import Any, Final
 import numpy as np
 
 from streamcrypt.bench.records import Cell, Record, Records, by_cell, median, spread
+from streamcrypt.engine.run import SAMPLE, interpreter_seconds, processes_pay
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
 
 # In the order of the coefficients.
 TERMS: Final = (
-    "start", "file_serial", "file", "byte_serial", "byte", "frame",
-    "sync_serial", "sync", "sync_byte", "worker",
+    "start", "process", "file_lock", "file_contended", "file_serial", "file", "frame_lock", "frame",
+    "byte_serial", "byte", "sync_serial", "sync", "sync_byte", "signature_serial", "signature", "hash", "key",
 )  # fmt: skip
+CPU_TERMS: Final = (
+    "start", "process", "file_lock", "file", "frame", "byte", "sync", "sync_byte", "signature", "hash", "key",
+)  # fmt: skip
+_OF_STORAGE: Final = frozenset(("file_lock", "file", "byte_serial", "byte"))
+_SERIAL, _FILE = TERMS.index("file_serial"), TERMS.index("file")
+# The parent's share where the records do not say it: benchmarks/README.md, "small files".
+_PARENTS_SHARE: Final = 0.3
+_SMALL: Final = 64 << 10  # bytes; of such a file the bytes hardly count
 
 Vector = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -47,13 +69,15 @@ class Work:
     workers: int
     cores: int
     fsync: bool = False
-    splits: bool = True  # messages may be cut into spans (not signed ones)
+    signed: bool = False  # signed messages are not cut into spans
+    keys: float = 1.0  # data keys that are asked for
+    apart: bool = False  # the workers are processes, whatever there is to do: a cluster's
 
     @property
     def tasks(self) -> float:
         """What the engine hands to workers, one by one: batches of small files, files, spans of large ones."""
         size = self.bytes / max(self.files, 1)
-        if size > SPLIT_LENGTH and self.splits:
+        if size > SPLIT_LENGTH and not self.signed:
             return max(self.files, self.bytes / SPAN_LENGTH)
         return min(self.files, max(self.files / self.batch, self.bytes / BATCH_BYTES))
 
@@ -69,13 +93,39 @@ class Work:
         tasks = max(1, round(self.tasks))
         return tasks / math.ceil(tasks / workers) if tasks < 4 * workers else float(workers)
 
+    @property
+    def processes(self) -> bool:
+        """Whether the engine takes processes for workers."""
+        sample = min(self.files, SAMPLE)
+        many = self.workers > 1 and processes_pay(sample, self.frames * sample / max(self.files, 1))
+        return self.apart or many
+
+    def lanes(self, cpu_seconds: float) -> float:
+        """Cores that ``cpu_seconds`` of this work keep busy; in threads the interpreter's part goes one at a time."""
+        if self.processes or cpu_seconds <= 0:
+            return self.parallel
+        alone = min(1.0, interpreter_seconds(self.files, self.frames) / cpu_seconds)
+        return 1 + (self.parallel - 1) * (1 - alone)
+
     def features(self) -> Vector:
         """One number for each of TERMS; the prediction is their product with the coefficients."""
-        p = self.parallel
-        sync = 1.0 if self.fsync else 0.0
+        n, p = self.files, self.parallel
+        lock, free = (0.0, 1.0) if self.processes else (1.0, 0.0)
+        sync, signed = float(self.fsync), float(self.signed)
         return np.array([
-            1.0, self.files, self.files / p, self.bytes, self.bytes / p, self.frames / p,
-            sync * self.files, sync * self.files / p, sync * self.bytes, float(self.workers),
+            1.0, free * self.workers, lock * n, lock * n * (1 - 1 / self.workers), free * n, free * n / p,
+            lock * self.frames, free * self.frames / p, self.bytes, self.bytes / p,
+            sync * n, sync * n / p, sync * self.bytes, signed * n, signed * n / p, signed * self.bytes / p,
+            self.keys,
+        ])  # fmt: skip
+
+    def cpu_features(self) -> Vector:
+        """One number for each of CPU_TERMS."""
+        n, sync, signed = self.files, float(self.fsync), float(self.signed)
+        lock, free = (0.0, 1.0) if self.processes else (1.0, 0.0)
+        return np.array([
+            1.0, free * self.workers, lock * n, free * n, self.frames, self.bytes,
+            sync * n, sync * self.bytes, signed * n, signed * self.bytes, self.keys,
         ])  # fmt: skip
 
 
@@ -88,20 +138,22 @@ def work_of(run: Record, cores: int) -> Work:
         workers=run.cell.workers,
         cores=cores,
         fsync=run.cell.fsync,
-        splits=not run.cell.signed,
+        signed=run.cell.signed,
+        keys=max(run.kms_calls.values(), default=1),
     )
 
 
 def kind_of(cell: Cell) -> tuple[str, bool, str]:
-    """Runs of one kind share their coefficients."""
+    """What a naive planner must not mix up."""
     return cell.operation, cell.signed, cell.storage
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Coefficients of one kind of run, with what is needed to say how sure they are."""
+    """Coefficients of an operation on a storage, with what is needed to say how sure they are."""
 
     coefficients: Vector
+    cpu: Vector  # for processor seconds, in the order of CPU_TERMS
     resampled: tuple[Vector, ...]  # refits to runs drawn with replacement
     residuals: tuple[float, ...]  # measured / predicted - 1, of cells left out of their own fit
     noise: float | None  # spread of repeated runs of one cell; None where none was repeated
@@ -120,9 +172,32 @@ class Fit:
     @property
     def contention(self) -> float:
         """The share of the work per byte that more workers do not shorten (alpha of the scalability law)."""
-        serial, shared = self.coefficients[3], self.coefficients[4]
+        serial, shared = self.coefficients[TERMS.index("byte_serial")], self.coefficients[TERMS.index("byte")]
         total = float(serial + shared)
         return float(serial) / total if total else 0.0
+
+
+class _Design:
+    """One fit for all runs of an operation: columns that storages share, and columns of each."""
+
+    def __init__(self, terms: Sequence[str], storages: Sequence[str]) -> None:
+        self.terms = terms
+        self.columns = [
+            (term, storage) for term in terms for storage in (storages if term in _OF_STORAGE else ("",))
+        ]
+
+    def row(self, features: Vector, storage: str) -> list[float]:
+        values = dict(zip(self.terms, features.tolist(), strict=True))
+        return [values[term] if place in ("", storage) else 0.0 for term, place in self.columns]
+
+    def coefficients(self, solution: Vector, storage: str) -> Vector:
+        """The solution's part for one storage, in the order of the terms."""
+        found = {
+            term: value
+            for (term, place), value in zip(self.columns, solution.tolist(), strict=True)
+            if place in ("", storage)
+        }
+        return np.array([found[term] for term in self.terms])
 
 
 def _solve(features: Vector, walls: Vector) -> Vector:
@@ -142,50 +217,105 @@ def _solve(features: Vector, walls: Vector) -> Vector:
 def fit(
     records: Records, operation: str, *, signed: bool = False, storage: str = "memory", seed: int = 1
 ) -> Fit:
-    """Coefficients for one kind of run.  ModelError when fewer than four cells of it were measured."""
+    """Coefficients for an operation on a storage.
+
+    ModelError when fewer than four cells of it were measured, or signed messages are asked for and fewer
+    than two cells had any.
+    """
     runs = [
         run
         for run in records.usable()
-        if kind_of(run.cell) == (operation, signed, storage)
+        if run.cell.operation == operation
         and run.cell.kms_latency == 0
         and run.cell.kms_quota is None
         and run.wall_s > 0
     ]
     cells = by_cell(runs)
-    if len(cells) < 4:
+    names = list(cells)
+    kinds = [cells[name][0].cell for name in names]
+    known = sum(cell.storage == storage for cell in kinds)
+    with_signature = sum(cell.signed for cell in kinds)
+    if known < 4 or (signed and with_signature < 2):
         raise ModelError(
-            f"the records have {len(cells)} configurations of {operation}"
-            f"{' with signature' if signed else ''} on {storage}, a fit needs 4; run `streamcrypt bench calibrate`"
+            f"the records have {known} configurations of {operation} on {storage}"
+            f"{f', {with_signature} with signature' if signed else ''}, a fit needs 4"
+            f"{' and 2' if signed else ''}; run `streamcrypt bench calibrate`"
         )
     cores = records.machine.cores
-    names = list(cells)
-    features = np.array([work_of(cells[name][0], cores).features() for name in names])
+    works = [work_of(cells[name][0], cores) for name in names]
+    design = _Design(TERMS, sorted({cell.storage for cell in kinds}))
+    share = _parents_share(runs, cores)
+    rows = zip(works, kinds, strict=True)
+    features = np.array([design.row(_tied(work.features(), share), cell.storage) for work, cell in rows])
+
+    def solved(rows: Vector, seconds: Vector) -> Vector:
+        return _untied(design.coefficients(_solve(rows, seconds), storage), share)
+
     # The unit of replication is a run, the figure of a cell is its median.
     walls = np.array([median([run.wall_s for run in cells[name]]) for name in names])
-    coefficients = _solve(features, walls)
+    coefficients = solved(features, walls)
 
     rng = np.random.default_rng(seed)
     resampled = []
     for _ in range(100):
         chosen = rng.integers(0, len(names), len(names))
         drawn = np.array([rng.choice([run.wall_s for run in cells[names[i]]]) for i in chosen])
-        resampled.append(_solve(features[chosen], drawn))
+        resampled.append(solved(features[chosen], drawn))
 
     residuals = []
-    for left_out in range(len(names)):
+    for left_out, cell in enumerate(kinds):
         others = np.arange(len(names)) != left_out
         predicted = float(_solve(features[others], walls[others]) @ features[left_out])
-        if predicted > 0:
+        if predicted > 0 and cell.storage == storage and (signed or not cell.signed):
             residuals += [run.wall_s / predicted - 1 for run in cells[names[left_out]]]
     repeated = [spread([run.wall_s for run in group]) for group in cells.values() if len(group) > 1]
     return Fit(
         coefficients,
+        _fit_cpu([run for run in runs if run.cpu_s > 0], storage, cores),
         tuple(resampled),
         tuple(sorted(residuals)),
         median(repeated) if repeated else None,
         len(runs),
         max(run.cell.workers for run in runs),
     )
+
+
+def _parents_share(runs: Sequence[Record], cores: int) -> float:
+    """What the parent does of the work on small files while the workers are processes."""
+    shares = [
+        run.parent_cpu_s / run.cpu_s
+        for run in runs
+        if run.parent_cpu_s > 0 and run.cell.file_size <= _SMALL and work_of(run, cores).processes
+    ]
+    return median(shares) if shares else _PARENTS_SHARE
+
+
+def _tied(features: Vector, share: float) -> Vector:
+    """The features with the parent's and the workers' part of a file as one."""
+    tied = features.copy()
+    tied[_FILE] = share * features[_SERIAL] + (1 - share) * features[_FILE]
+    tied[_SERIAL] = 0.0
+    return tied
+
+
+def _untied(coefficients: Vector, share: float) -> Vector:
+    """The other way round, for coefficients."""
+    whole = coefficients[_FILE]
+    coefficients[_SERIAL], coefficients[_FILE] = share * whole, (1 - share) * whole
+    return coefficients
+
+
+def _fit_cpu(runs: Sequence[Record], storage: str, cores: int) -> Vector:
+    """Coefficients for processor seconds; zeros where none were recorded."""
+    groups = list(by_cell(runs).values())
+    design = _Design(CPU_TERMS, sorted({group[0].cell.storage for group in groups} | {storage}))
+    if not groups:
+        return np.zeros(len(CPU_TERMS))
+    features = np.array(
+        [design.row(work_of(group[0], cores).cpu_features(), group[0].cell.storage) for group in groups]
+    )
+    seconds = np.array([median([run.cpu_s for run in group]) for group in groups])
+    return design.coefficients(_solve(features, seconds), storage)
 
 
 def scalability(workers: Sequence[int], rates: Sequence[float]) -> tuple[float, float]:
@@ -246,9 +376,10 @@ def nearest(runs: Sequence[Record], cell: Cell, total: float) -> float:
 
 
 def describe(found: Fit) -> dict[str, Any]:
-    """The coefficients in readable units, for ``--json`` and for the report."""
+    """The coefficients in seconds per unit, for ``--json`` and for the report."""
     return {
         "coefficients": dict(zip(TERMS, found.coefficients.tolist(), strict=True)),
+        "cpu_coefficients": dict(zip(CPU_TERMS, found.cpu.tolist(), strict=True)),
         "contention": found.contention,
         "noise": found.noise,
         "runs": found.runs,

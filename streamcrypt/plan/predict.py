@@ -23,10 +23,11 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from streamcrypt.bench.records import Records
+from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, interpreter_seconds
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
-from streamcrypt.plan import limits
+from streamcrypt.plan import cluster, limits
 from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form
-from streamcrypt.plan.model import Fit, Vector, Work, describe, fit
+from streamcrypt.plan.model import CPU_TERMS, TERMS, Fit, Vector, Work, describe, fit
 from streamcrypt.plan.simulate import simulate
 from streamcrypt.units import format_size
 
@@ -41,6 +42,9 @@ MAX_AGE: Final = 300.0
 MAX_MESSAGES: Final = 100_000
 MAX_BYTES: Final = 1 << 40
 CAPACITY: Final = 1000
+
+# Terms that grow with the size of a file.
+_BY_SIZE: Final = ("frame_lock", "frame", "byte_serial", "byte", "sync_byte", "hash")
 
 # What the page's sliders change.
 _MOVABLE: Final = (
@@ -165,6 +169,7 @@ class Job:
     deadline: float | None = None
     price_host_hour: float | None = None
     object_store: bool = False
+    engine: Literal["local", "ray"] = "local"
 
     def __post_init__(self) -> None:
         counts = {
@@ -218,6 +223,7 @@ class Estimate:
     messages_per_key: float
     peak_per_second: float
     parts: dict[str, float]  # seconds that each resource alone would need
+    worker_calls: float = 0.0  # of ``calls``: what the workers of a cluster unwrap for themselves
 
     @property
     def limit(self) -> str:
@@ -271,8 +277,7 @@ class Prediction:
             if job.deadline is None
             else {"seconds": job.deadline, "met": self.feasible, "share_of_trials": self.meets_deadline},
             "kms": {
-                "calls": {job.kms_operation: round(estimate.calls)}
-                | ({"Decrypt": round(estimate.calls)} if job.operation == "rekey" else {}),
+                "calls": _calls_of(job, estimate),
                 "messages_per_key": estimate.messages_per_key,
                 "peak_per_second": estimate.peak_per_second,
                 "quota_per_second": self.quota.per_second,
@@ -297,9 +302,14 @@ class Prediction:
             "kms_quota": self.quota.per_second,
         }
         return {
-            "live": job.sharing == "shared" and job.order == "sequential",
+            "live": job.engine == "local" and job.sharing == "shared" and job.order == "sequential",
             "start": start,
-            "coefficients": self.fit.coefficients.tolist(),
+            "coefficients": dict(zip(TERMS, self.fit.coefficients.tolist(), strict=True)),
+            "cpu_coefficients": dict(zip(CPU_TERMS, self.fit.cpu.tolist(), strict=True)),
+            "interpreter": [interpreter_seconds(1, 0), interpreter_seconds(0, 1)],
+            "processes_pay": PROCESSES_PAY,
+            "by_size": _BY_SIZE,
+            "sample": SAMPLE,
             "sizes": sizes.points,
             "mean": sizes.mean,
             "cores": self.cores,
@@ -330,8 +340,8 @@ class Prediction:
         }
 
 
-def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: float) -> Load:
-    """One host's queue."""
+def _load(job: Job, work: Work, work_seconds: float, per_key: float, quota: float, variation: float) -> Load:
+    """One host's queue; ``per_key`` seconds are what a data key costs besides the KMS's latency."""
     workers, files, batch = max(1, round(work.parallel)), round(work.files), work.batch
     sizes = job.size_points
     pieces = 1 if job.signed else max(1, round(sizes.spans()))
@@ -346,7 +356,7 @@ def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: fl
         workers=workers,
         service=work_seconds * workers / messages,
         variation=0.0 if pieces > 1 else variation,
-        latency=job.kms_latency * questions,
+        latency=job.kms_latency * questions + per_key,
         quota=quota / job.hosts / questions,
         max_messages=job.cache_max_messages if job.cache else 1,
         max_age=job.cache_max_age if job.cache else math.inf,
@@ -362,6 +372,16 @@ def _load(job: Job, work: Work, work_seconds: float, quota: float, variation: fl
         capacity=job.capacity,
         pieces=pieces,
     )
+
+
+def _calls_of(job: Job, estimate: Estimate) -> dict[str, int]:
+    """KMS calls by operation."""
+    asked = round(estimate.calls - estimate.worker_calls)
+    unwrapped = round(estimate.worker_calls) * _questions(job) + (asked if job.operation == "rekey" else 0)
+    calls = {job.kms_operation: asked}
+    if unwrapped:
+        calls["Decrypt"] = calls.get("Decrypt", 0) + unwrapped
+    return calls
 
 
 def _questions(job: Job) -> int:
@@ -393,7 +413,9 @@ def _work(job: Job, files: int, workers: int, cores: int) -> Work:
         workers=workers,
         cores=cores,
         fsync=job.fsync and job.operation != "verify",
-        splits=not job.signed,
+        signed=job.signed,
+        keys=0,  # the queue counts them
+        apart=job.engine == "ray",
     )
 
 
@@ -413,45 +435,43 @@ def _bytes_out(job: Job) -> float:
     return float(job.bytes) if job.operation == "decrypt" else 0.0
 
 
+def _products(work: Work, coefficients: Vector) -> dict[str, float]:
+    """Seconds of ``work`` by term."""
+    return dict(zip(TERMS, (coefficients * work.features()).tolist(), strict=True))
+
+
 def _estimate(
     job: Job, rates: Fit, coefficients: Vector, workers: int, cores: int, quota: float, *, exact: bool = False
 ) -> Estimate:
     """The model at one point."""
     files = math.ceil(job.files / job.hosts)
     work = _work(job, files, workers, cores)
-    products = coefficients * work.features()
-    start, file_serial, file, byte_serial, byte, frame, sync_serial, sync, sync_byte, started = (
-        products.tolist()
-    )
-    overhead = start + started
-    busy = max(float(products.sum()) - overhead, 1e-9)
-    by_size = (byte_serial + byte + frame + sync_byte) / busy
-    load = _load(job, work, busy, quota, job.size_points.variation * by_size)
+    product = _products(work, coefficients)
+    overhead = product["start"] + product["process"]
+    busy = max(sum(product.values()) - overhead, 1e-9)
+    by_size = sum(product[term] for term in _BY_SIZE) / busy
+    if job.engine == "ray":
+        return _on_cluster(job, work, product, quota, job.size_points.variation * by_size)
+    per_key = float(coefficients[TERMS.index("key")])
+    load = _load(job, work, busy, per_key, quota, job.size_points.variation * by_size)
     outcome = _outcome(load, exact=exact)
 
-    share = files / job.files
-    bounds = {
-        "storage-read": job.bytes * share / job.read_bandwidth if job.read_bandwidth else 0.0,
-        "storage-write": _bytes_out(job) * share / job.write_bandwidth if job.write_bandwidth else 0.0,
-        "network": (job.bytes + _bytes_out(job)) * share / job.network_bandwidth
-        if job.network_bandwidth
-        else 0.0,
-    }
-    seconds = [outcome.seconds, *(bound for bound in bounds.values() if bound > 0)]
-    top = max(seconds)
-    joined = top * sum((value / top) ** KNEE for value in seconds) ** (1 / KNEE) if len(seconds) > 1 else top
+    bounds = _bounds(job, files / job.files)
+    joined = _joined(outcome.seconds, bounds)
 
-    stored = byte_serial + sync_serial + sync + sync_byte
+    # What the cores had to do, and what they do not account for: that is the storage's.
+    worked = overhead + busy
+    cpu_seconds = float(rates.cpu @ dataclasses.replace(work, keys=outcome.calls).cpu_features())
+    cpu = min(worked, cpu_seconds / work.lanes(cpu_seconds)) if rates.cpu.any() else worked
+    stored = worked - cpu
     reads_only = job.operation == "verify"
     parts = {
-        "cpu": file + byte + frame,
-        "file-overhead": file_serial,
+        "cpu": cpu,
         "storage-write": max(bounds["storage-write"], 0.0 if reads_only else stored),
         "storage-read": max(bounds["storage-read"], stored if reads_only else 0.0),
         "network": bounds["network"],
         "kms-latency": outcome.stall_seconds if outcome.quota_seconds <= outcome.worker_seconds else 0.0,
         "kms-quota": outcome.quota_seconds,
-        "start-up": overhead,
     }
     if outcome.quota_seconds and outcome.quota_seconds >= 0.97 * outcome.seconds:
         parts = {name: 0.0 if name == "kms-latency" else value for name, value in parts.items()}
@@ -461,6 +481,93 @@ def _estimate(
         messages_per_key=outcome.messages_per_key,
         peak_per_second=min(outcome.peak_per_second * job.hosts, quota * 2),
         parts=parts,
+    )
+
+
+def _bounds(job: Job, share: float) -> dict[str, float]:
+    """Seconds that storage and network of one host would need for its share."""
+    return {
+        "storage-read": job.bytes * share / job.read_bandwidth if job.read_bandwidth else 0.0,
+        "storage-write": _bytes_out(job) * share / job.write_bandwidth if job.write_bandwidth else 0.0,
+        "network": (job.bytes + _bytes_out(job)) * share / job.network_bandwidth
+        if job.network_bandwidth
+        else 0.0,
+    }
+
+
+def _joined(seconds: float, bounds: dict[str, float]) -> float:
+    """The time under all bounds: somewhat more than the largest where others come near it."""
+    all_of_them = [seconds, *(bound for bound in bounds.values() if bound > 0)]
+    top = max(all_of_them)
+    if len(all_of_them) == 1:
+        return top
+    together: float = sum((value / top) ** KNEE for value in all_of_them) ** (1 / KNEE)
+    return top * together
+
+
+def cluster_load(job: Job, records: Records) -> cluster.ClusterLoad:
+    """What the job is for a cluster, at the fitted rates: for ``simulate.simulate_cluster``."""
+    rates, _ = _rates(job, records)
+    cores = job.cores or max(records.machine.cores, job.workers or 0)
+    work = _work(job, math.ceil(job.files / job.hosts), job.workers or cores, cores)
+    return _cluster_load(job, work, _products(work, rates.coefficients), _quota(job).per_second, 0.0)
+
+
+def _cluster_load(
+    job: Job, work: Work, products: dict[str, float], quota: float, variation: float
+) -> cluster.ClusterLoad:
+    """``products`` are the seconds of one host by term; what the parent does for a file is the driver's here."""
+    driver = products["file_serial"]
+    busy = max(sum(products.values()) - products["start"] - products["process"] - driver, 1e-9)
+    workers = max(1, min(work.workers, work.cores))
+    encrypting = job.operation in ("encrypt", "rekey")
+    return cluster.ClusterLoad(
+        files=job.files,
+        nodes=job.hosts,
+        workers=workers,
+        service=busy * work.parallel / work.files,
+        driver=driver / work.files,
+        lists=cluster.lists_of(job.files, job.bytes, job.hosts * workers),
+        size=job.size_points.mean,
+        variation=variation,
+        latency=job.kms_latency,
+        quota=quota,
+        max_messages=job.cache_max_messages if job.cache else 1,
+        max_age=job.cache_max_age if job.cache else math.inf,
+        max_bytes=job.cache_max_bytes if job.cache else math.inf,
+        data_keys=0
+        if encrypting
+        else (job.data_keys or _made_keys(job, job.files))
+        if job.cache
+        else job.files,
+        questions=_questions(job),
+    )
+
+
+def _on_cluster(job: Job, work: Work, products: dict[str, float], quota: float, variation: float) -> Estimate:
+    """The model of one driver and many nodes, at one point."""
+    load = _cluster_load(job, work, products, quota, variation)
+    outcome = cluster.closed_form(load)
+    bounds = _bounds(job, work.files / job.files)
+    stored = sum(products[term] for term in ("byte_serial", "sync_serial", "sync", "sync_byte"))
+    reads_only = job.operation == "verify"
+    quota_decides = outcome.quota_seconds >= 0.97 * outcome.seconds
+    return Estimate(
+        seconds=cluster.START + _joined(outcome.seconds, bounds),
+        calls=outcome.calls / load.questions,
+        messages_per_key=load.files * load.questions / outcome.driver_calls,
+        peak_per_second=outcome.peak_per_second,
+        parts={
+            "cpu": max(0.0, outcome.worker_seconds - outcome.stall_seconds - stored),
+            "driver": outcome.driver_seconds,
+            "storage-write": max(bounds["storage-write"], 0.0 if reads_only else stored),
+            "storage-read": max(bounds["storage-read"], stored if reads_only else 0.0),
+            "network": bounds["network"],
+            "kms-latency": 0.0 if quota_decides else outcome.stall_seconds,
+            "kms-quota": outcome.quota_seconds,
+            "start-up": cluster.START,
+        },
+        worker_calls=outcome.worker_calls / load.questions,
     )
 
 
@@ -548,13 +655,9 @@ def _fit(records: Records, kind: tuple[str, bool, str]) -> Fit:
 
 
 def _rates(job: Job, records: Records) -> tuple[Fit, list[str]]:
-    """The fit for the job's kind of run; where its storage was not measured, that of memory, and a note."""
-    kinds = {(run.cell.operation, run.cell.signed, run.cell.storage) for run in records.usable()}
-    if (job.operation, job.signed, job.storage) not in kinds and (
-        job.operation,
-        job.signed,
-        "memory",
-    ) in kinds:
+    """The fit for the job's operation; where its storage was not measured, that of memory, and a note."""
+    measured = {run.cell.storage for run in records.usable() if run.cell.operation == job.operation}
+    if job.storage not in measured and "memory" in measured:
         note = f"nothing was measured on {job.storage}: rates are those of a memory file system"
         return _fit(records, (job.operation, job.signed, "memory")), [note]
     return _fit(records, (job.operation, job.signed, job.storage)), []
@@ -593,7 +696,8 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
             "the time is likely too long; measure again on a quiet machine"
         )
     if job.hosts > 1:
-        notes.append("hosts are assumed equal and independent; only the KMS quota is shared")
+        shared = "the driver and the KMS quota are" if job.engine == "ray" else "only the KMS quota is"
+        notes.append(f"hosts are assumed equal and independent; {shared} shared")
     estimate = point(job, workers, exact=True)
     drawn = _trials(job, rates, workers, cores, quota.per_second, widen, trials, seed)
     meets = bisect.bisect_right(drawn, job.deadline) / len(drawn) if job.deadline is not None else None
@@ -787,6 +891,7 @@ def describe_plan(found: Prediction) -> str:
         f"{name} {value:+.2f}" for name, value in list(found.sensitivity.items())[:5] if abs(value) > 0.005
     ]
     cost = found.cost
+    calls = ", ".join(f"{count:,} {operation}" for operation, count in _calls_of(job, estimate).items())
     lines = [
         f"plan: {job.operation} {format_size(job.bytes)} in {job.files:,} files "
         f"(mean {format_size(sizes.mean)}, {spread})",
@@ -795,7 +900,7 @@ def describe_plan(found: Prediction) -> str:
         f"   95 %: {_duration(lowest)} – {_duration(highest)}",
         f"  rate         {format_size(job.bytes / estimate.seconds)}/s",
         f"  limit        {estimate.limit}   (seconds alone, of the time: {limit})",
-        f"  KMS          {round(estimate.calls):,} {job.kms_operation}, peak {estimate.peak_per_second:.3g}/s, "
+        f"  KMS          {calls}, peak {estimate.peak_per_second:,.4g}/s, "
         f"quota {found.quota.per_second:,.6g}/s ({found.quota.source})",
         f"  cost         {cost['total']:.2f} USD: compute {cost['compute']:.2f}, "
         f"KMS requests {cost['kms_requests']:.2f}, "

@@ -23,8 +23,10 @@ from streamcrypt.plan.model import best_rate, nearest, work_of
 REPEATS: Final = 10  # runs of one cell, for the machine's own noise floor
 ROUNDS: Final = 3
 UNLIMITED: Final = 1e9  # calls a second
+WITHIN: Final = 0.2  # of the time: a good prediction
+BY_AGE: Final = 0.05  # of the calls, where an age limit decides how many there are
 
-_FAMILY: Final = {"cpu": "cpu", "file-overhead": "cpu", "start-up": "cpu", "network": "storage"}
+_FAMILY: Final = {"cpu": "cpu", "driver": "cpu", "start-up": "cpu", "network": "storage"}
 
 
 def write_held_out(path: Path, cells: Sequence[Cell], seed: int) -> None:
@@ -73,11 +75,16 @@ def family(limit: str) -> str:
 
 
 def measured_family(run: Record, cores: int) -> str:
-    """What decided a run: most of its time in KMS calls, or the cores busy, or neither (the storage)."""
-    if run.throttled or run.kms_wait_s > run.wall_s / 2:
+    """What decided a run: the cores that it kept busy, or of the rest of its time the KMS, or the storage.
+
+    A run whose calls were throttled was decided by the quota.
+    """
+    if run.throttled:
         return "kms"
-    parallel = work_of(run, cores).parallel
-    return "cpu" if run.cpu_s > 0.6 * parallel * run.wall_s else "storage"
+    busy = run.cpu_s / work_of(run, cores).lanes(run.cpu_s)
+    rest = max(0.0, run.wall_s - busy)
+    shares = {"cpu": busy, "kms": min(run.kms_wait_s, rest), "storage": max(0.0, rest - run.kms_wait_s)}
+    return max(shares, key=lambda name: shares[name])
 
 
 def validate(
@@ -110,19 +117,36 @@ def validate(
         folder.mkdir(parents=True, exist_ok=True)
         started = clock()
         options: dict[str, Any] = {"work": work, "yardsticks": False, "progress": progress}
-        middle = sorted(cells, key=lambda cell: cell.files * cell.file_size)[len(cells) // 2]
-        floor_runs = sweep.run(
-            sweep.Sweep((middle,), repeats), folder / "floor", budget=budget / 4, **options
+        chosen = tuple(
+            _middle([cell for cell in cells if cell.storage == storage]) for storage in _storages(cells)
+        )
+        floor = sweep.run(
+            sweep.Sweep(chosen, repeats), folder / "floor", budget=budget / 4, **options
         ).usable()
         left = max(1.0, budget - (clock() - started))
         measured = sweep.run(sweep.Sweep(tuple(cells), rounds), folder / "cells", budget=left, **options)
-    return judge(measured, records, [run.wall_s for run in floor_runs], planned=len(cells), cores=cores)
+    return judge(measured, records, floor, planned=len(cells), cores=cores)
+
+
+def _storages(cells: Sequence[Cell]) -> list[str]:
+    return sorted({cell.storage for cell in cells})
+
+
+def _middle(cells: Sequence[Cell]) -> Cell:
+    """The cell of middling length of those that wait for no KMS, to repeat for the noise floor."""
+    without = [cell for cell in cells if not cell.kms_latency and not cell.kms_quota] or cells
+    return sorted(without, key=lambda cell: cell.files * cell.file_size)[len(without) // 2]
 
 
 def judge(
-    measured: Records, records: Records, floor_walls: Sequence[float], *, planned: int, cores: int
+    measured: Records, records: Records, floor: Sequence[Record], *, planned: int, cores: int
 ) -> dict[str, Any]:
-    """The table and its summary, from what was measured and what the records predict."""
+    """The table and its summary, from what was measured and what the records predict.
+
+    ``floor`` are runs of one cell of each storage, repeated: how far a run is from the median of its own
+    cell.  A prediction is good within 20 %, or within 1.2 times what nine in ten of those runs keep to.
+    """
+    floors = {runs[0].cell.storage: _floor([run.wall_s for run in runs]) for runs in by_cell(floor).values()}
     rows = []
     for runs in by_cell(measured.usable()).values():
         cell = runs[0].cell
@@ -140,7 +164,9 @@ def judge(
                 "predicted": predicted,
                 "error": predicted / wall - 1,
                 "interval": list(prediction.interval),
-                "covered": prediction.interval[0] <= wall <= prediction.interval[1],
+                # A plan is for one run, so runs are what its interval has to hold.
+                "covered": sum(prediction.interval[0] <= run.wall_s <= prediction.interval[1] for run in runs)
+                / len(runs),
                 "limit": family(prediction.estimate.limit),
                 "limit_measured": max(set(families), key=families.count),
                 "calls_predicted": round(prediction.estimate.calls),
@@ -148,10 +174,12 @@ def judge(
                 "exact_calls": cell.cache_max_age is None,
                 "by_best_rate": (cell.files * cell.file_size / rate) / wall - 1 if rate else math.nan,
                 "by_nearest": nearest(known, cell, cell.files * cell.file_size) / wall - 1,
+                "allowed": max(WITHIN, 1.2 * floors[cell.storage]["p90"])
+                if cell.storage in floors
+                else WITHIN,
                 "noisy": sum(1 for run in runs if run.noise),
             }
         )
-    floor = [abs(wall / median(list(floor_walls)) - 1) for wall in floor_walls]
     return {
         "machine": records.machine.name,
         "records_date": records.date,
@@ -159,10 +187,16 @@ def judge(
         "planned": planned,
         "measured": len(rows),
         "failed": sorted({run.error for run in measured.runs if run.error is not None}),
-        "floor": {"runs": len(floor), "median": median(floor), "p90": _quantile(floor, 0.9)},
+        "floor": floors,
         "summary": _summary(rows),
         "rows": rows,
     }
+
+
+def _floor(walls: Sequence[float]) -> dict[str, float]:
+    middle = median(walls)
+    apart = [abs(wall / middle - 1) for wall in walls]
+    return {"runs": len(walls), "median": median(apart), "p90": _quantile(apart, 0.9)}
 
 
 def _quantile(values: Sequence[float], fraction: float) -> float:
@@ -178,22 +212,42 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [abs(row[name]) for row in rows]
         return {"median": median(values), "p90": _quantile(values, 0.9), "max": max(values)}
 
+    def share(held: list[bool]) -> float | None:
+        return sum(held) / len(held) if held else None
+
     return {
         "plan": errors("error"),
         "by_best_rate": errors("by_best_rate"),
         "by_nearest": errors("by_nearest"),
         "bias": median([row["error"] for row in rows]),
-        "within_20": sum(abs(row["error"]) <= 0.2 for row in rows) / len(rows),
-        "coverage_80": sum(row["covered"] for row in rows) / len(rows),
-        "limit_right": sum(row["limit"] == row["limit_measured"] for row in rows) / len(rows),
-        "calls_exact": sum(row["calls_predicted"] == row["calls_measured"] for row in rows) / len(rows),
+        "within_20": share([abs(row["error"]) <= WITHIN for row in rows]),
+        "within_allowed": share([abs(row["error"]) <= row["allowed"] for row in rows]),
+        "coverage_80": sum(row["covered"] * row["runs"] for row in rows) / sum(row["runs"] for row in rows),
+        "coverage_80_medians": share(
+            [row["interval"][0] <= row["measured"] <= row["interval"][1] for row in rows]
+        ),
+        "limit_right": share([row["limit"] == row["limit_measured"] for row in rows]),
+        "calls_exact": share(
+            [row["calls_predicted"] == row["calls_measured"] for row in rows if row["exact_calls"]]
+        ),
+        "calls_by_age": share(
+            [
+                abs(row["calls_predicted"] / max(row["calls_measured"], 1) - 1) <= BY_AGE
+                for row in rows
+                if not row["exact_calls"]
+            ]
+        ),
         "noisy": sum(row["noisy"] > 0 for row in rows),
     }
 
 
+def _percent(share: float | None) -> str:
+    return "none measured" if share is None else f"{share:.0%}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: summary first, then every row, misses included."""
-    summary, floor = result["summary"], result["floor"]
+    summary, floors = result["summary"], result["floor"]
     lines = [
         f"Machine: {result['machine']}; rates measured {result['records_date']}, "
         f"held-out runs {result['measured_date']}.",
@@ -212,11 +266,18 @@ def table(result: dict[str, Any]) -> str:
         figures = summary[name]
         lines.append(f"| {label} | {figures['median']:.1%} | {figures['p90']:.1%} | {figures['max']:.0%} |")
     lines += [
-        f"| noise floor: one configuration {floor['runs']} times | {floor['median']:.1%} | {floor['p90']:.1%} | |",
+        f"| noise floor, {storage}: one configuration {floor['runs']} times "
+        f"| {floor['median']:.1%} | {floor['p90']:.1%} | |"
+        for storage, floor in floors.items()
+    ]
+    lines += [
         "",
-        f"Within 20 %: {summary['within_20']:.0%}. Bias: {summary['bias']:+.1%}. 80 % intervals that hold the "
-        f"measurement: {summary['coverage_80']:.0%}. Limiting resource right: {summary['limit_right']:.0%}. "
-        f"KMS calls exact: {summary['calls_exact']:.0%}. Configurations with a noisy run: {summary['noisy']}.",
+        f"Within 20 %: {summary['within_20']:.0%}; within 20 % or 1.2 times the noise floor: "
+        f"{summary['within_allowed']:.0%}. Bias: {summary['bias']:+.1%}. Within their 80 % interval: "
+        f"{summary['coverage_80']:.0%} of runs, {summary['coverage_80_medians']:.0%} of medians. "
+        f"Limiting resource right: {summary['limit_right']:.0%}. "
+        f"KMS calls exact where messages or bytes limit a key: {_percent(summary['calls_exact'])}; within 5 % where "
+        f"its age does: {_percent(summary['calls_by_age'])}. Configurations with a noisy run: {summary['noisy']}.",
         "",
         "| configuration | measured s | predicted s | error | 80 % interval "
         "| limit: predicted, measured | KMS calls: predicted, measured |",
@@ -224,7 +285,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in sorted(result["rows"], key=lambda row: -abs(row["error"])):
         low, high = row["interval"]
-        mark = "" if row["covered"] else " *"
+        mark = "" if low <= row["measured"] <= high else " *"
         lines.append(
             f"| {row['label']} | {row['measured']:.3f} | {row['predicted']:.3f} | {row['error']:+.0%} | "
             f"{low:.3f}–{high:.3f}{mark} | {row['limit']}, {row['limit_measured']} | "

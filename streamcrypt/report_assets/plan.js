@@ -1,6 +1,6 @@
 "use strict";
 // plan.closed and plan.predict in JavaScript, for one shared cache a host; names as in Python.
-const page = PLAN.page, coefficients = page.coefficients;
+const page = PLAN.page;
 
 function messagesByBytes(maxBytes, size, variation) {
   if (maxBytes === Infinity || size <= 0) return Infinity;
@@ -154,18 +154,25 @@ function estimate(job) {
   const cores = Math.max(page.cores, workers !== page.workers ? workers : page.cores);
   const size = bytes / Math.max(files, 1);
   const batch = Math.trunc(Math.max(1, Math.min(page.batch_files, Math.floor(files / (4 * workers)))));
+  const sample = Math.min(files, page.sample);
+  const interpreter = (n, m) => n * page.interpreter[0] + m * page.interpreter[1];
+  const apart = workers > 1 && interpreter(sample, frames * sample / Math.max(files, 1)) > page.processes_pay;
   let tasks = Math.min(files, Math.max(files / batch, bytes / page.batch_bytes));
   if (size > page.split && !page.signed) tasks = Math.max(files, bytes / page.span);
   const usable = Math.max(1, Math.min(workers, cores));
   const whole = Math.max(1, roundEven(tasks));
   const p = whole < 4 * usable ? whole / Math.ceil(whole / usable) : usable;
-  const sync = page.sync ? 1 : 0;
-  const features = [1, files, files / p, bytes, bytes / p, frames / p, sync * files, sync * files / p, sync * bytes, workers];
-  const products = coefficients.map((value, i) => value * features[i]);
-  const total = products.reduce((sum, value) => sum + value, 0);
-  const [start, fileSerial, file, byteSerial, byte, frame, syncSerial, syncFile, syncByte, started] = products;
-  const overhead = start + started, busy = Math.max(total - overhead, 1e-9);
-  const bySize = (byteSerial + byte + frame + syncByte) / busy;
+  const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = apart ? 0 : 1, free = 1 - lock;
+  const features = { start: 1, process: free * workers, file_lock: lock * files,
+    file_contended: lock * files * (1 - 1 / workers), file_serial: free * files, file: free * files / p,
+    frame_lock: lock * frames, frame: free * frames / p, byte_serial: bytes, byte: bytes / p,
+    sync_serial: sync * files, sync: sync * files / p, sync_byte: sync * bytes,
+    signature_serial: signed * files, signature: signed * files / p, hash: signed * bytes / p, key: 0 };
+  const product = {};
+  let total = 0;
+  for (const [name, value] of Object.entries(page.coefficients)) total += product[name] = value * features[name];
+  const overhead = product.start + product.process, busy = Math.max(total - overhead, 1e-9);
+  const bySize = page.by_size.reduce((sum, name) => sum + product[name], 0) / busy;
   const lanes = Math.max(1, roundEven(p)), messages = files + 1;
   const pieces = page.signed ? 1 : Math.max(1, roundEven(spans));
   const cacheMessages = job.cache ? job.cache_max_messages : 1;
@@ -178,7 +185,7 @@ function estimate(job) {
     if (!job.cache) dataKeys = messages;
   }
   const load = { files: messages, workers: lanes, service: busy * lanes / messages,
-    variation: pieces > 1 ? 0 : variation * bySize, latency: job.kms_latency * page.questions,
+    variation: pieces > 1 ? 0 : variation * bySize, latency: job.kms_latency * page.questions + page.coefficients.key,
     quota: job.kms_quota / job.hosts / page.questions, maxMessages: cacheMessages,
     maxAge: job.cache ? job.cache_max_age : Infinity, maxBytes: cacheBytes, size: middle,
     sizeVariation: variation, groups: Math.min(page.contexts, files),
@@ -193,13 +200,21 @@ function estimate(job) {
   const all = [outcome.seconds, ...bounds.filter((bound) => bound > 0)], top = Math.max(...all);
   const joined = all.length > 1
     ? top * Math.pow(all.reduce((sum, value) => sum + Math.pow(value / top, page.knee), 0), 1 / page.knee) : top;
-  const stored = byteSerial + syncSerial + syncFile + syncByte, readsOnly = page.writing === "nothing";
+  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file: free * files, frame: frames,
+    byte: bytes, sync: sync * files, sync_byte: sync * bytes, signature: signed * files, hash: signed * bytes,
+    key: outcome.calls };
+  let cpuSeconds = 0;
+  for (const [name, value] of Object.entries(page.cpu_coefficients)) cpuSeconds += value * cpuFeatures[name];
+  const alone = cpuSeconds > 0 ? Math.min(1, interpreter(files, frames) / cpuSeconds) : 0;
+  const coresBusy = apart ? p : 1 + (p - 1) * (1 - alone), worked = overhead + busy;
+  const cpu = Object.values(page.cpu_coefficients).some((value) => value) ? Math.min(worked, cpuSeconds / coresBusy) : worked;
+  const stored = worked - cpu, readsOnly = page.writing === "nothing";
   const quotaBound = outcome.quotaSeconds && outcome.quotaSeconds >= 0.97 * outcome.seconds;
-  const parts = { "cpu": file + byte + frame, "file-overhead": fileSerial,
+  const parts = { "cpu": cpu,
     "storage-write": Math.max(bounds[1], readsOnly ? 0 : stored), "storage-read": Math.max(bounds[0], readsOnly ? stored : 0),
     "network": bounds[2],
     "kms-latency": !quotaBound && outcome.quotaSeconds <= outcome.workerSeconds ? outcome.stallSeconds : 0,
-    "kms-quota": outcome.quotaSeconds, "start-up": overhead };
+    "kms-quota": outcome.quotaSeconds };
   const limit = Object.keys(parts).reduce((best, name) => parts[name] > parts[best] ? name : best);
   const seconds = overhead + joined, calls = outcome.calls * job.hosts;
   const requests = Math.max(0, roundEven(calls * page.questions) - page.free_requests) * page.request_price;

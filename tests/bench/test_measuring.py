@@ -45,6 +45,7 @@ def test_a_run_counts_what_it_did(bench, cell, calls):
     assert (record.session, record.round) == ("test", 2)
     assert len(record.kms_latency_ms) == sum(calls.values())
     assert record.peak_rss > 10_000_000
+    assert 0 < record.parent_cpu_s <= record.cpu_s
     assert set(record.yardstick_s) == {"copy", "read", "cipher"}
     assert all(seconds > 0 for seconds in record.yardstick_s.values())
     if cell.operation != "read":
@@ -100,6 +101,41 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
     assert read(tmp_path / "out" / "records.parquet") == read(tmp_path / "out")
     again = sweep.run(planned, tmp_path / "out", **options)
     assert again == records
+
+
+def test_a_line_that_an_interruption_cut_off_is_measured_again(tmp_path):
+    planned = sweep.Sweep((SMALL,), 1)
+    whole = sweep.run(planned, tmp_path / "out", work=tmp_path, yardsticks=False)
+    lines = tmp_path / "out" / "runs.jsonl"
+    lines.write_text(lines.read_text()[:-30])
+    again = sweep.run(planned, tmp_path / "out", work=tmp_path, yardsticks=False)
+    assert len(whole.runs) == len(again.runs) == 1
+    assert read(tmp_path / "out") == again
+
+
+def test_two_versions_are_measured_in_turns(tmp_path):
+    """The other version takes 0.3 s longer to encrypt."""
+    import shutil
+    from pathlib import Path
+
+    import streamcrypt
+
+    other = tmp_path / "other" / "streamcrypt"
+    shutil.copytree(Path(streamcrypt.__file__).parent, other, ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "engine" / "run.py").open("a") as file:
+        file.write("\n_encrypt = encrypt\n\n\ndef encrypt(job):\n    time.sleep(0.3)\n    return _encrypt(job)\n")
+    planned = sweep.Sweep((SMALL,), 3)
+    options = {"work": tmp_path, "attempts": 1}
+    old, new = sweep.run_against(planned, other.parent, tmp_path / "out", **options)
+    assert [run.error for run in (*old.runs, *new.runs)] == [None] * 6
+    assert min(run.wall_s for run in old.runs) > 0.3
+    assert min(old.runs, key=lambda run: run.wall_s).wall_s > min(run.wall_s for run in new.runs) + 0.2
+    assert sweep.run_against(planned, other.parent, tmp_path / "out", **options) == (old, new)
+
+
+def test_a_baseline_that_is_no_commit_is_refused():
+    with pytest.raises(sweep.SweepError, match="no-such-branch"), sweep.checkout("no-such-branch"):
+        pass
 
 
 def test_a_folder_of_another_machine_is_refused(tmp_path):

@@ -148,6 +148,43 @@ def test_bench_compare_exit_codes(capsys, tmp_path, records):
     assert run(capsys, "bench", "compare", records, tmp_path / "absent.json")[0] == 2
 
 
+def test_a_version_that_fails_is_no_faster_one(capsys, tmp_path, records):
+    failed = synthetic_records()
+    runs = tuple(dataclasses.replace(run, error="exit 1", wall_s=0.0) for run in failed.runs[:1])
+    write_json(tmp_path / "failed.json", Records(failed.machine, (*runs, *failed.runs[1:])))
+    code, _, err = run(capsys, "bench", "compare", records, tmp_path / "failed.json")
+    assert code == 1
+    assert "exit 1" in err
+
+
+BAD_COMPARISONS = {
+    "nothing to compare": ((), "--baseline-ref"),
+    "one sweep": (("somewhere",), "two sweeps"),
+    "both kinds": (("--baseline-ref", "main", "somewhere"), "no other records"),
+    "no folder": (("--baseline-ref", "main"), "--out"),
+    "no such version": (("--baseline-ref", "no-such-branch", "--out", "compared"), "no-such-branch"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), BAD_COMPARISONS.values(), ids=BAD_COMPARISONS)
+def test_a_comparison_of_nothing_is_one_line(capsys, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "bench", "compare", *words, "--quiet")
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_budget_stops_a_sweep_and_the_same_command_goes_on(capsys, tmp_path):
+    words = ("bench", "run", "--axis", "files=2", "--axis", "file_size=1KiB,2KiB", "--axis", "storage=disk")
+    words += ("--rounds", "1", "--attempts", "1", "--out", tmp_path / "out", "--work", tmp_path)
+    code, _, err = run(capsys, *words, "--budget", "1ms")
+    assert "2 runs are left" in err or "1 runs are left" in err
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0
+    assert len(json.loads(out)["cells"]) == 2
+
+
 def test_bench_run_and_report(capsys, tmp_path):
     axes = ("--axis", "files=3", "--axis", "file_size=10KiB", "--axis", "workers=1,2")
     words = ("bench", "run", *axes, "--axis", "storage=disk", "--rounds", "1", "--attempts", "1")
@@ -191,7 +228,7 @@ def test_validating_measures_and_judges(tmp_path):
     ]
     result = validate.validate(cells, records, tmp_path / "out", work=tmp_path, repeats=2, rounds=1)
     assert result["planned"] == result["measured"] == 3
-    assert result["floor"]["runs"] == 2
+    assert result["floor"]["disk"]["runs"] == 2
     # Four files and the manifest.
     assert [row["calls_measured"] for row in sorted(result["rows"], key=lambda row: row["label"])] == [
         1,

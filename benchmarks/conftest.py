@@ -1,0 +1,9 @@
+"""What pytest-benchmark keeps of a run: the machine as far as speed depends on it, and no one's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)
