@@ -171,6 +171,38 @@ MUTANTS = {
         '                    f"{self.path}: the database is missing',
         "tests/kms/test_store.py", "wrong_root_key",
     ),
+    "the signature of a manifest not verified": Mutant(
+        "10", "keys/signing.py", 'raise IntegrityError("the signature does not verify with the key given") from None',
+        "pass", "tests/engine/test_signature.py", "touched",
+    ),
+    "a signed manifest that is read twice not compared": Mutant(
+        "10", "engine/signature.py", "if digest.digest() != self._digest:", "if False:",
+        "tests/engine/test_signature.py", "changes_after",
+    ),
+    "the digest of a message that is decrypted not compared": Mutant(
+        "9", "engine/worker.py", "signed.check(task.sha256)", "pass",
+        "tests/engine/test_signature.py", "forges_under",
+    ),
+    "what a resumed job signs not opened first": Mutant(
+        "9", "engine/signature.py", "    for _ in SequentialReader(hashing, message).chunks():\n        pass",
+        "    buffer = memoryview(bytearray(source.size))\n    hashing.read_at(0, buffer)",
+        "tests/engine/test_signature.py", "takes_over_only",
+    ),
+    "what is signed not complete": Mutant(
+        "9", "engine/signature.py", "missing.append(line)", "pass", "tests/engine/test_signature.py", "every_change",
+    ),
+    "another pattern of a key map than the first": Mutant(
+        "8", "keys/partition.py", "if found is not None and (best is None or found[0] < best[0]):",
+        "if found is not None:", "tests/keys/test_partition.py", "first_pattern",
+    ),
+    "a key deleted although others could not be proved": Mutant(
+        "18", "engine/erasure.py", "if unproved and not allow_unproved:", "if False:",
+        "tests/engine/test_erasure.py", "nothing_is_scheduled",
+    ),
+    "what an erased key still opens not asked": Mutant(
+        "18", "engine/erasure.py", "key.schedule(window)", "key.state = PENDING",
+        "tests/engine/test_erasure.py", "one_key_opens",
+    ),
     "changed sources not noticed": Mutant(
         "29", "storage.py", "        if not unchanged:", "        if False:",
         "tests/engine/test_engine.py", "source_that_changes",

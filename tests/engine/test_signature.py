@@ -21,9 +21,12 @@ from families.trees import leftovers, make_tree, read_tree
 import streamcrypt as sc
 from streamcrypt.cli import main
 from streamcrypt.engine.journal import JOURNAL
+from streamcrypt.engine.signature import Statement
 from streamcrypt.engine.spans import MANIFEST, SIGNATURE, STATEMENT
+from streamcrypt.keys.signing import read_public_key_file
 from streamcrypt.kms import open_service
 from streamcrypt.message.header import parse_header
+from streamcrypt.storage import LocalTree
 from streamcrypt.streams import OutgoingMessage, seal_message
 
 KEY = "local:alias/data"
@@ -264,6 +267,16 @@ def test_a_statement_that_was_touched_is_refused(signed, pem, change):
     change(signed)
     with pytest.raises(sc.IntegrityError, match="_streamcrypt/manifest"):
         sc.verify(signed, signed_by=pem)
+
+
+def test_a_statement_that_changes_after_it_was_verified_is_refused(signed, pem):
+    with Statement(LocalTree(str(signed)), read_public_key_file(pem)) as statement:
+        text = (signed / STATEMENT).read_bytes()
+        (signed / STATEMENT).write_bytes(
+            text.replace(b'"name":"b"', b'"name":"bb"')
+        )  # the same file, in place
+        with pytest.raises(sc.IntegrityError, match="changed after"):
+            list(statement.lines())
 
 
 @pytest.mark.parametrize("other", [another_key, another_kind])
