@@ -159,6 +159,8 @@ def generate_random(call: Call) -> Response:
         refuse("ValidationException", "NumberOfBytes is required.")
     _refuse_recipient(call.request)
     call.authorize_account()
+    if "CustomKeyStoreId" in call.request:
+        refuse("CustomKeyStoreNotFoundException", f"{call.request['CustomKeyStoreId']} does not exist.")
     return {"Plaintext": os.urandom(length)}
 
 

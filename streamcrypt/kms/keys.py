@@ -10,9 +10,12 @@ from streamcrypt.kms.call import Call, timestamp
 from streamcrypt.kms.errors import new_uuid, refuse
 from streamcrypt.kms.store import Key, Material, key_arn
 
+KEYS_PER_ACCOUNT: Final = 100_000
+"""In one Region; AWS managed keys do not count."""
 ALIASES_PER_KEY: Final = 50
 TAGS_PER_KEY: Final = 50
 POLICY_NAME: Final = "default"
+NO_CUSTOM_KEY_STORES: Final = "Custom key stores are not supported by the embedded KMS."
 
 Response = dict[str, Any]
 
@@ -66,6 +69,7 @@ def create_key(call: Call) -> Response:
     )
     if "Policy" in request:
         check_policy(call, key, request["Policy"])
+    check_key_quota(call, key.region)
     if origin == "EXTERNAL":
         key.state = "PendingImport"
     else:
@@ -75,6 +79,12 @@ def create_key(call: Call) -> Response:
     call.store.save_key(key)
     call.keys.append(key)
     return {"KeyMetadata": metadata(call, key)}
+
+
+def check_key_quota(call: Call, region: str) -> None:
+    """LimitExceededException when the account has as many keys in the Region as it may have."""
+    if call.store.count_keys(call.account, region) >= KEYS_PER_ACCOUNT:
+        refuse("LimitExceededException", f"The account has reached its limit of {KEYS_PER_ACCOUNT} KMS keys.")
 
 
 def check_policy(call: Call, key: Key, text: str) -> None:
@@ -110,7 +120,7 @@ def _spec_and_usage(request: Mapping[str, Any]) -> tuple[material.KeySpec, str]:
 def _origin(request: Mapping[str, Any]) -> str:
     origin: str = request.get("Origin", "AWS_KMS")
     if origin in ("AWS_CLOUDHSM", "EXTERNAL_KEY_STORE") or "CustomKeyStoreId" in request:
-        refuse("UnsupportedOperationException", "Custom key stores are not supported by the embedded KMS.")
+        refuse("UnsupportedOperationException", NO_CUSTOM_KEY_STORES)
     return origin
 
 
@@ -214,7 +224,8 @@ def get_key_last_usage(call: Call) -> Response:
 def list_keys(call: Call) -> Response:
     limit, after = call.page_limit(default=100, most=1000), call.marker()
     call.authorize_account()
-    ids = call.store.key_ids(call.account, call.region, after, limit + 1)
+    own = "SELF" in call.request.get("ResourceOwners", ("SELF",))  # nobody shares keys here (AWS RAM)
+    ids = call.store.key_ids(call.account, call.region, after, limit + 1) if own else ()
     entries = [
         (key_id, {"KeyId": key_id, "KeyArn": key_arn(call.account, call.region, key_id)}) for key_id in ids
     ]
@@ -307,6 +318,8 @@ def _alias_name(call: Call) -> str:
             'Alias must start with the prefix "alias/". Please see '
             "https://docs.aws.amazon.com/kms/latest/developerguide/kms-alias.html",
         )
+    if name == "alias/":
+        refuse("InvalidAliasNameException", f"Invalid alias name {name}")
     if name.startswith(managed.PREFIX):
         refuse("NotAuthorizedException", f"{name} is reserved for AWS managed keys.")
     return name
@@ -320,6 +333,28 @@ def _check_alias_quota(key: Key) -> None:
 def _key_type(key: Key) -> str:
     kind = material.SPECS[key.spec].kind
     return kind if kind in ("symmetric", "hmac") else "asymmetric"
+
+
+# -- custom key stores: there are none -----------------------------------------------------------------
+
+
+def describe_custom_key_stores(call: Call) -> Response:
+    call.authorize_account()
+    for member in ("CustomKeyStoreId", "CustomKeyStoreName"):
+        if member in call.request:
+            refuse("CustomKeyStoreNotFoundException", f"{call.request[member]} does not exist.")
+    return call.page([], default=1000, most=1000, member="CustomKeyStores")
+
+
+def use_custom_key_store(call: Call) -> Response:
+    """Connect, disconnect, update or delete one."""
+    call.authorize_account()
+    refuse("CustomKeyStoreNotFoundException", f"{call.request['CustomKeyStoreId']} does not exist.")
+
+
+def create_custom_key_store(call: Call) -> Response:
+    call.authorize_account()
+    refuse("UnsupportedOperationException", NO_CUSTOM_KEY_STORES)
 
 
 # -- tags ----------------------------------------------------------------------------------------------

@@ -50,6 +50,9 @@ def replicate_key(call: Call) -> Response:
     replica.facts = primary.facts._replace(arn=arn, multi_region_key_type="REPLICA", aliases=(), tags=tags)
     if "Policy" in request:
         keys.check_policy(call, replica, request["Policy"])
+    keys.check_key_quota(call, region)
+    if replica.origin == "EXTERNAL":
+        replica.state = "PendingImport"  # the same material is imported once more, into the replica
     call.store.save_key(replica)
     call.keys.append(replica)
     # AWS answers before the replica is ready.

@@ -24,7 +24,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -497,7 +497,7 @@ class Store:
             self._refresh()
             return False
 
-    def query(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db().execute(sql, parameters).fetchall()
 
@@ -566,6 +566,15 @@ class Store:
             (account, region, after, limit),
         )
         return [row[0] for row in rows]
+
+    def count_keys(self, account: str, region: str) -> int:
+        """The customer's keys in a Region."""
+        rows = self.query(
+            "SELECT (SELECT COUNT(*) FROM keys WHERE account = :account AND region = :region) - "
+            "(SELECT COUNT(*) FROM aliases WHERE account = :account AND region = :region AND name GLOB 'alias/aws/*')",
+            {"account": account, "region": region},
+        )
+        return int(rows[0][0])
 
     def all_keys(self) -> list[Key]:
         """Every key of every account and Region."""

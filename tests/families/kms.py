@@ -286,6 +286,78 @@ class KmsTests(KmsBasics):
         assert refusal(kms.describe_key, KeyId="alias/doomed")[0] == "NotFoundException"
         assert refusal(kms.decrypt, CiphertextBlob=blob)[0] == "AccessDeniedException"
 
+    @pytest.mark.parametrize("state", ["Disabled", "PendingDeletion", "PendingImport"])
+    def test_what_a_state_allows(self, kms, state):
+        """The table of the AWS KMS Developer Guide, "Key states": every operation on a symmetric key."""
+        blob = None
+        if state == "PendingImport":
+            key = kms.create_key(Origin="EXTERNAL")["KeyMetadata"]
+        else:
+            key = kms.create_key()["KeyMetadata"]
+            blob = kms.encrypt(KeyId=key["KeyId"], Plaintext=b"x")["CiphertextBlob"]
+        named = {"KeyId": key["KeyId"]}
+        if state == "Disabled":
+            kms.disable_key(**named)
+        elif state == "PendingDeletion":
+            kms.schedule_key_deletion(**named)
+        invalid = {
+            "PendingDeletion": ("KMSInvalidStateException", 400, f"{key['Arn']} is pending deletion."),
+            "PendingImport": ("KMSInvalidStateException", 400, f"{key['Arn']} is pending import."),
+        }
+        unusable = invalid.get(state, ("DisabledException", 400, f"{key['Arn']} is disabled."))
+        alice = {"GranteePrincipal": "arn:aws:iam::000000000000:user/alice", "Operations": ["Decrypt"]}
+        using = [
+            (kms.encrypt, {**named, "Plaintext": b"x"}),
+            (kms.generate_data_key, {**named, "KeySpec": "AES_256"}),
+            (kms.generate_data_key_without_plaintext, {**named, "KeySpec": "AES_256"}),
+            (kms.generate_data_key_pair, {**named, "KeyPairSpec": "ECC_NIST_P256"}),
+            (kms.generate_data_key_pair_without_plaintext, {**named, "KeyPairSpec": "ECC_NIST_P256"}),
+            (kms.get_public_key, named),
+            (kms.create_grant, {**named, **alice}),
+            (kms.rotate_key_on_demand, named),
+        ]
+        if blob is not None:
+            using += [
+                (kms.decrypt, {"CiphertextBlob": blob}),
+                (kms.re_encrypt, {"CiphertextBlob": blob, "DestinationKeyId": key["KeyId"]}),
+            ]
+        for call, request in using:
+            assert refusal(call, **request) == unusable, call
+        wrong_origin = (
+            "UnsupportedOperationException",
+            400,
+            f"{key['Arn']} origin is EXTERNAL which is not valid for this operation.",
+        )
+        for call in (kms.enable_key_rotation, kms.disable_key_rotation):
+            assert refusal(call, **named) == (wrong_origin if state == "PendingImport" else unusable)
+        changing = [
+            (kms.tag_resource, {**named, "Tags": [{"TagKey": "a", "TagValue": "b"}]}),
+            (kms.untag_resource, {**named, "TagKeys": ["a"]}),
+            (kms.update_key_description, {**named, "Description": "x"}),
+            (kms.create_alias, {"AliasName": "alias/a", "TargetKeyId": key["KeyId"]}),
+            (kms.update_alias, {"AliasName": "alias/a", "TargetKeyId": key["KeyId"]}),
+            (kms.delete_alias, {"AliasName": "alias/a"}),
+        ]
+        for number, (call, request) in enumerate(changing):
+            if state != "PendingDeletion":
+                call(**request)
+            elif number < 4:  # and no alias was made that the others could change
+                assert refusal(call, **request) == invalid[state], number
+        always = ("describe_key", "get_key_policy", "list_grants", "list_key_policies", "list_resource_tags",
+                  "list_key_rotations")  # fmt: skip
+        for name in always:
+            getattr(kms, name)(**named)
+        kms.put_key_policy(**named, Policy=kms.get_key_policy(**named)["Policy"])
+        switching = (kms.enable_key, kms.disable_key)
+        if state == "Disabled":
+            for call in (*switching, kms.schedule_key_deletion):
+                call(**named)
+        else:
+            for call in switching:
+                assert refusal(call, **named) == invalid[state], call
+            if state == "PendingDeletion":
+                assert refusal(kms.schedule_key_deletion, **named) == invalid[state]
+
     # -- key metadata -------------------------------------------------------------------------------
 
     def test_metadata_has_the_recorded_members(self, kms, key):
@@ -580,6 +652,20 @@ class KmsTests(KmsBasics):
         described = there.describe_key(KeyId=primary["KeyId"])["KeyMetadata"]
         assert described["MultiRegionConfiguration"]["MultiRegionKeyType"] == "PRIMARY"
 
+    def test_replica_of_imported_material_takes_its_own_import(self, kms, region_of):
+        primary = kms.create_key(MultiRegion=True, Origin="EXTERNAL")["KeyMetadata"]["KeyId"]
+        self.bring(kms, primary, b"m" * 32)
+        blob = kms.encrypt(KeyId=primary, Plaintext=b"x")["CiphertextBlob"]
+        kms.replicate_key(KeyId=primary, ReplicaRegion="eu-west-1")
+        there = region_of("eu-west-1")
+        described = there.describe_key(KeyId=primary)["KeyMetadata"]
+        assert described["KeyState"] == "PendingImport"
+        assert refusal(there.decrypt, CiphertextBlob=blob)[2] == f"{described['Arn']} is pending import."
+        other = refusal(self.bring, kms=there, key_id=primary, material=b"n" * 32)
+        assert other[0] == "IncorrectKeyMaterialException"
+        self.bring(there, primary, b"m" * 32)
+        assert there.decrypt(CiphertextBlob=blob)["Plaintext"] == b"x"
+
     # -- aliases, tags, policies ------------------------------------------------------------------------
 
     def test_alias_refusals(self, kms, key):
@@ -596,6 +682,8 @@ class KmsTests(KmsBasics):
             "https://docs.aws.amazon.com/kms/latest/developerguide/kms-alias.html",
         )
         assert refusal(kms.delete_alias, AliasName="alias/aws/s3")[:2] == ("NotAuthorizedException", 400)
+        empty = refusal(kms.create_alias, AliasName="alias/", TargetKeyId=key["KeyId"])
+        assert empty[:2] == ("InvalidAliasNameException", 400)
         mac = kms.create_key(KeySpec="HMAC_256", KeyUsage="GENERATE_VERIFY_MAC")["KeyMetadata"]
         assert (
             refusal(kms.update_alias, AliasName="alias/one", TargetKeyId=mac["KeyId"])[0]
@@ -730,6 +818,76 @@ class KmsTests(KmsBasics):
         )
         kms.disable_key(KeyId=key["KeyId"])
         assert refusal(kms.encrypt, KeyId=key["KeyId"], Plaintext=b"x", DryRun=True)[0] == "DisabledException"
+
+    def test_every_operation_that_has_a_dry_run(self, kms, key):
+        made = {
+            usage: kms.create_key(KeySpec=spec, KeyUsage=usage)["KeyMetadata"]["KeyId"]
+            for usage, spec in (
+                ("SIGN_VERIFY", "ECC_NIST_P256"),
+                ("KEY_AGREEMENT", "ECC_NIST_P256"),
+                ("GENERATE_VERIFY_MAC", "HMAC_256"),
+            )
+        }
+        named = {"KeyId": key["KeyId"]}
+        blob = kms.encrypt(**named, Plaintext=b"x")["CiphertextBlob"]
+        signing = {"KeyId": made["SIGN_VERIFY"], "Message": b"x", "SigningAlgorithm": "ECDSA_SHA_256"}
+        mac = {"KeyId": made["GENERATE_VERIFY_MAC"], "Message": b"x", "MacAlgorithm": "HMAC_SHA_256"}
+        public = kms.get_public_key(KeyId=made["KEY_AGREEMENT"])["PublicKey"]
+        alice = {"GranteePrincipal": "arn:aws:iam::000000000000:user/alice", "Operations": ["Decrypt"]}
+        grant = kms.create_grant(**named, **alice)
+        before = len(kms.list_grants(**named)["Grants"])
+        calls = {
+            "create_grant": {**named, **alice},
+            "retire_grant": {"GrantToken": grant["GrantToken"]},
+            "revoke_grant": {**named, "GrantId": grant["GrantId"]},
+            "encrypt": {**named, "Plaintext": b"x"},
+            "decrypt": {"CiphertextBlob": blob},
+            "re_encrypt": {"CiphertextBlob": blob, "DestinationKeyId": key["KeyId"]},
+            "generate_data_key": {**named, "KeySpec": "AES_256"},
+            "generate_data_key_without_plaintext": {**named, "KeySpec": "AES_256"},
+            "generate_data_key_pair": {**named, "KeyPairSpec": "ECC_NIST_P256"},
+            "generate_data_key_pair_without_plaintext": {**named, "KeyPairSpec": "ECC_NIST_P256"},
+            "sign": signing,
+            "verify": {**signing, "Signature": kms.sign(**signing)["Signature"]},
+            "generate_mac": mac,
+            "verify_mac": {**mac, "Mac": kms.generate_mac(**mac)["Mac"]},
+            "derive_shared_secret": {
+                "KeyId": made["KEY_AGREEMENT"], "KeyAgreementAlgorithm": "ECDH", "PublicKey": public,
+            },
+        }  # fmt: skip
+        would = (
+            "DryRunOperationException",
+            400,
+            "The request would have succeeded, but the DryRun option is set.",
+        )
+        for name, request in calls.items():
+            assert refusal(getattr(kms, name), **request, DryRun=True) == would, name
+        assert len(kms.list_grants(**named)["Grants"]) == before
+        # One that would have failed fails as the call itself does.
+        wrong = {**calls["verify"], "Message": b"y", "DryRun": True}
+        assert refusal(kms.verify, **wrong) == ("KMSInvalidSignatureException", 400, "")
+
+    def test_quotas(self, kms, key, monkeypatch):
+        for number in range(50):
+            kms.create_alias(AliasName=f"alias/{number}", TargetKeyId=key["KeyId"])
+        refused = refusal(kms.create_alias, AliasName="alias/more", TargetKeyId=key["KeyId"])
+        assert refused[:2] == ("LimitExceededException", 400)
+        kms.describe_key(KeyId="alias/aws/s3")  # its key does not count
+        monkeypatch.setattr("streamcrypt.kms.keys.KEYS_PER_ACCOUNT", 2)
+        kms.create_key()
+        assert refusal(kms.create_key)[:2] == ("LimitExceededException", 400)
+
+    def test_there_are_no_custom_key_stores(self, kms):
+        assert kms.describe_custom_key_stores()["CustomKeyStores"] == []
+        absent = ("CustomKeyStoreNotFoundException", 400, "cks-1234 does not exist.")
+        assert refusal(kms.describe_custom_key_stores, CustomKeyStoreId="cks-1234") == absent
+        assert refusal(kms.delete_custom_key_store, CustomKeyStoreId="cks-1234") == absent
+        assert refusal(kms.generate_random, NumberOfBytes=1, CustomKeyStoreId="cks-1234") == absent
+        assert refusal(kms.create_key, Origin="AWS_CLOUDHSM")[:2] == ("UnsupportedOperationException", 400)
+        assert refusal(kms.create_custom_key_store, CustomKeyStoreName="x")[:2] == (
+            "UnsupportedOperationException",
+            400,
+        )
 
     def test_pages(self, kms):
         made = {kms.create_key()["KeyMetadata"]["KeyId"] for _ in range(5)}
