@@ -62,7 +62,7 @@ MUTANTS = {
         "tests/message/test_frames.py", "specification_s",
     ),
     "bytes after an unsigned message accepted": Mutant(
-        "2", "streams.py", "elif len(rest) > body_end:", "elif False:",
+        "2", "streams.py", "if alone and len(rest) > body_end:", "if False:",
         "tests/engine/test_streams.py", "bytes_after",
     ),
     "bytes after a footer accepted": Mutant(
@@ -110,7 +110,7 @@ MUTANTS = {
         "tests/campaigns/test_syscalls.py", "order_of_writes", "campaign",
     ),
     "folder not flushed after its files got their names": Mutant(
-        "16", "storage.py", "os.fsync(self._folder(folder))", "self._folder(folder)",
+        "16", "storage.py", "os.fsync(self._folder(folder).descriptor)", "self._folder(folder)",
         "tests/campaigns/test_syscalls.py", "order_of_writes", "campaign",
     ),
     "cache limit off by one": Mutant(

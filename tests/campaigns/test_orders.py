@@ -27,7 +27,7 @@ MODULES = (
 )  # fmt: skip
 SURROUNDINGS = (
     {},
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LC_ALL": "C"},
     {"TZ": "Pacific/Kiritimati"},
     {"TZ": "America/St_Johns", "LC_ALL": "POSIX"},
     {"HOME": "/nonexistent/home"},

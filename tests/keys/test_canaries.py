@@ -20,16 +20,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from families.processes import child_processes
 from families.trees import make_tree
 
 import streamcrypt as sc
+from streamcrypt.keys.keyring import Keyring
+from streamcrypt.keys.kms import KmsKeyring
 from streamcrypt.keys.materials import Materials
-from streamcrypt.keys.reference import decrypting_keyring
+from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring
 from streamcrypt.kms import open_service
+from streamcrypt.kms.service import Service
 from streamcrypt.message.derive import derive_keys
 from streamcrypt.message.header import parse_header
 
@@ -183,7 +186,6 @@ def test_jobs_show_no_key(home: Path, tmp_path: Path) -> None:
 
 def holders(tmp_path: Path, reference: str) -> dict[str, Any]:
     """Everything that a caller of the library may hold and that has a key in it."""
-    from streamcrypt.keys.reference import encrypting_keyring
     from streamcrypt.message.frames import FrameCipher
     from streamcrypt.message.suites import SIGNED
     from streamcrypt.streams import OutgoingMessage, ReadingRules, header_template, unlock
@@ -263,49 +265,90 @@ def shown_with_locals(error: BaseException) -> bytes:
     return text.getvalue().encode()
 
 
-def fail_on_a_frame(message: bytes, reference: str, tmp_path: Path) -> None:
-    sc.decrypt_bytes(message[:-20] + bytes(20), keys=reference)
+class Recorder:
+    """A KMS that remembers the data keys which it gave out."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.given: list[bytes] = []
+
+    def generate_data_key(self, **request: Any) -> dict[str, Any]:
+        response: dict[str, Any] = self._service.generate_data_key(**request)
+        self.given.append(response["Plaintext"])
+        return response
+
+    def encrypt(self, **request: Any) -> dict[str, Any]:
+        response: dict[str, Any] = self._service.encrypt(**request)
+        return response
+
+    def decrypt(self, **request: Any) -> dict[str, Any]:
+        response: dict[str, Any] = self._service.decrypt(**request)
+        self.given.append(response["Plaintext"])
+        return response
 
 
-def fail_on_the_header(message: bytes, reference: str, tmp_path: Path) -> None:
-    header, _ = parse_header(message, max_encrypted_data_keys=None)
-    damaged = bytearray(message)
+class Failing(NamedTuple):
+    """What a failure is made with."""
+
+    message: bytes
+    keyring: Keyring
+    recorder: Recorder
+    url: str
+    folder: Path
+
+
+def fail_on_a_frame(given: Failing) -> None:
+    sc.decrypt_bytes(given.message[:-20] + bytes(20), keys=given.keyring)
+
+
+def fail_on_the_header(given: Failing) -> None:
+    header, _ = parse_header(given.message, max_encrypted_data_keys=None)
+    damaged = bytearray(given.message)
     damaged[header.length - 1] ^= 1
-    sc.decrypt_bytes(bytes(damaged), keys=reference)
+    sc.decrypt_bytes(bytes(damaged), keys=given.keyring)
 
 
-def fail_on_the_commitment(message: bytes, reference: str, tmp_path: Path) -> None:
-    header, _ = parse_header(message, max_encrypted_data_keys=None)
-    damaged = bytearray(message)
+def fail_on_the_commitment(given: Failing) -> None:
+    header, _ = parse_header(given.message, max_encrypted_data_keys=None)
+    damaged = bytearray(given.message)
     damaged[header.length - 20] ^= 1
-    sc.decrypt_bytes(bytes(damaged), keys=reference)
+    sc.decrypt_bytes(bytes(damaged), keys=given.keyring)
 
 
-def fail_in_a_job(message: bytes, reference: str, tmp_path: Path) -> None:
-    (tmp_path / "damaged").write_bytes(message[:-20] + bytes(20))
-    sc.decrypt(tmp_path / "damaged", tmp_path / "out", keys=reference)
+def fail_in_a_job(given: Failing) -> None:
+    (given.folder / "damaged").write_bytes(given.message[:-20] + bytes(20))
+    sc.decrypt(given.folder / "damaged", given.folder / "out", keys=given.keyring)
 
 
-def fail_in_a_file(message: bytes, reference: str, tmp_path: Path) -> None:
-    (tmp_path / "damaged").write_bytes(message[:-30] + bytes(30))
-    with sc.open(tmp_path / "damaged", keys=reference) as file:
+def fail_in_a_file(given: Failing) -> None:
+    (given.folder / "damaged").write_bytes(given.message[:-30] + bytes(30))
+    with sc.open(given.folder / "damaged", keys=given.keyring) as file:
         file.read()
 
 
-def fail_to_write(message: bytes, reference: str, tmp_path: Path) -> None:
-    (tmp_path / "there").write_bytes(b"x")
-    sc.encrypt(tmp_path / "there", tmp_path / "there", keys=reference)
+def fail_to_write(given: Failing) -> None:
+    (given.folder / "in").mkdir()
+    (given.folder / "in" / "a").write_bytes(b"x")
+    (given.folder / "enc").mkdir()
+    (given.folder / "enc" / "a").write_bytes(b"somebody else's")
+    sc.encrypt(given.folder / "in", given.folder / "enc", keys=given.keyring, resume=True)
 
 
-def fail_by_the_limit_of_wrapped_keys(message: bytes, reference: str, tmp_path: Path) -> None:
-    sc.encrypt_bytes(b"x", keys=[reference, reference], max_encrypted_data_keys=1)
+def fail_by_the_limit_of_wrapped_keys(given: Failing) -> None:
+    sc.encrypt_bytes(b"x", keys=[given.keyring, given.keyring], max_encrypted_data_keys=1)
 
 
-def fail_in_another_key(message: bytes, reference: str, tmp_path: Path) -> None:
-    sc.encrypt_bytes(b"x", keys=[reference, "local:alias/absent"])
+def fail_in_another_key(given: Failing) -> None:
+    absent = KmsKeyring(given.recorder, "alias/absent")
+    sc.encrypt_bytes(b"x", keys=[given.keyring, absent])
 
 
-FAILURES: dict[str, Callable[[bytes, str, Path], None]] = {
+def fail_in_a_key_far_away(given: Failing) -> None:
+    """botocore's frames hold the body of the request, and in it the data key that was to be wrapped."""
+    sc.encrypt_bytes(b"x", keys=[given.keyring, encrypting_keyring(f"local:alias/absent@{given.url}")])
+
+
+FAILURES: dict[str, Callable[[Failing], None]] = {
     "a frame": fail_on_a_frame,
     "the header": fail_on_the_header,
     "the commitment": fail_on_the_commitment,
@@ -314,20 +357,21 @@ FAILURES: dict[str, Callable[[bytes, str, Path], None]] = {
     "writing": fail_to_write,
     "too many wrapped keys": fail_by_the_limit_of_wrapped_keys,
     "another key": fail_in_another_key,
+    "a key far away": fail_in_a_key_far_away,
 }
 
 
 @pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
 def test_no_key_among_the_variables_of_a_traceback(
-    home: Path, tmp_path: Path, fail: Callable[[bytes, str, Path], None]
+    home: Path, served: str, tmp_path: Path, fail: Callable[[Failing], None]
 ) -> None:
     service = open_service(home)
-    reference = "local:" + service.create_key()["KeyMetadata"]["KeyId"]
-    message = sc.encrypt_bytes(b"x" * 5000, keys=reference, frame_size=1000)
-    made: dict[str, bytes] = {}
-    with pytest.raises((sc.StreamcryptError, ValueError)) as caught:
-        fail(message, reference, tmp_path)
-    for secret, what in keys_of(message, Materials(decrypting_keyring(reference))).items():
-        made[what] = secret
-    made["root key"] = service.store._root
-    assert not found_in(shown_with_locals(caught.value), made)
+    recorder = Recorder(service)
+    keyring = KmsKeyring(recorder, service.create_key()["KeyMetadata"]["Arn"])
+    message = sc.encrypt_bytes(b"x" * 5000, keys=keyring, frame_size=1000)
+    with pytest.raises(sc.StreamcryptError) as caught:
+        fail(Failing(message, keyring, recorder, served, tmp_path))
+    secrets = dict(keys_of(message, Materials(keyring)))
+    secrets |= dict.fromkeys(recorder.given, "a data key") | {service.store._root: "the root key"}
+    named = {f"{what} {number}": secret for number, (secret, what) in enumerate(secrets.items())}
+    assert not found_in(shown_with_locals(caught.value), named)

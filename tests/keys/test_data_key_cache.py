@@ -422,7 +422,7 @@ def test_a_million_messages_from_64_threads():
 def _child(cache, keyring, queue) -> None:
     materials = Materials(keyring, cache=cache)
     made = [materials.for_encryption(UNSIGNED, {}, 1) for _ in range(50)]
-    queue.put(([each.data_key for each in made], cache.stats()))
+    queue.put(([bytes(each.data_key) for each in made], cache.stats()))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
