@@ -512,9 +512,11 @@ def translate(
     details: dict[str, Any] = {"code": code, "operation": operation, "key": key}
     refused = f"{key}: KMS refused {operation} ({code})"
     if code in ("AccessDeniedException", "AccessDenied"):
-        return KeyAccessError(
-            f"{refused}: {said or 'access denied'}; {_access_hint(operation, said, context)}", **details
+        reasons: tuple[str, ...] = getattr(error, "reasons", ())  # of the embedded KMS in this process
+        told = "; ".join(
+            (said or "access denied", *map(printable, reasons), _access_hint(operation, said, context))
         )
+        return KeyAccessError(f"{refused}: {told}", **details)
     if code in ("InvalidCiphertextException", "IncorrectKeyException"):
         if code == "IncorrectKeyException":
             why = "it was wrapped by another key than the one that the message names"

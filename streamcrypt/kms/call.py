@@ -165,7 +165,9 @@ class Call:
         grants: Sequence[policy.Grant] = [r.grant for r in self._effective_grants(key)] if key.grants else ()
         decision = policy.evaluate(request, key.key_policy, grants)
         if not decision.allowed:
-            refuse("AccessDeniedException", decision.message(request, by_ciphertext=by_ciphertext))
+            error = KmsError("AccessDeniedException", decision.message(request, by_ciphertext=by_ciphertext))
+            error.reasons = policy.reasons(decision, request, key.key_policy, grants)
+            raise error
 
     def authorize_account(
         self,

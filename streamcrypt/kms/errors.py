@@ -29,6 +29,9 @@ class KmsError(Exception):
         self.message = message
         self.operation_name = operation_name
         self.request_id = ""
+        self.reasons: tuple[str, ...] = ()
+        """What the caller in this process may know beyond AWS's text: the statement that denies, the conditions
+        that do not hold.  No other door tells it."""
 
     @property
     def status(self) -> int:

@@ -269,6 +269,18 @@ def may_retire(caller: Caller, grant: Grant, key_arn: str) -> bool:
 # --- why not ---------------------------------------------------------------------------------------
 
 
+def reasons(
+    decision: Decision, request: Request, key_policy: str, grants: Iterable[Grant] = ()
+) -> tuple[str, ...]:
+    """Why a request was denied, in words: the statement that denies it, or the conditions that do not hold."""
+    if decision.explicit:
+        return (f"{decision.statement} of the {decision.source} denies it",)
+    unmet = unmet_conditions(request, key_policy)
+    for text in request.caller.policies:
+        unmet += unmet_conditions(request, text, "identity")
+    return (*unmet, *unmet_constraints(request, grants))
+
+
 def unmet_conditions(request: Request, text: str, kind: Literal["key", "identity"] = "key") -> list[str]:
     """The conditions that keep a policy's Allow statements from the request, in words.
 

@@ -160,6 +160,31 @@ def test_errors(run: Run, words: list[str], error: type[StreamcryptError], text:
         run(*words)
 
 
+def test_a_refusal_names_the_statement_and_the_condition(run: Run, home: Path):
+    key_id = json.loads(run("create-key", "--quiet"))["KeyMetadata"]["KeyId"]
+    root = {"AWS": "arn:aws:iam::000000000000:root"}
+    everything = {"Effect": "Allow", "Principal": root, "Action": "kms:*", "Resource": "*"}
+    condition = {"StringEquals": {"kms:EncryptionContext:Stage": "train"}}
+    administer = everything | {"Action": ["kms:PutKeyPolicy", "kms:Describe*"]}
+    training = everything | {"Sid": "Training", "Condition": condition}
+    denying = everything | {
+        "Sid": "No training",
+        "Effect": "Deny",
+        "Action": "kms:Gen*",
+        "Condition": condition,
+    }
+    cases = (
+        ("Stage=test", (administer, training), "Training: StringEquals kms:EncryptionContext:Stage .train., "
+         "and the request has 'test'; the caller needs kms:GenerateDataKey"),
+        ("Stage=train", (everything, denying), "No training of the key policy denies it; a Deny statement covers"),
+    )  # fmt: skip
+    for context, statements, words in cases:
+        document = json.dumps({"Version": "2012-10-17", "Statement": statements})
+        run("put-key-policy", "--key-id", key_id, "--policy", document)
+        with pytest.raises(KeyAccessError, match=f"AccessDeniedException.*{words}"):
+            encrypt_bytes(b"x", keys=f"local:{key_id}", context=dict([context.split("=")]))
+
+
 def test_a_throttle_is_temporary(run: Run):
     open_service().simulation = Simulation(rate=1e-9)
     run("list-keys")

@@ -323,7 +323,9 @@ def test_a_neighbour_that_always_changes_keys_delays_nobody(tmp_path: Path):
     finally:
         ended.set()
         neighbour.join()
-    assert one.store.query("SELECT COUNT(*), COUNT(error) FROM audit WHERE operation = 'Encrypt'") == [(300, 0)]
+    assert one.store.query("SELECT COUNT(*), COUNT(error) FROM audit WHERE operation = 'Encrypt'") == [
+        (300, 0)
+    ]
     one.close()
     two.close()
 
