@@ -165,10 +165,10 @@ MUTANTS = {
     ),
     "a new store made where one was": Mutant(
         "32", "kms/store.py",
-        "            if self._root_path.exists():\n                raise KeyAccessError(\n"
-        '                    f"{self.path}: the database is missing',
+        "            if os.path.exists(self._root_path):\n                raise KeyAccessError(\n"
+        '                    f"{self._path}: the database is missing',
         "            if False:\n                raise KeyAccessError(\n"
-        '                    f"{self.path}: the database is missing',
+        '                    f"{self._path}: the database is missing',
         "tests/kms/test_store.py", "wrong_root_key",
     ),
     "the signature of a manifest not verified": Mutant(
