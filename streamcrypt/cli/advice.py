@@ -166,7 +166,9 @@ def _key_use(reference: str) -> KeyUse:
     kind, _, rest = reference.partition(":")
     if kind == "kms-rsa":
         key, at, _ = rest.partition("?")[0].partition("@")
-        return KeyUse(_arn_of(key), kind="kms-rsa", public_key_known=bool(at))
+        return KeyUse(
+            _arn_of(key), _is_key_arn(key.removeprefix("local:")), "kms-rsa", public_key_known=bool(at)
+        )
     if kind == "ecdh":
         key = rest.partition("&")[0]
         if key.partition(":")[0] not in ("local", "aws", "arn"):

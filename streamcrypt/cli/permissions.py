@@ -132,17 +132,16 @@ def _to_wrap(key: KeyUse, *, first: bool) -> Sequence[str]:
     if key.kind == "kms":
         return ("kms:GenerateDataKey" if first else "kms:Encrypt",)
     if key.kind == "kms-rsa":
-        return () if key.public_key_known else ("kms:GetPublicKey",)
+        named = () if key.by_arn else ("kms:DescribeKey",)  # the message must name the key by its ARN
+        return named if key.public_key_known else (*named, "kms:GetPublicKey")
     if key.kind == "hierarchy":
         return ("kms:Decrypt", "dynamodb:GetItem")
     return ("kms:DeriveSharedSecret", "kms:GetPublicKey")
 
 
 def _to_unwrap(key: KeyUse, *, named: bool) -> Sequence[str]:
-    if key.kind == "kms":
+    if key.kind in ("kms", "kms-rsa"):
         return ("kms:Decrypt",) if key.by_arn or not named else ("kms:Decrypt", "kms:DescribeKey")
-    if key.kind == "kms-rsa":
-        return ("kms:Decrypt",)
     if key.kind == "hierarchy":
         return ("kms:Decrypt", "dynamodb:GetItem")
     return ("kms:DeriveSharedSecret", "kms:GetPublicKey")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import resource as limits
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from streamcrypt import api
 from streamcrypt.cli import diagnosis, main
 from streamcrypt.errors import KeyAccessError
 from streamcrypt.keys.calls import KmsCalls
+from streamcrypt.keys.ecdh import KmsEcdhKeyring
 from streamcrypt.keys.hierarchy import (
     BranchKeyStore,
     DynamoBranchKeyTable,
     HierarchyKeyring,
     SqliteBranchKeyTable,
 )
-from streamcrypt.keys.kms import KmsDiscoveryKeyring, KmsKeyring
+from streamcrypt.keys.kms import KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring
 from streamcrypt.kms import Caller, Service, kms_client, open_service, principals
 from streamcrypt.kms.server import Server
 from streamcrypt.message.suites import UNSIGNED
@@ -39,8 +43,14 @@ def service(home: Path) -> Service:
 
 @pytest.fixture
 def keys(service: Service) -> list[str]:
-    """Two keys' ARNs; the first has the alias ``alias/ml``."""
-    arns = [service.create_key()["KeyMetadata"]["Arn"] for _ in range(2)]
+    """ARNs: two symmetric keys, of which the first has the alias ``alias/ml``; an RSA key; one for agreement."""
+    kinds: list[dict[str, str]] = [
+        {},
+        {},
+        {"KeySpec": "RSA_2048", "KeyUsage": "ENCRYPT_DECRYPT"},
+        {"KeySpec": "ECC_NIST_P256", "KeyUsage": "KEY_AGREEMENT"},
+    ]
+    arns = [service.create_key(**kind)["KeyMetadata"]["Arn"] for kind in kinds]
     service.create_alias(AliasName="alias/ml", TargetKeyId=arns[0].rpartition("/")[2])
     return arns
 
@@ -53,7 +63,7 @@ def dataset(tmp_path: Path, keys: list[str]) -> Path:
     for name in ("a", "b"):
         (plain / name).write_bytes(name.encode() * 5000)
     encrypted = tmp_path / "encrypted"
-    api.encrypt(plain, encrypted, keys=[f"local:{arn}" for arn in keys], context=CONTEXT)
+    api.encrypt(plain, encrypted, keys=[f"local:{arn}" for arn in keys[:2]], context=CONTEXT)
     return encrypted
 
 
@@ -68,7 +78,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 
 def encrypt(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
     plain = dataset.parent / "plain"
-    api.encrypt(plain, out, keys=[KmsKeyring(client, arn) for arn in keys], context=context)
+    api.encrypt(plain, out, keys=[KmsKeyring(client, arn) for arn in keys[:2]], context=context)
 
 
 def decrypt(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
@@ -94,6 +104,23 @@ def rekey(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[
     )
 
 
+def encrypt_by_rsa(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    api.encrypt(dataset.parent / "plain", out, keys=KmsRsaKeyring(keys[2], client=client), context=context)
+
+
+def decrypt_by_rsa(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    owner = KmsRsaKeyring(keys[2], client=open_service())
+    blob = api.encrypt_bytes(b"text", keys=owner, context=context)
+    api.decrypt_bytes(blob, keys=KmsRsaKeyring(keys[2], client=client), context=context)
+
+
+def agree(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
+    recipient = ec.generate_private_key(ec.SECP256R1()).public_key()
+    keyring = KmsEcdhKeyring(client, keys[3], recipient)
+    blob = api.encrypt_bytes(b"text", keys=keyring, context=context)
+    assert api.decrypt_bytes(blob, keys=keyring, context=context) == b"text"
+
+
 JOBS: dict[str, tuple[Callable[..., None], Callable[[list[str]], list[str]], dict[int, set[str]]]] = {
     # job, words for iam-policy, actions on each key
     "encrypt for two keys": (
@@ -112,6 +139,21 @@ JOBS: dict[str, tuple[Callable[..., None], Callable[[list[str]], list[str]], dic
         rekey,
         lambda k: ["--for", "rekey", "--from-key", k[0], "--key", k[1], "--key", k[0]],
         {0: {"Decrypt", "Encrypt"}, 1: {"GenerateDataKey"}},
+    ),
+    "encrypt for an RSA key": (
+        encrypt_by_rsa,
+        lambda k: ["--for", "encrypt", "--key", f"kms-rsa:{k[2]}"],
+        {2: {"GetPublicKey"}},
+    ),
+    "decrypt by an RSA key": (
+        decrypt_by_rsa,
+        lambda k: ["--for", "decrypt", "--key", f"kms-rsa:{k[2]}"],
+        {2: {"Decrypt"}},
+    ),
+    "both by key agreement": (
+        agree,
+        lambda k: ["--for", "encrypt,decrypt", "--key", f"ecdh:{k[3]}"],
+        {3: {"DeriveSharedSecret", "GetPublicKey"}},
     ),
 }
 
@@ -398,7 +440,7 @@ def diagnosed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dic
     code = main(["doctor", "--json", *words])
     told = json.loads(capsys.readouterr().out)
     assert told["exit_code"] == code
-    assert told["ok"] is (code == 0)
+    assert told.get("ok") is (code == 0), told
     return code, {check["name"]: check for check in told["checks"]}
 
 
@@ -651,6 +693,133 @@ def test_text_for_people(keys: list[str], capsys: pytest.CaptureFixture[str]) ->
 def test_nothing_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 2
     assert main(["doctor", "--key", "nonsense"]) == 2
+
+
+# --- what doctor finds beside the permissions ---------------------------------------------------------
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "GenerateDataKey": {"NumberOfBytes": 32},
+    "GenerateDataKeyWithoutPlaintext": {"NumberOfBytes": 32},
+    "Encrypt": {"Plaintext": b"x"},
+    "Decrypt": {},
+    "ReEncrypt": {},
+    "DescribeKey": {},
+    "GetPublicKey": {},
+    "DeriveSharedSecret": {"KeyAgreementAlgorithm": "ECDH"},
+    "Sign": {"Message": b"x", "SigningAlgorithm": "ECDSA_SHA_256"},
+}
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_a_denial_names_the_missing_action(service: Service, keys: list[str], operation: str) -> None:
+    """Of every operation that any command calls."""
+    arn, request = keys[0], dict(REQUESTS[operation])
+    if operation in ("Decrypt", "ReEncrypt"):
+        request["CiphertextBlob"] = service.encrypt(KeyId=arn, Plaintext=b"x")["CiphertextBlob"]
+    if operation == "DeriveSharedSecret":
+        arn = keys[3]
+        request["PublicKey"] = service.get_public_key(KeyId=arn)["PublicKey"]
+    request["DestinationKeyId" if operation == "ReEncrypt" else "KeyId"] = arn
+    with pytest.raises(KeyAccessError) as refused:
+        KmsCalls(as_user(service)).call(operation, arn, **request)
+    assert refused.value.code == "AccessDeniedException"
+    actions = ("ReEncryptFrom", "ReEncryptTo") if operation == "ReEncrypt" else (operation,)
+    for action in actions:
+        assert f"the caller needs kms:{actions[0]}" in str(refused.value)
+        assert f"kms:{action}" in str(refused.value)
+
+
+def test_an_alias_that_may_not_be_looked_up(
+    keys: list[str], url: str, become: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    become(allow(["kms:Decrypt", "kms:GenerateDataKey"]))
+    code, checks = diagnosed(capsys, "--key", f"local:alias/ml@{url}")
+    assert (code, checks["key state"]["status"]) == (0, "warning")
+    assert "kms:DescribeKey" in checks["key state"]["mend"]
+    assert checks["kms:Decrypt"]["status"] == "ok"
+
+
+def test_a_kms_of_aws(
+    monkeypatch: pytest.MonkeyPatch, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """moto's server: who calls, the clock, the region's quota.  It knows no dry runs, and doctor says so."""
+    import boto3
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "eu-central-1",
+            "AWS_CONFIG_FILE": "no-such-file", "AWS_SHARED_CREDENTIALS_FILE": "no-such-file",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        arn = boto3.session.Session().client("kms").create_key()["KeyMetadata"]["Arn"]
+        _, checks = diagnosed(capsys, "--key", arn, "--for", "encrypt")
+    finally:
+        server.stop()
+    assert checks["identity"]["found"].startswith("arn:aws:sts::")
+    assert "region eu-central-1" in checks["endpoint"]["found"]
+    assert checks["clock"]["status"] == "ok"
+    assert "eu-central-1" in checks["quota"]["found"]
+    assert (checks["kms:GenerateDataKey"]["status"], checks["key state"]["status"]) == ("warning", "ok")
+    assert "knows no dry runs" in checks["kms:GenerateDataKey"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "verify", "status", "word"),
+    [
+        ("https://kms.eu-west-1.amazonaws.com", True, "ok", "; TLS, certificate checked"),
+        ("https://kms-fips.us-east-1.amazonaws.com", True, "ok", "FIPS endpoint, TLS"),
+        ("https://kms.eu-west-1.amazonaws.com", False, "failed", "certificates are not checked"),
+        ("http://127.0.0.1:8400", True, "ok", "plain HTTP"),
+    ],
+)
+def test_endpoint_and_tls(endpoint: str, verify: bool, status: str, word: str) -> None:
+    import boto3
+
+    client = boto3.session.Session().client(
+        "kms", region_name="eu-west-1", endpoint_url=endpoint, verify=verify,
+        aws_access_key_id="a", aws_secret_access_key="b",
+    )  # fmt: skip
+    check = diagnosis._check_endpoint(KmsCalls(client), client)
+    assert (check.status, word in check.found) == (status, True), check
+    assert "eu-west-1" in check.found
+
+
+def test_plaintext_beside_us(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/somewhere/cache")
+    found = [check for check in diagnosis.check_plaintext_leaks() if "HF_DATASETS_CACHE" in check.found]
+    assert [check.status for check in found] == ["warning"]
+    soft, hard = limits.getrlimit(limits.RLIMIT_CORE)
+    if hard == 0:
+        pytest.skip("core files are off for good in this process")
+    limits.setrlimit(limits.RLIMIT_CORE, (hard, hard))
+    try:
+        assert any("core file" in check.found for check in diagnosis.check_plaintext_leaks())
+    finally:
+        limits.setrlimit(limits.RLIMIT_CORE, (soft, hard))
+
+
+def test_interop_without_the_sdk_and_without_the_right(
+    keys: list[str], url: str, become: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    become(LOOK)
+    check = diagnosis.check_interop(f"local:{keys[0]}@{url}", CONTEXT)
+    assert (check.status, "kms:GenerateDataKey" in check.found) == ("failed", True)
+    monkeypatch.setitem(sys.modules, "aws_encryption_sdk", None)
+    check = diagnosis.check_interop("local:alias/ml", CONTEXT)
+    assert (check.status, "aws-encryption-sdk" in check.mend) == ("skipped", True)
+
+
+def test_what_only_sagemaker_can_try(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = diagnosed(capsys, "--key", "local:alias/ml", "--for", "sagemaker")
+    assert (code, checks["kms:CreateGrant"]["status"]) == (0, "skipped")
+    assert "--for sagemaker" in checks["kms:CreateGrant"]["mend"]
 
 
 # --- branch keys --------------------------------------------------------------------------------------
