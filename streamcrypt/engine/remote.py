@@ -43,6 +43,7 @@ from streamcrypt.errors import (
     StreamcryptError,
     TemporaryError,
 )
+from streamcrypt.hygiene import protect_process
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsStats
 from streamcrypt.keys.keyring import KMS_PROVIDER, Keyring
@@ -124,7 +125,8 @@ class Access(NamedTuple):
 
     ``reading`` and ``writing`` are key references; ``cache`` the capacity and the age in seconds of
     the data-key cache, None for no cache.  ``marker`` is a file of the driver's in the destination:
-    a node that does not see it sees another folder.
+    a node that does not see it sees another folder.  ``protect``: the worker processes are this job's
+    alone, and keep their keys from core dumps and the swap.
     """
 
     reading: tuple[str, ...] | None
@@ -133,6 +135,7 @@ class Access(NamedTuple):
     authenticated_context: Mapping[str, str] = MappingProxyType({})
     cache: tuple[int, float] | None = None
     marker: str | None = None
+    protect: bool = False
     version: str = __version__
 
 
@@ -163,7 +166,10 @@ class Cluster:
                 "signed messages are made by the local engine: their signing key does not leave the machine; "
                 "leave out --sign or --engine ray"
             )
-        with _connected(self.address) as ray, _ClusterRun(job, ray, access, self.stats) as run:
+        with (
+            _connected(self.address) as (ray, ours),
+            _ClusterRun(job, ray, access._replace(protect=ours), self.stats) as run,
+        ):
             if job.operation == "encrypt":
                 run.drive(run.readable(run.entries()), run.seal)
             else:
@@ -221,14 +227,14 @@ def _unwrapping(references: tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _connected(address: str | None) -> Iterator[Any]:
-    """Ray, connected to that cluster, or where the caller is connected to one already, as it is."""
+def _connected(address: str | None) -> Iterator[tuple[Any, bool]]:
+    """Ray, and whether it was connected for us: a caller that is connected already stays so."""
     try:
         import ray
     except ImportError as error:
         raise ImportError("the engine ray needs ray: pip install 'streamcrypt[ray]'") from error
     if ray.is_initialized():
-        yield ray
+        yield ray, False
         return
     # Ray tells of workers that die on standard output, which is the result's.
     with contextlib.redirect_stdout(sys.stderr):
@@ -237,7 +243,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise StreamcryptError(f"{address or 'ray'}: no Ray cluster is reached there: {error}") from error
         try:
-            yield ray
+            yield ray, True
         finally:
             ray.shutdown()
 
@@ -607,6 +613,8 @@ def work(common: tuple[Setup, Access], tasks: Sequence[WrappedTask]) -> Result:
     made: dict[int, Made] = {}
     ready: list[FileTask | SpanTask] = []
     refusal: StreamcryptError | None = None
+    if access.protect:
+        protect_process()
     try:
         _check_node(setup, access)
         keys = _keys_of(os.getpid(), access)

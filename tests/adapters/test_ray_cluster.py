@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 from families.datasets import flip
+from families.pages import blocks, run_page
 from families.trees import leftovers, make_tree, read_tree
 
 import streamcrypt as sc
 from streamcrypt.cli import main
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "clusters.md"
 
 ray = pytest.importorskip("ray", reason="RAY IS MISSING: its clusters were not tested")
 
@@ -276,8 +279,9 @@ def test_a_worker_is_killed_in_mid_job_while_it_decrypts(nodes, tmp_path):
     def kill(progress):
         if len(killed) < 2 and progress.files > 20 * len(killed):
             for pid in workers_of(nodes.cluster)[:1]:
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
 
     report = sc.decrypt(
         tmp_path / "enc", tmp_path / "back", keys=nodes.key, engine="ray", fsync=False, progress=kill,
@@ -323,10 +327,14 @@ def test_the_driver_is_killed_and_the_job_resumed(nodes, tmp_path):
     with pytest.raises(sc.DestinationError, match="holds an interrupted job; resume goes on with it"):
         sc.encrypt(tmp_path / "in", tmp_path / "out", keys=nodes.key, engine="ray")
     with driver(nodes, *words, "--resume") as process:
-        while process.poll() is None and not (working := workers_of(nodes.cluster)):
-            time.sleep(0.005)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(working[0], signal.SIGKILL)
+        killed = False
+        while process.poll() is None and not killed:
+            for pid in workers_of(nodes.cluster)[:1]:
+                limits = Path(f"/proc/{pid}/limits").read_text()
+                os.kill(pid, signal.SIGKILL)
+                killed = True
+        assert killed
+        assert re.search(r"Max core file size +0 ", limits)  # what holds keys leaves no core dump
         out, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     report = json.loads(out)
@@ -410,3 +418,28 @@ def test_exit_codes_are_those_of_the_local_engine(nodes, tmp_path, capsys):
 
     assert run("ray") == run("local") == (3, 3, ["d1/f004", "d2/f005"], 18)
     assert read_tree(tmp_path / "ray") == read_tree(tmp_path / "local")
+
+
+# -- the page
+
+
+def test_the_page(nodes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    contents = make_tree(tmp_path / "train", sizes(20, 10_000))
+    instead = {
+        "aws:alias/ml": nodes.key,
+        "verify train.enc": f"verify train.enc --key {nodes.key}",
+        "keys=key": f"keys={nodes.key!r}",
+        "--address auto": f"--address {nodes.cluster.address}",
+    }
+    run_page(PAGE, tmp_path, instead=instead)
+    assert read_tree(tmp_path / "train.back") == contents
+
+    (shown,) = [block.code for block in blocks(PAGE) if block.language == "console"]
+    command, _, output = shown.removeprefix("$ streamcrypt ").partition("\n")
+    assert main(command.split()) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("\x1b")]
+    assert [line[:14] for line in said if "  note  " not in line] == [
+        line[:14] for line in output.splitlines() if "  note  " not in line
+    ]

@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from families.datasets import flip
 
 import streamcrypt as sc
@@ -145,6 +147,12 @@ def test_keys_that_other_machines_do_not_reach(tree, keys):
     for reference in ("local:alias/ml", "arn:aws:kms:local:000000000000:key/1", [keys, "local:alias/ml"]):
         with pytest.raises(ValueError, match="kms serve"):
             sc.encrypt(tree / "plain", tree / "out", keys=reference, engine="ray")
+    with pytest.raises(ValueError, match="branch keys of this machine"):
+        sc.decrypt(tree / "plain", tree / "out", keys=[keys, "hierarchy:a@local"], engine="ray")
+    with pytest.raises(ValueError, match="kms serve"):
+        remote._travelling("kms-rsa:local:alias/rsa@public.pem")  # what follows the @ is no address
+    with pytest.raises(ValueError, match="does not travel"):
+        sc.encrypt(tree / "plain", tree / "out", keys=encrypting_keyring(keys), engine="ray")
     with pytest.raises(ValueError, match="signed"):
         sc.encrypt(tree / "plain", tree / "out", keys=keys, engine="ray", sign=True)
     with pytest.raises(ValueError, match="engine"):
@@ -152,6 +160,36 @@ def test_keys_that_other_machines_do_not_reach(tree, keys):
     with pytest.raises(ValueError, match="address"):
         sc.encrypt(tree / "plain", tree / "out", keys=keys, address="auto")
     assert not (tree / "out").exists()
+
+
+def test_a_key_that_only_wraps_is_taken_beside_one_that_unwraps(tree, keys):
+    """A worker is given wrapped data keys: one of the references must open them."""
+    private = rsa.generate_private_key(65537, 2048)
+    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (tree / "public.pem").write_bytes(public)
+    only_wraps = f"raw-rsa:team/key@{tree / 'public.pem'}"
+    with pytest.raises(ValueError, match="a public key cannot decrypt"):
+        sc.encrypt(tree / "plain", tree / "out", keys=only_wraps, engine="ray")
+    assert not (tree / "out").exists()
+    both = [keys, only_wraps]
+    assert (
+        sc.encrypt(tree / "plain" / "d0", tree / "out", keys=both, engine="ray", fsync=False)["files"] == 13
+    )
+    path = tree / "private.pem"
+    path.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    path.chmod(0o600)
+    # The file with the key lies on every node.
+    sc.verify(tree / "out", against=tree / "plain" / "d0", keys=f"raw-rsa:team/key@{path}", engine="ray")
+
+
+def test_data_keys_are_kept_no_longer_than_the_caller_says(tree, keys):
+    """Without a cache each worker opens every message's own data key."""
+    report = sc.encrypt(
+        tree / "plain" / "d0", tree / "out", keys=keys, engine="ray", cache=False, fsync=False
+    )
+    assert report["kms"]["calls"]["GenerateDataKey"] == 14  # 13 files and the manifest
+    assert report["kms"]["calls"]["Decrypt"] == 13
+    sc.verify(tree / "out", against=tree / "plain" / "d0", keys=keys)
 
 
 def workers():

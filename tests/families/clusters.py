@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
+from families.processes import child_processes
 from ray.cluster_utils import Cluster
 
 from streamcrypt.kms import Service, open_service, principals
@@ -96,16 +97,15 @@ def kill_node(cluster: Cluster, node: Any) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
-def workers_of(cluster: Cluster, name: bytes = b"ray::work") -> list[int]:
-    """The processes of this cluster that do a task just now."""
-    temporary = os.environ["RAY_TMPDIR"].encode()
+def workers_of(cluster: Cluster) -> list[int]:
+    """The processes of this cluster that do a task of a job just now."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(name):
-                variables = (folder / "environ").read_bytes().split(b"\0")
-                if b"RAY_TMPDIR=" + temporary in variables:
-                    found.append(int(folder.name))
+    for node in cluster.list_all_nodes():
+        for raylet in node.all_processes.get("raylet", []):
+            for pid in child_processes(raylet.process.pid):
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::work"):
+                        found.append(pid)
     return found
 
 
