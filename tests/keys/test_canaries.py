@@ -43,7 +43,7 @@ MAIN = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from streamcrypt.engine import run
-run._PROCESSES_PAY = 0.0
+run.processes_pay = lambda files, frames: True
 from streamcrypt.cli import main
 sys.exit(main())
 """
@@ -169,6 +169,7 @@ def test_jobs_show_no_key(home: Path, tmp_path: Path) -> None:
     for path in shown.iterdir():
         seen += path.read_bytes()
     assert b"DEBUG:botocore" in seen  # the logs were on
+    assert b"engine.pool import serve" in seen  # there were worker processes
     assert b"withheld by streamcrypt" in seen
     assert b"Traceback" in seen
     secrets = secrets_of(home, [tmp_path / "enc", tmp_path / "again"])
