@@ -58,6 +58,10 @@ _URL: Final = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
 
 # Bytes of an object that come with its state: the header of a message, or all of a small one.
 FIRST_READ: Final = 64 * 2**10
+# The same for who reads all of it.
+_WHOLE_READ: Final = 2**20
+# Objects that were opened, or are about to be, and wait for who needs them.
+_OPENED: Final = 512
 # Who reads on without a gap is given what comes next before it is asked for: after so many bytes, in
 # requests that grow to the second number, so many at once.
 _SEQUENTIAL: Final = 4 * 2**20
@@ -107,6 +111,7 @@ class StoreTree:
         self.root = f"{scheme}://{name}" + (f"/{self._prefix}" if self._prefix else "")
         self._bucket = bucket or _Bucket(scheme, name)
         self._swept = False
+        self._first_read = FIRST_READ
         self.held_entries = HELD_ENTRIES
 
     def __repr__(self) -> str:
@@ -120,7 +125,9 @@ class StoreTree:
         return True
 
     def copy(self) -> StoreTree:
-        return StoreTree(self.root, self._bucket)
+        tree = StoreTree(self.root, self._bucket)
+        tree._first_read = _WHOLE_READ  # a worker reads whole objects
+        return tree
 
     def subtree(self, name: str) -> StoreTree:
         return StoreTree(self.path(name), self._bucket)
@@ -231,7 +238,24 @@ class StoreTree:
 
     def open(self, name: str) -> StoreSource:
         """Open an object for reading: one request, which also brings its first bytes."""
-        return StoreSource(self._bucket, self.key(name), self.path(name))
+        opened = self._bucket.take_opened(self.key(name))
+        if opened is not None:
+            return opened.result()
+        return StoreSource(self._bucket, self.key(name), self.path(name), self._first_read)
+
+    def expect(self, name: str) -> None:
+        """Begin to open an object that will be opened soon, by this tree or a copy of it."""
+        key, path = self.key(name), self.path(name)
+        self._bucket.keep_opened(
+            key, _threads().submit(StoreSource, self._bucket, key, path, self._first_read)
+        )
+
+    def lend(self, name: str, source: StoreSource) -> None:
+        """Leave an open object to whoever opens it next: the same version, without a request."""
+        source.is_read_whole = True
+        opened: Future[StoreSource] = Future()
+        opened.set_result(source)
+        self._bucket.keep_opened(self.key(name), opened)
 
     # -- writing
 
@@ -331,7 +355,7 @@ class StoreTree:
 class StoreSource:
     """An object that is being read, always the same version of it."""
 
-    def __init__(self, bucket: _Bucket, key: str, path: str) -> None:
+    def __init__(self, bucket: _Bucket, key: str, path: str, first_read: int = FIRST_READ) -> None:
         import obstore
         from obstore.exceptions import GenericError
 
@@ -340,7 +364,7 @@ class StoreSource:
         self._path = path
         with _translated(SourceError, path):
             try:
-                found = obstore.get(bucket.store, key, options={"range": (0, FIRST_READ)})
+                found = obstore.get(bucket.store, key, options={"range": (0, first_read)})
                 meta, metadata, self._head = found.meta, found.attributes, bytes(found.bytes())
             except GenericError as error:
                 if " 416" not in str(error):
@@ -354,6 +378,8 @@ class StoreSource:
         self._expected = 0  # where a reader that reads on would read next
         self._read_on = 0  # how much it has read without a gap
         self._from_start = True
+        # Then a read that begins after the header is the first of all.
+        self.is_read_whole = first_read >= _WHOLE_READ
         self._blocks: deque[_Block] = deque()
         self._window = 2**20
 
@@ -366,7 +392,8 @@ class StoreSource:
             buffer[:done] = known
         with self._lock:
             if offset != self._expected:
-                self._read_on, self._from_start = 0, offset == 0
+                self._read_on = 0
+                self._from_start = offset == 0 or (self.is_read_whole and offset < len(self._head))
             self._expected = offset + length
             self._read_on += length
             if done < length and (self._from_start or self._read_on > _SEQUENTIAL):
@@ -436,7 +463,7 @@ class StoreTarget:
         self._size = size
         self._overwrite = overwrite
         self._mark = secrets.token_hex(16)
-        self._held = bytearray()
+        self._held: bytes | bytearray = b""  # one write is kept as it is; it may be all there is
         self._length = 0
         self._parts = 0
         self._upload: _S3Upload | _StreamedUpload | None = None
@@ -444,7 +471,12 @@ class StoreTarget:
     def write_at(self, offset: int, data: Buffer) -> None:
         if offset != self._length:
             raise RuntimeError("internal error: an object of a store is written in order")
-        self._held += data
+        if not self._held:
+            self._held = bytes(data)
+        else:
+            if isinstance(self._held, bytes):
+                self._held = bytearray(self._held)
+            self._held += data
         self._length += len(data)
         # A part ends where a write does, which is where a frame does.
         if len(self._held) >= part_length(self._size, self._parts):
@@ -454,7 +486,7 @@ class StoreTarget:
                 self._upload = kind(self._tree, self._key, self.path, self._mark, self._size)
             if self._parts >= MAX_PARTS:
                 raise LimitExceededError(f"{self.path}: is longer than {MAX_PARTS} parts can hold")
-            part, self._held = self._held, bytearray()
+            part, self._held = self._held, b""
             self._parts += 1
             self._upload.add(part)
 
@@ -471,12 +503,12 @@ class StoreTarget:
         else:
             etag = self._upload.complete(self._held, overwrite=overwrite)
             self._upload = None
-        self._held = bytearray()
+        self._held = b""
         return (self._length, 0, _etag_number(etag)) if etag else None
 
     def discard(self) -> None:
         upload, self._upload = self._upload, None
-        self._held = bytearray()
+        self._held = b""
         if upload is not None:
             upload.abort()
 
@@ -490,7 +522,7 @@ class StoreTarget:
                 return obstore.put(
                     bucket.store,
                     self._key,
-                    bytes(self._held),
+                    self._held,
                     attributes={_MARK: self._mark},
                     mode="overwrite" if overwrite else "create",
                     use_multipart=False,
@@ -533,7 +565,7 @@ class _S3Upload:
             self.abort()
             raise
 
-    def add(self, data: bytearray) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         in_flight = max(1, min(_PARTS_IN_FLIGHT, _BYTES_IN_FLIGHT // len(data)))
         while len(self._pending) >= in_flight:
             done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
@@ -544,7 +576,7 @@ class _S3Upload:
         self._parts.append(part)
         self._pending.add(part)
 
-    def complete(self, rest: bytearray, *, overwrite: bool) -> str | None:
+    def complete(self, rest: bytes | bytearray, *, overwrite: bool) -> str | None:
         if rest:
             self.add(rest)
         etags = [part.result() for part in self._parts]
@@ -572,7 +604,7 @@ class _S3Upload:
             _abort(self._bucket, self._key, self._id)
             self._forget()
 
-    def _send(self, number: int, data: bytearray) -> str:
+    def _send(self, number: int, data: bytes | bytearray) -> str:
         answer = self._call("upload_part", UploadId=self._id, PartNumber=number, Body=data)
         etag: str = answer["ETag"]
         return etag
@@ -601,15 +633,15 @@ class _StreamedUpload:
         self._path = path
         self._mark = mark
         self._part_length = part_length(size, 0) if size is not None else _STREAMED_PART_LENGTH
-        self._queue: queue.Queue[bytearray | _Broken | None] = queue.Queue(maxsize=1)
+        self._queue: queue.Queue[bytes | bytearray | _Broken | None] = queue.Queue(maxsize=1)
         self._done: Future[str | None] = Future()
         self._thread = threading.Thread(target=self._run, name="streamcrypt-upload", daemon=True)
         self._thread.start()
 
-    def add(self, data: bytearray) -> None:
+    def add(self, data: bytes | bytearray) -> None:
         self._hand_over(data)
 
-    def complete(self, rest: bytearray, *, overwrite: bool) -> str | None:
+    def complete(self, rest: bytes | bytearray, *, overwrite: bool) -> str | None:
         if rest:
             self._hand_over(rest)
         if not overwrite and self._tree._bucket.head(self._key, self._path, DestinationError) is not None:
@@ -625,7 +657,7 @@ class _StreamedUpload:
             self._hand_over(_Broken())
         self._thread.join()
 
-    def _hand_over(self, item: bytearray | _Broken | None) -> None:
+    def _hand_over(self, item: bytes | bytearray | _Broken | None) -> None:
         while True:
             try:
                 self._queue.put(item, timeout=0.1)
@@ -637,7 +669,7 @@ class _StreamedUpload:
             else:
                 return
 
-    def _items(self) -> Iterator[bytearray]:
+    def _items(self) -> Iterator[bytes | bytearray]:
         while (item := self._queue.get()) is not None:
             if isinstance(item, _Broken):
                 raise item
@@ -761,6 +793,17 @@ class _Bucket:
         self._lock = threading.Lock()
         self._store: ObjectStore | None = None
         self._client: Any = None
+        self._opened: dict[str, Future[StoreSource]] = {}
+
+    def keep_opened(self, key: str, opened: Future[StoreSource]) -> None:
+        with self._lock:
+            self._opened[key] = opened
+            if len(self._opened) > _OPENED:
+                self._opened.pop(next(iter(self._opened)))
+
+    def take_opened(self, key: str) -> Future[StoreSource] | None:
+        with self._lock:
+            return self._opened.pop(key, None)
 
     @property
     def store(self) -> ObjectStore:

@@ -19,6 +19,7 @@ import os
 import resource
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
@@ -84,9 +85,11 @@ from streamcrypt.streams import (
 if TYPE_CHECKING:
     from streamcrypt.engine.hashing import HashingTarget
     from streamcrypt.engine.signature import StatementWriter
-    from streamcrypt.stores import StoreTree
+    from streamcrypt.stores import StoreSource, StoreTree
 
 _ATTEMPTS: Final = 3
+# Messages in a store that are being opened while those before them become tasks.
+_OPENED_AHEAD: Final = 32
 # The first entries are looked at to choose threads or processes.
 SAMPLE: Final = 4096
 # What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
@@ -411,12 +414,15 @@ class _Run:
         job, (number, entry, listed) = self.job, item
         assert job.reading is not None
         source: Source | None = None
+        told = self._is_told(item)
+        if told and self._resumed(number, entry):
+            return None
         try:
             source = job.source.tree.open(entry.name)
             header = source_header(source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys)
             if listed is not None:
                 listed.check(header, source.size)
-            if job.resume and self._resumed(number, entry, header):
+            if job.resume and not told and self._resumed(number, entry, header):
                 return None
             content_key = b"" if job.dry_run else self._content_key(header, job.reading)
             geometry = source_geometry(source, header) if header.framed else None
@@ -427,6 +433,9 @@ class _Run:
                 length = unframed_length(body) if len(body) == UNFRAMED_PREFIX else 0
                 if length > source.size:  # nothing is claimed for a length that cannot be true
                     raise IntegrityError("the body is cut short: the message is truncated")
+            if job.source.tree.in_order:
+                cast("StoreTree", job.source.tree).lend(entry.name, cast("StoreSource", source))
+                source = None
         except StreamcryptError as error:
             self._fail(number, entry.name, located(error, self._path(entry.name)))
             return None
@@ -540,7 +549,7 @@ class _Run:
     def _resumed(self, number: int, entry: Entry, header: Header | None = None) -> bool:
         """Whether the interrupted job has finished this file; it is then taken over as it is.
 
-        ``header`` is the source's, where that is a message.  The journal only says where to look: a
+        ``header`` is the source's, where that is a message that was opened.  The journal only says where to look: a
         message is taken over when it is the one that was listed and its final frame authenticates
         under our keys; a decrypted file when neither it nor its message has changed since.  On a store
         the journal itself was authenticated, and a message is taken over when the store lists it with
@@ -594,15 +603,26 @@ class _Run:
         )
         return True
 
+    def _is_told(self, item: _Item) -> bool:
+        """Whether the source's listing tells that the interrupted job read this very message, unopened."""
+        finished = self._before.get(item.entry.name)
+        if finished is None or item.entry.state != finished.source:
+            return False
+        listed = item.listed
+        return listed is None or (
+            (listed.message_id, listed.header_tag) == (finished.message_id, finished.header_tag)
+        )
+
     def _resumed_plaintext(
         self, number: int, entry: Entry, header: Header | None, finished: Finished | None, made: State
     ) -> bool:
-        assert header is not None
         if (
             finished is None
             or finished.made != made
-            or finished.message_id != header.message_id.hex()
-            or finished.header_tag != header.tag.hex()
+            or (
+                header is not None
+                and (finished.message_id, finished.header_tag) != (header.message_id.hex(), header.tag.hex())
+            )
         ):
             if finished is None:
                 self._unlisted.add(number)
@@ -680,7 +700,7 @@ class _Run:
         if not sample:
             return
         pool = self._pool = self._choose_pool([item.entry for item in sample])
-        tasks = (task_of(item) for item in chain(sample, items))
+        tasks = (task_of(item) for item in self._expected(chain(sample, items)))
         self._feeds = [self._lists(task for task in tasks if task is not None)]
         while True:
             while pool.has_room and (tasks_to_send := self._next_list()) is not None:
@@ -694,6 +714,22 @@ class _Run:
                     self._take(outcome)
             if self._journal is not None:
                 self._journal.write()
+
+    def _expected(self, items: Iterator[_Item]) -> Iterator[_Item]:
+        """The same items; the messages of those that come next are being opened where that takes a request."""
+        if self.job.reading is None or not self.job.source.tree.in_order:
+            return items
+        return self._expected_of(cast("StoreTree", self.job.source.tree), items)
+
+    def _expected_of(self, tree: StoreTree, items: Iterator[_Item]) -> Iterator[_Item]:
+        waiting: deque[_Item] = deque()
+        for item in items:
+            if not self._is_told(item):
+                tree.expect(item.entry.name)
+            waiting.append(item)
+            if len(waiting) > _OPENED_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
 
     def _choose_pool(self, sample: list[Entry]) -> Pool:
         """Workers for a job that begins with these entries."""

@@ -21,7 +21,7 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 _PAGE = 1000
 
@@ -55,6 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: S3Server
     wbufsize = -1
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -120,9 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
                 "</InitiateMultipartUploadResult>"
             )
         if "delete" in query:
-            for name in re.findall(r"<Key>([^<]*)</Key>", body.decode()):
-                self.server.objects.pop(name, None)
-            return self._xml("<DeleteResult/>")
+            names = re.findall(r"<Key>([^<]*)</Key>", body.decode())
+            for name in names:
+                self.server.objects.pop(unescape(name), None)
+            deleted = "".join(f"<Deleted><Key>{name}</Key></Deleted>" for name in names)
+            return self._xml(f"<DeleteResult>{deleted}</DeleteResult>")
         upload = self.server.uploads.pop(query["uploadId"][0], None)
         if upload is None:
             return self._refuse(404, "NoSuchUpload")
