@@ -102,13 +102,12 @@ def _tell(done: Erasure, *, quiet: bool) -> None:
         output.out(output.printable(path))
     if quiet:
         return
-    gone = "are unreadable" if done.key.state != "Enabled" else "would become unreadable"
+    gone = "would become unreadable" if done.key.state == "Enabled" else "unreadable"
     for tree in done.trees:
         counts = tree.counts
         output.say(
-            f"{tree.path}: {counts['erased']} messages {gone}, {counts['shared']} are wrapped by other keys as well, "
-            f"{counts['untouched']} are untouched"
-            + (f", {counts['gone']} were unreadable before" if counts["gone"] else "")
+            f"{tree.path}: messages: {counts['erased']} {gone}, {counts['shared']} also under other keys, "
+            f"{counts['untouched']} untouched" + (f", {counts['gone']} unreadable before" if counts["gone"] else "")
         )
     for failure in done.failed[:_SHOWN]:
         output.say(f"not proved: {failure.error}")

@@ -228,7 +228,7 @@ def tell(report: Report, parsed: argparse.Namespace) -> None:
     elif not parsed.quiet:
         say(summary(report))
         for used in report.keys or ():
-            say(f"{used['files']} files, {format_size(used['bytes'])}, under {used['key']}")
+            say(f"{_files(used['files'])}, {format_size(used['bytes'])}, under {used['key']}")
         if report.signature is not None:
             say("signed by {key} at {time} ({algorithm})".format(**report.signature))
         for advice in report.advice:
@@ -238,9 +238,13 @@ def tell(report: Report, parsed: argparse.Namespace) -> None:
 _DID = {"encrypt": "encrypted", "decrypt": "decrypted", "verify": "verified", "rekey": "rekeyed"}
 
 
+def _files(count: int) -> str:
+    return f"{count} file{'' if count == 1 else 's'}"
+
+
 def summary(report: Report) -> str:
     """``encrypted 12 files, 1.5 GiB in 0.62 s (2.4 GiB/s), 1 data key``"""
-    files = f"{report.files} file{'' if report.files == 1 else 's'}"
+    files = _files(report.files)
     if report.dry_run:
         return f"would have {_DID[report.operation]} {files}; nothing was read or written"
     text = f"{_DID[report.operation]} {files}, {format_size(report.bytes_in)} in {report.seconds:.2f} s"

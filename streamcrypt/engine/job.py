@@ -176,7 +176,8 @@ class Report:
             return
         gravest = min(self.failed, key=lambda failure: _gravity(failure.error)).error
         if len(self.failed) > 1:
-            gravest.args = (f"{gravest} ({len(self.failed)} files failed in all)",)
+            total = len(self.failed) + self.files + self.skipped
+            gravest.args = (f"{gravest} ({len(self.failed)} of {total} files failed)",)
         gravest.report = self  # type: ignore[attr-defined]  # for the caller who wants all of them
         raise gravest
 

@@ -181,7 +181,7 @@ def test_the_command(kms, tree, monkeypatch, capsys):
     assert main(["erase", ONE, "enc", "--dry-run"]) == 0
     told = capsys.readouterr()
     assert told.out.splitlines() == [f"{tree}/subject=1/a", f"{tree}/subject=1/b"]
-    assert "2 messages would become unreadable" in told.err
+    assert "messages: 2 would become unreadable, 0 also under other keys, 2 untouched" in told.err
     shutil.copytree("enc", "copy")
     assert main(["erase", ONE, "enc", "copy", "--pending-window", "7", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
