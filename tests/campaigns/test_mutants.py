@@ -159,6 +159,17 @@ MUTANTS = {
     "plain HTTP to another machine allowed": Mutant(
         "20", "keys/reference.py", "if plaintext_allowed or", "if True or", "tests/keys/test_reference.py", "http",
     ),
+    "a new key not flushed": Mutant(
+        "31", "kms/store.py", 'execute("PRAGMA synchronous=FULL")', 'execute("PRAGMA synchronous=NORMAL")',
+        "tests/kms/test_durability.py", "power_loss",
+    ),
+    "the folder not flushed after a branch key": Mutant(
+        "31", "keys/hierarchy.py", "PRAGMA synchronous = EXTRA", "PRAGMA synchronous = FULL",
+        "tests/kms/test_durability.py", "power_loss",
+    ),
+    "a key that another process changed used as it was": Mutant(
+        "31", "kms/store.py", ".rowcount == 1:", ".rowcount <= 1:", "tests/kms/test_store.py", "another_process",
+    ),
     "the root key of another store taken": Mutant(
         "32", "kms/rootkey.py", 'if found["store"] != store_id:', "if False:",
         "tests/kms/test_store.py", "wrong_root_key",
