@@ -76,17 +76,24 @@ MODEL = """\
 ## The plan's model
 
 ```text
-wall = start + files·(a_serial + a/P) + bytes·(c_serial + c/P) + frames·f/P
-       + [fsync] files·(t_serial + t/P) + [fsync] bytes·t_b + workers·w
+wall = start + [processes] workers·w
+       + [threads] files·(a + a'·(1 - 1/workers)) + frames·f      one at a time: the interpreter's lock
+       + [processes] files·b·(d + (1 - d)/P) + frames·f/P         P = usable workers
+       + bytes·(c_serial + c/P)
+       + [fsync] files·(t_serial + t/P) + bytes·t_B
+       + [signed] files·(s_serial + s/P) + bytes·s_B/P
+       + keys·k
 ```
 
-P is the number of workers that have a task and a core. The coefficients are fitted by non-negative least squares
-with relative weights, one set for each operation, suite kind and storage. Waits for the KMS come from a closed form
-of the engine's queue (one cache for a host; message, age and byte limits; a token bucket for the quota), which a
-property test holds to an event simulation of 200 random loads. An interval repeats the plan with rates refitted to
-resampled runs, times the relative errors of cells left out of their own fit.
+P is the number of workers that have a task and a core; whether workers are threads or processes is the engine's own
+rule; d is the parent's share of the work on a small file, from processor seconds. The coefficients are fitted by
+non-negative least squares with relative weights, one fit for all runs of an operation: what depends on the storage
+(files, bytes) has a coefficient for each, the rest is shared. Waits for the KMS come from a closed form of the engine's
+queue (one cache for a host; message, age and byte limits; a token bucket for the quota), which a property test holds to
+an event simulation of 200 random loads. An interval repeats the plan with rates refitted to resampled runs, times the
+relative errors of cells left out of their own fit. What limits a job: the processor seconds, fitted in the same way,
+over the cores that the work can keep busy; of the rest the waits for the KMS, and what is left is the storage's.
 """
-
 
 METRICS = """\
 ## Metrics of any run
@@ -149,30 +156,28 @@ def measured_table(records: Records) -> list[str]:
 
 def rates_table(records: Records) -> list[str]:
     units = {
-        "start": (1e3, "ms"), "worker": (1e3, "ms"), "file_serial": (1e6, "µs"), "file": (1e6, "µs"),
-        "byte_serial": (2**20 * 1e3, "ms/MiB"), "byte": (2**20 * 1e3, "ms/MiB"), "frame": (1e6, "µs"),
-        "sync_serial": (1e6, "µs"), "sync": (1e6, "µs"), "sync_byte": (2**20 * 1e3, "ms/MiB"),
+        "start": (1e3, "ms"), "process": (1e3, "ms"), "file_lock": (1e6, "µs"), "file_contended": (1e6, "µs"),
+        "file_serial": (1e6, "µs"), "file": (1e6, "µs"), "frame": (1e6, "µs"),
+        "byte_serial": (2**20 * 1e3, "ms/MiB"), "byte": (2**20 * 1e3, "ms/MiB"), "sync_serial": (1e6, "µs"),
+        "sync": (1e6, "µs"), "sync_byte": (2**20 * 1e3, "ms/MiB"), "signature_serial": (1e6, "µs"),
+        "signature": (1e6, "µs"), "hash": (2**20 * 1e3, "ms/MiB"), "key": (1e6, "µs"),
     }  # fmt: skip
-    heads = [f"{name} ({units[name][1]})" for name in TERMS]
+    fits = {}
+    for operation, storage in sorted({(run.cell.operation, run.cell.storage) for run in records.usable()}):
+        try:
+            fits[f"{operation}, {storage}"] = fit(records, operation, storage=storage).coefficients.tolist()
+        except ModelError:
+            continue
     lines = [
         "Fitted from the reference records:",
         "",
-        "| kind | " + " | ".join(heads) + " |",
-        "| --- " * (len(heads) + 1) + "|",
+        "| term | unit | " + " | ".join(fits) + " |",
+        "| --- " * (len(fits) + 2) + "|",
     ]
-    kinds = sorted({(run.cell.operation, run.cell.signed, run.cell.storage) for run in records.usable()})
-    for operation, signed, storage in kinds:
-        try:
-            found = fit(records, operation, signed=signed, storage=storage)
-        except ModelError:
-            continue
-        figures = [
-            f"{value * units[name][0]:.3g}"
-            for name, value in zip(TERMS, found.coefficients.tolist(), strict=True)
-        ]
-        lines.append(
-            f"| {operation}{', signed' if signed else ''}, {storage} | " + " | ".join(figures) + " |"
-        )
+    for place, term in enumerate(TERMS):
+        scale, unit = units[term]
+        figures = [f"{found[place] * scale:.3g}" for found in fits.values()]
+        lines.append(f"| {term} | {unit} | " + " | ".join(figures) + " |")
     return lines
 
 

@@ -2,7 +2,7 @@
 
     wall = start + [processes] workers·w
            + [threads] files·(a + a'·(1 - 1/workers)) + frames·f      one at a time: the interpreter's lock
-           + [processes] files·b·(d + (1 - d)/P) + frames·g/P         P = usable workers
+           + [processes] files·b·(d + (1 - d)/P) + frames·f/P         P = usable workers
            + bytes·(c_serial + c/P)
            + [fsync] files·(t_serial + t/P) + bytes·t_B
            + [signed] files·(s_serial + s/P) + bytes·s_B/P
@@ -40,7 +40,7 @@ from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLI
 
 # In the order of the coefficients.
 TERMS: Final = (
-    "start", "process", "file_lock", "file_contended", "file_serial", "file", "frame_lock", "frame",
+    "start", "process", "file_lock", "file_contended", "file_serial", "file", "frame",
     "byte_serial", "byte", "sync_serial", "sync", "sync_byte", "signature_serial", "signature", "hash", "key",
 )  # fmt: skip
 CPU_TERMS: Final = (
@@ -114,7 +114,7 @@ class Work:
         sync, signed = float(self.fsync), float(self.signed)
         return np.array([
             1.0, free * self.workers, lock * n, lock * n * (1 - 1 / self.workers), free * n, free * n / p,
-            lock * self.frames, free * self.frames / p, self.bytes, self.bytes / p,
+            self.frames * (lock + free / p), self.bytes, self.bytes / p,
             sync * n, sync * n / p, sync * self.bytes, signed * n, signed * n / p, signed * self.bytes / p,
             self.keys,
         ])  # fmt: skip
@@ -255,16 +255,18 @@ def fit(
     walls = np.array([median([run.wall_s for run in cells[name]]) for name in names])
     coefficients = solved(features, walls)
 
+    # Of every cell as many runs as it has, drawn with replacement; every cell stays, for some terms have one.
     rng = np.random.default_rng(seed)
     resampled = []
     for _ in range(100):
-        chosen = rng.integers(0, len(names), len(names))
-        drawn = np.array([rng.choice([run.wall_s for run in cells[names[i]]]) for i in chosen])
-        resampled.append(solved(features[chosen], drawn))
+        drawn = [rng.choice([run.wall_s for run in cells[name]], len(cells[name])).tolist() for name in names]
+        resampled.append(solved(features, np.array([median(walls_of) for walls_of in drawn])))
 
     residuals = []
     for left_out, cell in enumerate(kinds):
         others = np.arange(len(names)) != left_out
+        if np.any((features[left_out] > 0) & ~np.any(features[others] > 0, axis=0)):
+            continue  # the only one with this kind of work: the others cannot say what it costs
         predicted = float(_solve(features[others], walls[others]) @ features[left_out])
         if predicted > 0 and cell.storage == storage and (signed or not cell.signed):
             residuals += [run.wall_s / predicted - 1 for run in cells[names[left_out]]]

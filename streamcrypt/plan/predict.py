@@ -44,7 +44,7 @@ MAX_BYTES: Final = 1 << 40
 CAPACITY: Final = 1000
 
 # Terms that grow with the size of a file.
-_BY_SIZE: Final = ("frame_lock", "frame", "byte_serial", "byte", "sync_byte", "hash")
+_BY_SIZE: Final = ("frame", "byte_serial", "byte", "sync_byte", "hash")
 
 # What the page's sliders change.
 _MOVABLE: Final = (

@@ -165,7 +165,7 @@ function estimate(job) {
   const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = apart ? 0 : 1, free = 1 - lock;
   const features = { start: 1, process: free * workers, file_lock: lock * files,
     file_contended: lock * files * (1 - 1 / workers), file_serial: free * files, file: free * files / p,
-    frame_lock: lock * frames, frame: free * frames / p, byte_serial: bytes, byte: bytes / p,
+    frame: frames * (lock + free / p), byte_serial: bytes, byte: bytes / p,
     sync_serial: sync * files, sync: sync * files / p, sync_byte: sync * bytes,
     signature_serial: signed * files, signature: signed * files / p, hash: signed * bytes / p, key: 0 };
   const product = {};
