@@ -406,7 +406,8 @@ class _Folder:
         self.descriptor = descriptor
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        with contextlib.suppress(OSError):  # nothing was written through it, and nobody is there to be told
+            os.close(self.descriptor)
 
 
 class LocalSource:

@@ -32,8 +32,7 @@ class Traced:
         if not self.pid:
             status = 11
             try:
-                os.close(go)
-                os.read(ready, 1)
+                os.read(ready, 1)  # no other call before this one: strace may be there already
                 try:
                     work()
                     status = 0
