@@ -18,6 +18,8 @@ from families.datasets import flip
 
 import streamcrypt as sc
 from streamcrypt.engine import remote
+from streamcrypt.engine.pool import Lost
+from streamcrypt.engine.remote import RayPool
 from streamcrypt.engine.spans import FileTask, Opening, Sealing
 from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.reference import encrypting_keyring
@@ -224,6 +226,70 @@ def test_killed_workers_lose_nothing(tree, keys):
     assert report["files"] == 97
     assert sc.verify(tree / "ray", against=tree / "plain", keys=keys)["files"] == 97
     assert not list((tree / "ray").rglob(".streamcrypt-*"))
+
+
+@pytest.fixture
+def answers_lost(monkeypatch):
+    """Workers do their lists, and each first answer is lost on its way; ``clear`` it before another job."""
+    seen = set()
+
+    def collect(pool, original=RayPool.collect):
+        held = [tasks for tasks, _ in pool._held.values()]
+        results = original(pool)
+        left = [tasks for tasks, _ in pool._held.values()]
+        kept = []
+        for tasks in (tasks for tasks in held if not any(tasks is other for other in left)):
+            numbers = {task.number for task in tasks}
+            answers = [outcome for outcome in results if outcome.number in numbers]
+            kept += answers if numbers & seen else [Lost(tasks, "the answer was lost")]
+            seen.update(numbers)
+        return kept
+
+    monkeypatch.setattr(RayPool, "collect", collect)
+    return seen
+
+
+def test_what_a_lost_worker_had_published_stands(tree, keys, answers_lost):
+    options = {"keys": keys, "engine": "ray", "fsync": False}
+    audit = []
+    report = sc.encrypt(tree / "plain", tree / "enc", audit=audit.append, **options)
+    assert (report["files"], report["bytes_in"], len(audit)) == (37, 3_712_289, 37)
+    assert sc.verify(tree / "enc", against=tree / "plain", keys=keys)["bytes_in"] == report["bytes_out"]
+    answers_lost.clear()
+    read = sc.decrypt(tree / "enc", tree / "dec", **options)
+    assert read["bytes_in"] == report["bytes_out"]
+    assert same(tree / "plain", tree / "dec")
+
+
+def test_a_worker_that_was_only_slow_publishes_while_its_files_are_made_again(
+    tree, keys, answers_lost, monkeypatch
+):
+    looked = set()
+
+    def published(run, task, original=remote._ClusterRun._published):
+        if task.number not in looked:  # it is not there yet
+            looked.add(task.number)
+            return None
+        return original(run, task)
+
+    monkeypatch.setattr(remote._ClusterRun, "_published", published)
+    options = {"keys": keys, "engine": "ray", "fsync": False}
+    assert sc.encrypt(tree / "plain", tree / "enc", **options)["files"] == 37
+    assert sc.verify(tree / "enc", against=tree / "plain", keys=keys)["files"] == 37
+    looked.clear()
+    answers_lost.clear()
+
+    # Where names are replaced, the slow one could be the last: that is seen before the manifest is written.
+    stale = (tree / "enc" / "d0" / "f6").read_bytes()
+
+    def replace(progress):
+        if progress.files == 37:
+            (tree / "enc" / "d0" / "f6").write_bytes(stale)
+
+    with pytest.raises(sc.DestinationError, match="f6: a worker that had been lost replaced it"):
+        sc.encrypt(tree / "plain", tree / "enc", overwrite=True, progress=replace, **options)
+    sc.encrypt(tree / "plain", tree / "enc", resume=True, keys=keys)
+    assert sc.verify(tree / "enc", against=tree / "plain", keys=keys)["files"] == 37
 
 
 def test_no_key_is_in_what_travels(tree, keys):
