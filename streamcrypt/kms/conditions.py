@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -348,6 +347,8 @@ def _binary(text: str) -> bytes:
 
 def _network(text: str) -> tuple[int, int, int]:
     """IP version, first and last address of a network or of one address."""
+    import ipaddress
+
     network = ipaddress.ip_network(text, strict=False)
     return network.version, int(network.network_address), int(network.broadcast_address)
 

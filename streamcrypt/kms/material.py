@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from streamcrypt.kms.errors import KmsError, refuse, uuid_text
+
+# Data keys need none of the asymmetric algorithms: the functions that do import them.
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import padding
 
 SYMMETRIC: Final = "SYMMETRIC_DEFAULT"
 _SYMMETRIC_LENGTH: Final = 32
@@ -67,7 +70,7 @@ class KeySpec(NamedTuple):
     """symmetric, rsa, ec, ed25519, ml-dsa, ml-kem, hmac, sm2"""
     usages: Mapping[str, tuple[str, ...]]
     parameter: Any = None
-    """RSA: bits; EC: the curve; HMAC: bytes of key; ML-DSA, ML-KEM: the parameter set."""
+    """RSA: bits; EC: the name of the curve's class; HMAC: bytes of key; ML-DSA, ML-KEM: the parameter set."""
 
     @property
     def public(self) -> bool:
@@ -79,9 +82,9 @@ def _rsa(bits: int) -> KeySpec:
     return KeySpec(f"RSA_{bits}", "rsa", usages, bits)
 
 
-def _nist(bits: int, curve: ec.EllipticCurve, digest: int) -> KeySpec:
+def _nist(bits: int, digest: int) -> KeySpec:
     usages = {SIGN_VERIFY: (f"ECDSA_SHA_{digest}",), KEY_AGREEMENT: ("ECDH",)}
-    return KeySpec(f"ECC_NIST_P{bits}", "ec", usages, curve)
+    return KeySpec(f"ECC_NIST_P{bits}", "ec", usages, f"SECP{bits}R1")
 
 
 def _hmac(bits: int, key_length: int) -> KeySpec:
@@ -93,8 +96,8 @@ SPECS: Final[dict[str, KeySpec]] = {
     for spec in (
         KeySpec(SYMMETRIC, "symmetric", {ENCRYPT_DECRYPT: (SYMMETRIC,)}),
         _rsa(2048), _rsa(3072), _rsa(4096),
-        _nist(256, ec.SECP256R1(), 256), _nist(384, ec.SECP384R1(), 384), _nist(521, ec.SECP521R1(), 512),
-        KeySpec("ECC_SECG_P256K1", "ec", {SIGN_VERIFY: ("ECDSA_SHA_256",)}, ec.SECP256K1()),
+        _nist(256, 256), _nist(384, 384), _nist(521, 512),
+        KeySpec("ECC_SECG_P256K1", "ec", {SIGN_VERIFY: ("ECDSA_SHA_256",)}, "SECP256K1"),
         KeySpec("ECC_NIST_EDWARDS25519", "ed25519", {SIGN_VERIFY: ("ED25519_SHA_512", "ED25519_PH_SHA_512")}),
         _hmac(224, 28), _hmac(256, 32), _hmac(384, 48), _hmac(512, 64),
         KeySpec("ML_DSA_44", "ml-dsa", {SIGN_VERIFY: ("ML_DSA_SHAKE_256",)}, 44),
@@ -122,10 +125,12 @@ def generate(spec: KeySpec) -> bytes:
 
 def generate_private_key(spec: KeySpec) -> Any:
     """A fresh private key of ``cryptography``; UnsupportedOperationException where it has none."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
     if spec.kind == "rsa":
         return rsa.generate_private_key(public_exponent=65537, key_size=spec.parameter)
     if spec.kind == "ec":
-        return ec.generate_private_key(spec.parameter)
+        return ec.generate_private_key(getattr(ec, spec.parameter)())
     if spec.kind == "ed25519":
         return ed25519.Ed25519PrivateKey.generate()
     if spec.kind in ("ml-dsa", "ml-kem"):
@@ -179,6 +184,7 @@ def load_private(material: bytes) -> Any:
 def import_material(spec: KeySpec, material: bytes) -> bytes:
     """Imported bytes as material; InvalidCiphertextException unless they are a key of this spec."""
     from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
     if spec.kind == "symmetric" or spec.kind == "hmac":
         if len(material) != (spec.parameter or _SYMMETRIC_LENGTH):
@@ -193,7 +199,7 @@ def import_material(spec: KeySpec, material: bytes) -> bytes:
         or (
             spec.kind == "ec"
             and isinstance(key, ec.EllipticCurvePrivateKey)
-            and key.curve.name == spec.parameter.name
+            and isinstance(key.curve, getattr(ec, spec.parameter))
         )
         or (spec.kind == "ed25519" and isinstance(key, ed25519.Ed25519PrivateKey))
         or (spec.kind in ("ml-dsa", "ml-kem") and isinstance(key, _post_quantum_class(spec)))
@@ -306,6 +312,8 @@ def encode_context(context: Mapping[str, str]) -> bytes:
 
 
 def _oaep(algorithm: str) -> padding.OAEP:
+    from cryptography.hazmat.primitives.asymmetric import padding
+
     digest = _HASHES[algorithm.removeprefix("RSAES_OAEP_")]
     return padding.OAEP(mgf=padding.MGF1(digest), algorithm=digest, label=None)
 
@@ -347,6 +355,8 @@ def sign(algorithm: str, key: Any, message: bytes, message_type: str) -> bytes:
         return key.sign(message)  # type: ignore[no-any-return]
     if algorithm.startswith("ED25519"):
         return _sign_ed25519(algorithm, key, message, message_type)
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+
     digest, data, prehashed = _digest_input(algorithm, message, message_type)
     chosen = utils.Prehashed(digest) if prehashed else digest
     if algorithm.startswith("ECDSA"):
@@ -356,6 +366,8 @@ def sign(algorithm: str, key: Any, message: bytes, message_type: str) -> bytes:
 
 def verify(algorithm: str, key: Any, message: bytes, message_type: str, signature: bytes) -> None:
     """KMSInvalidSignatureException unless the signature holds."""
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+
     public = key.public_key()
     try:
         if algorithm == "ML_DSA_SHAKE_256":
@@ -378,6 +390,8 @@ def verify(algorithm: str, key: Any, message: bytes, message_type: str, signatur
 
 
 def _rsa_padding(algorithm: str, digest: hashes.HashAlgorithm) -> padding.AsymmetricPadding:
+    from cryptography.hazmat.primitives.asymmetric import padding
+
     if algorithm.startswith("RSASSA_PSS"):
         return padding.PSS(mgf=padding.MGF1(digest), salt_length=digest.digest_size)
     return padding.PKCS1v15()
@@ -454,6 +468,7 @@ def verify_mac(algorithm: str, material: bytes, message: bytes, given: bytes) ->
 def derive_shared_secret(key: Any, public_key: bytes) -> bytes:
     """The raw x coordinate (SP 800-56A, cofactor ECDH; the cofactor of these curves is 1)."""
     from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
 
     try:
         other = serialization.load_der_public_key(public_key)
