@@ -164,6 +164,7 @@ class Service:
         try:
             while True:
                 response, refused = None, None
+                generation = self.store.generation
                 try:
                     if simulation is not None:
                         simulation.admit(operation)
@@ -184,8 +185,8 @@ class Service:
                 row = _row(call, request_id, response, error=refused, tls=tls)
                 if not tries:
                     self.store.record_event(row)
-                elif not self.store.record_current(row):
-                    # Another process changed a key meanwhile: this answer may be that of yesterday.
+                elif not self.store.record_current(row, generation):
+                    # Somebody changed a key meanwhile: this answer may be that of yesterday.
                     tries -= 1
                     call.keys.clear()
                     continue

@@ -484,14 +484,19 @@ class Store:
         with self._lock:
             self._db().execute(audit.INSERT, row)
 
-    def record_current(self, row: Sequence[Any]) -> bool:
-        """Append an audit row if keys, aliases and principals are still what this process knows of them.
+    @property
+    def generation(self) -> int:
+        """Counts changes of keys, aliases and principals, as far as this process knows of them."""
+        return self._generation
 
-        False: another process has changed them, nothing was appended, and what was known is dropped.
-        So what a call was answered with held at the moment of its row, for the price of the row alone.
+    def record_current(self, row: Sequence[Any], generation: int) -> bool:
+        """Append an audit row if keys, aliases and principals are still those of ``generation``.
+
+        False: somebody has changed them, nothing was appended, and what was known is dropped.  So what
+        a call was answered with held at the moment of its row, for the price of the row alone.
         """
         with self._lock:
-            if self._db().execute(_INSERT_IF_CURRENT, (*row, self._generation)).rowcount == 1:
+            if self._db().execute(_INSERT_IF_CURRENT, (*row, generation)).rowcount == 1:
                 return True
             self._data_version = -1
             self._refresh()
