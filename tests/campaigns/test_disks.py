@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -40,6 +41,7 @@ def mounted(what: str, where: Path, *options: str):
     try:
         yield where
     finally:
+        gc.collect()  # folders that the tracebacks of failed jobs still hold open
         subprocess.run(["umount", where], check=True)
 
 
