@@ -107,7 +107,8 @@ def _tell(done: Erasure, *, quiet: bool) -> None:
         counts = tree.counts
         output.say(
             f"{tree.path}: messages: {counts['erased']} {gone}, {counts['shared']} also under other keys, "
-            f"{counts['untouched']} untouched" + (f", {counts['gone']} unreadable before" if counts["gone"] else "")
+            f"{counts['untouched']} untouched"
+            + (f", {counts['gone']} unreadable before" if counts["gone"] else "")
         )
     for failure in done.failed[:_SHOWN]:
         output.say(f"not proved: {failure.error}")
