@@ -160,6 +160,21 @@ def test_what_is_no_message_is_counted_and_a_single_message_will_do(kms, tree, t
     assert done.unreadable.count(f"{tree}/subject=1/a") == 2
 
 
+def test_what_a_branch_key_wraps_is_never_taken_for_proved(kms, tree, tmp_path):
+    """The message names the branch key; which KMS key is behind that only its store knows."""
+    words = ["kms", "create-branch-key", "--key-id", "alias/one", "--branch-key-id", "tenant", "--quiet"]
+    assert main([*words, "--json"]) == 0
+    sc.encrypt(tmp_path / "in" / "readme", tree / "branch", keys="hierarchy:tenant@local")
+    with pytest.raises(sc.KeyAccessError, match="branch key tenant"):
+        sc.erase(ONE, tree)
+    others = ["hierarchy:tenant@local", "local:alias/default", "local:alias/two"]
+    with pytest.raises(sc.StreamcryptError, match=r"wrapped by a branch key.*nothing was scheduled"):
+        sc.erase(ONE, tree, keys=others)
+    assert state(kms, "one") == "Enabled"
+    done = sc.erase(ONE, tree, keys=others, allow_unproved=True)
+    assert (done.proved, [failure.path for failure in done.failed]) == (False, [f"{tree}/branch"])
+
+
 def test_keys_with_which_nothing_is_erased(kms, tree):
     signer = kms.create_key(KeySpec="ECC_NIST_P256", KeyUsage="SIGN_VERIFY")["KeyMetadata"]["Arn"]
     with pytest.raises(sc.StreamcryptError, match="wraps no data keys"):
