@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import boto3
 import pytest
 from families.datasets import flip
 from families.pages import blocks, run_page
@@ -85,8 +86,29 @@ def setting(tmp_path_factory):
         policy = json.dumps({"Version": "2012-10-17", "Statement": statements})
         service.put_key_policy(KeyId=key, PolicyName="default", Policy=policy)
         # No other way to a key than over HTTP: the home of the processes is an empty one.
-        with ray_cluster({"STREAMCRYPT_HOME": empty, **credentials(service, None)}) as cluster:
+        with (
+            object_store() as store,
+            ray_cluster({"STREAMCRYPT_HOME": empty, **store, **credentials(service, None)}) as cluster,
+        ):
             yield Setting(cluster, service, url)
+
+
+@contextlib.contextmanager
+def object_store():
+    """The variables of an S3 of this machine, with a bucket; none where moto is missing."""
+    try:
+        from moto.server import ThreadedMotoServer
+    except ImportError:
+        yield {}
+        return
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                 aws_access_key_id="test", aws_secret_access_key="test").create_bucket(Bucket="bucket")  # fmt: skip
+    yield {"AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
+    server.stop()
 
 
 @pytest.fixture
@@ -229,6 +251,22 @@ def memory_of(pid):
                     yield memory.read(stop - start)
                 except OSError:
                     continue
+
+
+def test_object_stores(nodes, tmp_path, monkeypatch):
+    pytest.importorskip("obstore", reason="OBSTORE IS MISSING: object stores on a cluster were not tested")
+    pytest.importorskip("moto", reason="MOTO IS MISSING: object stores on a cluster were not tested")
+    contents = make_tree(tmp_path / "in", sizes(30, 20_000) | {"big": 3_000_000})
+    cut_small(monkeypatch)
+    options = {"keys": nodes.key, "engine": "ray"}
+    # A store takes a message from its start to its end: one node makes each.
+    report = sc.encrypt(tmp_path / "in", "s3://bucket/enc", frame_size="64KiB", **options)
+    assert report["files"] == 31
+    assert sc.verify("s3://bucket/enc", against=tmp_path / "in", keys=nodes.key)["files"] == 31
+    assert sc.verify("s3://bucket/enc", against=tmp_path / "in", **options)["files"] == 31
+    sc.rekey("s3://bucket/enc", "s3://bucket/new", from_keys=nodes.key, **options)
+    sc.decrypt("s3://bucket/new", tmp_path / "back", **options)
+    assert read_tree(tmp_path / "back") == contents
 
 
 # -- whoever dies
@@ -389,6 +427,27 @@ def test_a_key_that_no_node_may_use_is_exit_code_4(nodes, tmp_path, capsys):
     assert not leftovers(tmp_path / "out")
     with pytest.raises(sc.KeyAccessError):
         sc.encrypt(tmp_path / "in", tmp_path / "out", keys=private, engine="ray", overwrite=True)
+
+
+def test_a_kms_that_is_away_for_a_moment_costs_no_node(nodes, tmp_path):
+    setup = Setup(LocalTree(str(tmp_path)), None)
+    pool = RayPool(ray, setup, remote.Access(None, None), KmsStats(), lambda *_: None)
+    first, second = pool._nodes
+    pool._delivered.add(first)
+    for _ in range(3 * pool.cpus):
+        pool._refused(first, sc.KeyUnavailableError("away"))
+    assert pool.cpus == 2
+    with pytest.raises(sc.KeyUnavailableError):
+        pool._refused(first, sc.KeyUnavailableError("away"))
+    # Who never got a key is left out, with an error that is worth a retry.
+    pool._refused(second, sc.KeyUnavailableError("out of reach"))
+    assert pool.cpus == 1
+    pool._left_out[first] = sc.KeyUnavailableError("out of reach")
+    with pytest.raises(
+        sc.TemporaryError, match=r"no node of the cluster can do the work; node .*: out of reach"
+    ):
+        pool.submit([FileTask(0, "f", None, 10)])
+    pool.close()
 
 
 def test_a_node_that_sees_another_folder_is_refused(tmp_path):
