@@ -162,6 +162,21 @@ class KmsTests(KmsBasics):
         for reference, expected in cases.items():
             assert refusal(kms.encrypt, KeyId=reference, Plaintext=b"x") == expected, reference
 
+    def test_malformed_arns(self, kms, key):
+        for arn in ("arn:aws:kms:local:12345:key/" + MISSING, "arn:aws:s3:::bucket"):
+            assert refusal(kms.encrypt, KeyId=arn, Plaintext=b"x") == (
+                "InvalidArnException",
+                400,
+                f"Invalid arn {arn}",
+            )
+        grant = {"KeyId": key["KeyId"], "Operations": ["Decrypt"]}
+        assert refusal(kms.create_grant, GranteePrincipal="alice", **grant)[:2] == (
+            "InvalidArnException",
+            400,
+        )
+        by_id = refusal(kms.retire_grant, KeyId=key["KeyId"], GrantId="0" * 64)
+        assert by_id[:2] == ("InvalidArnException", 400)
+
     def test_shape_violations_are_reported_together(self, kms, key):
         code, status, text = refusal(
             kms.create_key,
@@ -532,6 +547,13 @@ class KmsTests(KmsBasics):
         everything = kms.list_key_rotations(KeyId=key["KeyId"], IncludeKeyMaterial="ALL_KEY_MATERIAL")
         states = [entry["KeyMaterialState"] for entry in everything["Rotations"]]
         assert states == ["NON_CURRENT"] * 25 + ["CURRENT"]
+
+    def test_rotation_on_demand_while_an_automatic_one_is_near(self, kms, clock, key):
+        kms.enable_key_rotation(KeyId=key["KeyId"], RotationPeriodInDays=90)
+        clock.pass_days(90 - 19 / (24 * 60))
+        assert refusal(kms.rotate_key_on_demand, KeyId=key["KeyId"])[:2] == ("ConflictException", 400)
+        clock.pass_days(20 / (24 * 60))
+        assert kms.rotate_key_on_demand(KeyId=key["KeyId"])["KeyId"] == key["Arn"]
 
     # -- import ----------------------------------------------------------------------------------------
 

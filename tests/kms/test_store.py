@@ -386,6 +386,15 @@ def test_an_interrupted_creation_is_finished(tmp_path: Path):
     assert not (folder / "kms.root.new").exists()
 
 
+def test_a_store_that_fails_is_a_fault_of_the_service(kept: Service):
+    key = kept.create_key()["KeyMetadata"]["KeyId"]
+    kept.store.query("ALTER TABLE audit RENAME TO elsewhere")
+    for call in (lambda: kept.encrypt(KeyId=key, Plaintext=b"x"), kept.create_key):
+        with pytest.raises(KmsError, match="The key store failed") as caught:
+            call()
+        assert (caught.value.code, caught.value.status) == ("KMSInternalException", 500)
+
+
 def test_a_failed_change_leaves_nothing(kept: Service):
     before = kept.list_keys()["Keys"]
     with pytest.raises(KmsError):
