@@ -406,7 +406,7 @@ class Server:
         self.tasks: set[asyncio.Task[None]] = set()
         self.stopping = False
         self.interrupted = False
-        """Whether it was SIGINT (Ctrl-C) that ended run()."""
+        """Whether it was Ctrl-C (SIGINT), or the terminal's end (SIGHUP), that ended run()."""
         self.executor = ThreadPoolExecutor(_SLOW_THREADS, thread_name_prefix="kms")
         self.loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
@@ -424,7 +424,7 @@ class Server:
         return f"{scheme}://{host}:{self.port}"
 
     def run(self, *, ready: Callable[[str], None] | None = None, signals: bool = False) -> None:
-        """Serve until stop(), or with ``signals`` until SIGINT or SIGTERM; ``ready`` is told the URL.
+        """Serve until stop(), or with ``signals`` until SIGTERM, SIGINT or SIGHUP; ``ready`` is told the URL.
 
         OSError when the address cannot be listened on.
         """
@@ -439,7 +439,9 @@ class Server:
         self._stop, self._drained = asyncio.Event(), asyncio.Event()
         if signals:
             self.loop.add_signal_handler(signal.SIGTERM, self._stop.set)
-            self.loop.add_signal_handler(signal.SIGINT, self._interrupt)
+            for number in (signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a background job of a script
+                    self.loop.add_signal_handler(number, self._interrupt)
         listener = await self.loop.create_server(
             lambda: _Connection(self),
             self.host,

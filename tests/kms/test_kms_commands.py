@@ -340,7 +340,9 @@ def test_ctrl_c_ends_audit_follow_as_interrupted(run: Run):
     following.stdout.close()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 130)]
+)
 def test_serve_prints_its_url_and_answers(home: Path, number: signal.Signals, code: int):
     server = start("serve", "--port", "0")
     assert server.stdout is not None
