@@ -60,7 +60,7 @@ def _rate(text: str) -> float:
         raise argparse.ArgumentTypeError(
             "a quota of 0 calls a second lets no job finish; give your account's (AWS: Service Quotas)"
             if value == 0
-            else f"{text} calls a second: a quota is above 0"
+            else f"{text} calls a second is not above 0"
         )
     return value
 
@@ -314,6 +314,8 @@ def _bench_calibrate(args: argparse.Namespace) -> int:
     planned = dataclasses.replace(sweep.calibration(storages, cores=usable_cores()), rounds=args.rounds)
     # Runs are kept beside the file until it is written: an interrupted calibration goes on.
     kept = args.out.with_name(args.out.name + ".runs")
+    if not args.out.parent.is_dir():
+        return _fail(f"{args.out}: there is no folder {args.out.parent}", USAGE_ERROR)
     try:
         if kept.exists():
             _say(f"goes on with the runs in {kept}; remove it to begin anew", quiet=args.quiet)

@@ -6,6 +6,7 @@ plan needs.  A plan says which figures it used and from when they are.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,6 +49,7 @@ QUOTA_SHARE: Final = 0.5
 KMS_LATENCY: Final = 0.010
 # Without a Region the smallest default quota is assumed; this Region has it.
 CAUTIOUS_REGION: Final = "eu-north-1"
+_REGION: Final = re.compile(r"[a-z]{2}(-[a-z]+)+-[0-9]+")
 HOURS_PER_MONTH: Final = 730.0
 
 
@@ -60,9 +62,14 @@ class KmsQuota:
 
 
 def kms_quota(operation: str, region: str | None = None, share: float = QUOTA_SHARE) -> KmsQuota:
-    """The part of the account's default quota that a job may count on; ValueError for a share outside (0, 1]."""
+    """The part of the account's default quota that a job may count on.
+
+    ValueError for a share outside (0, 1], or what is no Region's name.
+    """
     if not 0 < share <= 1:
         raise ValueError(f"a quota share of {share:g} is not above 0 and at most 1")
+    if region is not None and not _REGION.fullmatch(region):
+        raise ValueError(f"{region!r} is not the name of an AWS Region, such as eu-central-1")
     found = cost.quota(operation, region=region or CAUTIOUS_REGION)
     where = region or "the smallest Region's"
     return KmsQuota(

@@ -193,6 +193,8 @@ class Job:
             )
         if self.kms_latency < 0:
             raise PlanError("a KMS latency is not negative")
+        if self.price_host_hour is not None and self.price_host_hour < 0:
+            raise PlanError(f"a price of {self.price_host_hour:g} USD an hour is negative")
         positive = {
             "deadline": self.deadline,
             "read bandwidth": self.read_bandwidth,

@@ -1,6 +1,7 @@
 """Real runs of small cells, in real child processes; and the shaped KMS."""
 
 import dataclasses
+import json
 import threading
 
 import pytest
@@ -123,7 +124,9 @@ def test_two_versions_are_measured_in_turns(tmp_path):
     other = tmp_path / "other" / "streamcrypt"
     shutil.copytree(Path(streamcrypt.__file__).parent, other, ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "engine" / "run.py").open("a") as file:
-        file.write("\n_encrypt = encrypt\n\n\ndef encrypt(job):\n    time.sleep(0.3)\n    return _encrypt(job)\n")
+        file.write(
+            "\n_encrypt = encrypt\n\n\ndef encrypt(job):\n    time.sleep(0.3)\n    return _encrypt(job)\n"
+        )
     planned = sweep.Sweep((SMALL,), 3)
     options = {"work": tmp_path, "attempts": 1}
     old, new = sweep.run_against(planned, other.parent, tmp_path / "out", **options)
@@ -139,8 +142,6 @@ def test_a_baseline_that_is_no_commit_is_refused():
 
 
 def test_a_folder_of_another_machine_is_refused(tmp_path):
-    import json
-
     other = dataclasses.replace(this_machine(), cpu="Another")
     (tmp_path / "machine.json").write_text(json.dumps({"schema": 1, "machine": other.to_json()}))
     with pytest.raises(RecordsError, match="Another"):
@@ -234,6 +235,28 @@ def test_moto_answers():
     result = latency.measure("moto", threads=1, seconds=0.3)
     assert result["calls"] > 3
     assert result["failed"] == 0
+
+
+def test_kms_serve_answers(home, monkeypatch):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "streamcrypt", "kms"]
+    said = subprocess.run([*command, "env", "--json"], check=True, capture_output=True, text=True)
+    for name, value in json.loads(said.stdout).items():
+        if "ACCESS_KEY" in name:
+            monkeypatch.setenv(name, value)
+    server = subprocess.Popen([*command, "serve", "--port", "0"], stdout=subprocess.PIPE, text=True)
+    try:
+        url = server.stdout.readline().strip()
+        closed = latency.measure(url, threads=2, seconds=0.5)
+        opened = latency.measure(url, rate=40, seconds=0.5)
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
+    assert closed["calls"] > 3
+    assert opened["calls"] + opened["throttled"] == 20
+    assert (closed["failed"], opened["failed"]) == (0, 0)
 
 
 def test_a_kms_that_is_none_is_refused():

@@ -88,6 +88,8 @@ BAD = {
     ),
     "deadline of zero": (["--bytes", "5TB", "--files", "100", "--deadline", "0s"], 2, "above 0"),
     "no listing": (["--listing", "no-such-folder"], 2, "no such folder"),
+    "negative price": (["--bytes", "5TB", "--files", "9", "--price-host-hour=-3"], 2, "negative"),
+    "no such region": (["--bytes", "5TB", "--files", "9", "--region", "mars-1"], 2, "mars-1"),
     "share of the quota": (["--bytes", "5TB", "--files", "9", "--kms-quota-share", "7"], 2, "share"),
     "solve without deadline": (["--bytes", "5TB", "--files", "9", "--solve", "hosts"], 2, "--deadline"),
 }
