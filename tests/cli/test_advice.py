@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource as limits
 import sys
 import threading
@@ -262,6 +263,49 @@ def test_key_policy_is_enough_for_its_principal_alone(
     stranger = kms_client("local", service=service, caller=Caller(USER + "2"))
     with pytest.raises(KeyAccessError):
         decrypt(stranger, keys, dataset, tmp_path / "stranger", CONTEXT)
+
+
+def test_key_policy_of_an_execution_role_is_the_least(
+    service: Service, keys: list[str], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A training job's role: it reads the dataset, writes the model, and SageMaker makes grants for it."""
+    via = "sagemaker.local.amazonaws.com"
+    common = ["--key", keys[0], "--form", "key-policy", "--principal", ROLE]
+    data = printed(capsys, "--for", "loader,encrypt", *WORDS, *common)
+    volumes = printed(capsys, "--for", "sagemaker", "--via-service", via, *common)
+    (own,) = [one for one in data["Statement"] if one.get("Principal") == {"AWS": ROLE}]
+    assert set(own["Action"]) == {"kms:Decrypt", "kms:GenerateDataKey"}
+    client = kms_client("local", service=service, caller=Caller(SESSION))
+    through = Caller(SESSION, via_service=via)
+    grant = {"KeyId": keys[0], "GranteePrincipal": USER, "Operations": ["Decrypt"]}
+
+    def put(action: str | None) -> None:
+        """Both policies' statements in the key's one policy, without this action."""
+        statements = [*data["Statement"], *(s for s in volumes["Statement"] if s not in data["Statement"])]
+        left = [
+            {**s, "Action": [a for a in s["Action"] if a != action]} if isinstance(s["Action"], list) else s
+            for s in statements
+        ]
+        whole = {**data, "Statement": [s for s in left if s["Action"]]}
+        service.put_key_policy(KeyId=keys[0], PolicyName="default", Policy=json.dumps(whole))
+
+    jobs: dict[str, Callable[[], Any]] = {
+        "kms:Decrypt": lambda: load(client, keys, dataset, tmp_path, CONTEXT),
+        "kms:GenerateDataKey": lambda: encrypt(
+            client, keys[:1], dataset, tmp_path / os.urandom(8).hex(), CONTEXT
+        ),
+        "kms:CreateGrant": lambda: service.call("CreateGrant", grant, caller=through),
+        "kms:DescribeKey": lambda: service.call("DescribeKey", {"KeyId": keys[0]}, caller=through),
+    }
+    put(None)
+    for job in jobs.values():
+        job()
+    with pytest.raises(Exception, match="AccessDenied"):  # not through SageMaker
+        service.call("CreateGrant", grant, caller=Caller(SESSION))
+    for action, job in jobs.items():
+        put(action)
+        with pytest.raises(Exception, match="AccessDenied"):
+            job()
 
 
 def test_grants_are_enough_for_the_execution_role(
