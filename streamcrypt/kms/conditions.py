@@ -52,10 +52,10 @@ class Test(NamedTuple):
     """Takes the value of the one key; of several keys a tuple."""
     prepare: Callable[[str], Any] = str
     """How the operator reads a text; what it cannot read is None."""
-    matches: Callable[[Any], Any] | None = None
-    """Whether what was read is one of the values (true or false): the quick way for one text, where there is one."""
+    matcher_for: Callable[..., Matcher] | None = None
+    """Takes what stands for the variables; the quick way for one text, where there is one."""
     negated: bool = False
-    """Whether ``holds`` of a text is the opposite of ``matches``."""
+    """Whether ``holds`` of a text is the opposite of what the matcher says."""
 
 
 def read(keys: tuple[str, ...], context: Context) -> Any:
@@ -156,7 +156,7 @@ def _compile_test(
         return ask((value is not None and bool(matches(value))) is not negated for value in prepared)
 
     if len(fixed) == len(templates):
-        return Test((key,), lambda given: holds_by(matches, given), prepare, matches, negated)
+        return Test((key,), lambda given: holds_by(matches, given), prepare, lambda: matches, negated)
 
     parts = (part for template in templates for part in template)
     named = tuple(dict.fromkeys(part.key for part in parts if isinstance(part, _Variable)))
@@ -167,14 +167,10 @@ def _compile_test(
         resolved = [_resolve(template, having) for template in templates]
         return matcher_of([text for text in resolved if text is not None])
 
-    def holds_with_variables(given: tuple[Values, ...]) -> bool:
-        matches = matcher_for(*given[1:])
-        if given[0].__class__ is not str:
-            return holds_by(matches, given[0])
-        prepared = prepare(given[0])
-        return (prepared is not None and bool(matches(prepared))) is not negated
+    def holds(given: tuple[Values, ...]) -> bool:
+        return holds_by(matcher_for(*given[1:]), given[0])
 
-    return Test((key, *named), holds_with_variables)
+    return Test((key, *named), holds, prepare, matcher_for, negated)
 
 
 def _texts(values: Any, where: str) -> tuple[str, ...]:

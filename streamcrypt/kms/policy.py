@@ -790,21 +790,19 @@ class _About:
         return self._statements[(mask & -mask).bit_length() - 1]
 
 
+_Matchers = dict[Callable[[str], Any], list[tuple[int, Callable[[Any], Any], bool]]]
+"""How a text is read -> the tests of what was read: statements, matcher, whether it is negated."""
+
+
 class _Column:
     """The tests of many statements that read the same of a request."""
 
-    __slots__ = ("_failing", "_texts", "_values", "bits", "keys")
+    __slots__ = ("_failing", "_matchers", "_tests", "bits", "keys")
 
     def __init__(self, keys: tuple[str, ...], tests: Mapping[Test, int]) -> None:
         self.keys = keys
-        self._values = [(bits, test.holds) for test, bits in tests.items()]
-        # One text, as nearly always, is read once for all tests that read it alike.
-        self._texts: dict[Callable[[str], Any], list[tuple[int, Callable[[Any], Any], bool]]] | None = {}
-        for test, bits in tests.items():
-            if test.matches is None:
-                self._texts = None
-                break
-            self._texts.setdefault(test.prepare, []).append((bits, test.matches, test.negated))
+        self._tests = tests
+        self._matchers: dict[tuple[Values, ...], _Matchers | None] = {}
         self._failing: dict[tuple[int, Any], int] = {}
         self.bits = 0
         for bits in tests.values():
@@ -819,18 +817,34 @@ class _Column:
         return failing
 
     def _ask(self, asked: int, value: Any) -> int:
+        text, variables = (value, ()) if len(self.keys) == 1 else (value[0], value[1:])
+        matchers = self._matchers_for(variables) if text.__class__ is str else None
         failing = 0
-        if self._texts is None or value.__class__ is not str:
-            for bits, holds in self._values:
-                if bits & asked and not holds(value):
+        if matchers is None:
+            for test, bits in self._tests.items():
+                if bits & asked and not test.holds(value):
                     failing |= bits
             return failing
-        for prepare, tests in self._texts.items():
-            given = prepare(value)
+        for prepare, tests in matchers.items():
+            given = prepare(text)
             for bits, matches, negated in tests:
                 if bits & asked and (given is None or not matches(given)) is not negated:
                     failing |= bits
         return failing
+
+    def _matchers_for(self, variables: tuple[Values, ...]) -> _Matchers | None:
+        """What asks one text, which is read once for all tests that read it alike; None where a test asks otherwise."""
+        if variables in self._matchers:
+            return self._matchers[variables]
+        matchers: _Matchers = {}
+        for test, bits in self._tests.items():
+            if test.matcher_for is None:
+                _remember(self._matchers, variables, None)
+                return None
+            matches = test.matcher_for(*variables)
+            matchers.setdefault(test.prepare, []).append((bits, matches, test.negated))
+        _remember(self._matchers, variables, matchers)
+        return matchers
 
 
 class _Columns:
@@ -858,7 +872,7 @@ class _Columns:
         return failing
 
 
-def _remember(answers: dict[Any, int], question: Any, answer: int) -> None:
+def _remember(answers: dict[Any, Any], question: Any, answer: Any) -> None:
     if len(answers) >= _REMEMBERED:  # values that never come again (a time): forget, do not grow
         answers.clear()
     answers[question] = answer
