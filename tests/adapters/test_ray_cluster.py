@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -412,6 +413,23 @@ def test_the_work_of_a_node_without_access_goes_to_the_others(nodes, tmp_path, c
     assert re.match(r"node [0-9.]+ \([0-9a-f]{8}\) is left out: .*AccessDenied", left_out)
     assert sc.verify(tmp_path / "out", against=tmp_path / "in", keys=nodes.key)["files"] == 80
     assert not leftovers(tmp_path / "out")
+
+
+class Missing:
+    """What a node cannot unpickle, because a package is not installed there."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("a_package_that_is_not_installed",)
+
+
+def test_a_node_without_our_packages_ends_the_job(nodes):
+    pool = RayPool(ray, Missing(), remote.Access(None, None), KmsStats(), lambda *_: None)
+    pool.submit([FileTask(0, "f", None, 10)])
+    with pytest.raises(
+        sc.StreamcryptError, match=r"cannot do the work: .*not_installed.*every node needs Python"
+    ):
+        pool.collect()
+    pool.close()
 
 
 def test_a_key_that_no_node_may_use_is_exit_code_4(nodes, tmp_path, capsys):
