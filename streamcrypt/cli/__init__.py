@@ -60,6 +60,8 @@ def run() -> int:
 
     Imports make some ten thousand objects that stay; looking through them for garbage, again and again
     and once more at the end, was a sixth of a small command's time (benchmarks/README.md, "start-up").
+    The embedded KMS's database is not closed then: its log stays for the next process to write back,
+    as SQLite does after a crash.
     """
     import gc
 

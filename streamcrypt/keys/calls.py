@@ -387,6 +387,9 @@ class KmsCalls:
                 if throttled:
                     pace.throttled(started)
                 elif unreachable:
+                    if _database_failed(error):  # the embedded KMS's, in this process: it will again
+                        forget_variables(error)
+                        raise self._unavailable(operation, key, error) from error
                     pace.unreachable()
                 else:
                     pace.succeeded(started)
@@ -456,11 +459,19 @@ class KmsCalls:
             hint = (
                 "try again later, ask for a higher request quota, or reuse data keys (--cache-max-messages)"
             )
+        elif reason is not None and _database_failed(reason):
+            what = f"{self.name} failed at {operation} ({printable(str(reason))})"
+            hint = "see to its disk, then run again with --resume"
         else:
             detail = f" ({code or printable(str(reason))})" if reason is not None else ""
             what = f"{self.name} could not be reached for {operation}{detail}"
             hint = "check the network and the endpoint, then run again with --resume"
         return KeyUnavailableError(f"{key}: {what}; {hint}", code=code, operation=operation, key=key)
+
+
+def _database_failed(error: BaseException) -> bool:
+    sqlite = sys.modules.get("sqlite3")  # loaded if the error came from there
+    return sqlite is not None and isinstance(error.__cause__, sqlite.Error)
 
 
 class Outcome(NamedTuple):
