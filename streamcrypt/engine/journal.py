@@ -222,16 +222,18 @@ class StoreJournal:
         source = self._parts.open(name)
         try:
             first, *lines = self._open(bytes(read_bytes(source, 0, source.size))).splitlines(keepends=True)
-        except IntegrityError:
+            start = _parse(first) or {}
+            if start.pop("operation", None) != self._operation:
+                return {}
+            writer = Writer(**start)
+            found = [_finished(record) for line in lines if (record := _parse(line)) is not None]
+            part = {finished.name: finished for finished in found}
+        except (IntegrityError, ValueError, TypeError, KeyError):  # not ours, whoever put it there
             return {}
         finally:
             source.close()
-        start = _parse(first)
-        if start is None or start.pop("operation", None) != self._operation:
-            return {}
-        self.writers.add(Writer(**start))
-        records = [_parse(line) for line in lines]
-        return {record["name"]: _finished(record) for record in records if record is not None}
+        self.writers.add(writer)
+        return part
 
     def _seal(self, lines: bytes) -> bytes:
         """The part as it is stored: as it is where the job has no key to encrypt with."""

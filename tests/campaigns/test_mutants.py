@@ -214,6 +214,35 @@ MUTANTS = {
         "18", "engine/erasure.py", "key.schedule(window)", "key.state = PENDING",
         "tests/engine/test_erasure.py", "one_key_opens",
     ),
+    "an object of a store taken over whatever its ETag": Mutant(
+        "28", "engine/run.py", "finished.made == made and made[2] != 0", "finished is not None",
+        "tests/engine/test_resume_stores.py", "altered_or_swapped",
+    ),
+    "any message taken for a part of a journal": Mutant(
+        "28", "engine/journal.py", "if header.frame_length != _PART_FRAME_LENGTH:", "if False:",
+        "tests/engine/test_resume_stores.py", "somebody_else_wrote",
+    ),
+    "uploads of others aborted": Mutant(
+        "28", "stores.py", "if ended or record.writer in of:", "if True:",
+        "tests/engine/test_resume_stores.py", "open_uploads",
+    ),
+    "tag of an object of the S3 Encryption Client not checked": Mutant(
+        "1", "s3client.py",
+        'raise IntegrityError("the object did not authenticate: it was altered or truncated") from None', "pass",
+        "tests/engine/test_s3client.py", "no_altered_bit",
+    ),
+    "commitment of such an object not compared": Mutant(
+        "5", "s3client.py", "if not hmac.compare_digest(commitment, envelope.commitment):", "if False:",
+        "tests/engine/test_s3client.py", "no_altered_bit",
+    ),
+    "the algorithm of such an object not bound to its key": Mutant(
+        "6", "s3client.py", "if envelope.context.get(_ALGORITHM_PAIR) != algorithm:", "if False:",
+        "tests/engine/test_s3client.py", "does_not_commit",
+    ),
+    "what is read again not held against what was authenticated": Mutant(
+        "7", "s3client.py", "if not hmac.compare_digest(_digest(block), self._digests[index]):", "if False:",
+        "tests/engine/test_s3client.py", "other_bytes",
+    ),
     "changed sources not noticed": Mutant(
         "29", "storage.py", "        if not unchanged:", "        if False:",
         "tests/engine/test_engine.py", "source_that_changes",

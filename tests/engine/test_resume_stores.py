@@ -15,7 +15,7 @@ import pytest
 from families.s3 import Bucket, MiB
 
 import streamcrypt as sc
-from streamcrypt.cli import diagnosis
+from streamcrypt.cli import diagnosis, main
 from streamcrypt.engine.journal import JOURNAL
 
 FILES = 24
@@ -98,6 +98,10 @@ def test_an_interrupted_decryption_and_a_rekeying_go_on(
     sc.encrypt(source, f"{bucket.url}/enc", keys=key)
     interrupt("decrypt", f"{bucket.url}/enc", f"{bucket.url}/plain", key)
     bucket.put("plain/sub/000", b"altered meanwhile")
+    for number, part in enumerate(
+        (b"", b"\n", b"[1]\n", os.urandom(50))
+    ):  # what others put there is passed over
+        bucket.put(f"plain/{JOURNAL}/{number}", part)
     report = sc.decrypt(f"{bucket.url}/enc", f"{bucket.url}/plain", resume=True)
     assert report.skipped >= 7
     for name, data in contents(source).items():
@@ -150,6 +154,8 @@ def test_a_journal_that_somebody_else_wrote_is_not_believed(
     assert lines.count(b"header_tag") == FILES + 1
     for name in real:
         bucket.delete(name)
+    bucket.put(f"enc/{JOURNAL}/", b"")
+    bucket.put(f"enc/{JOURNAL}/-", os.urandom(100))
     # In clear, and as a file that somebody got encrypted under the same key.
     bucket.put(f"enc/{JOURNAL}/0", lines)
     bucket.put(f"enc/{JOURNAL}/1", sc.encrypt_bytes(lines, keys=key))
@@ -178,7 +184,11 @@ def test_with_other_settings_everything_is_made_again(bucket: Bucket, key: str, 
 
 
 def test_open_uploads_of_the_resumed_job_are_aborted_from_another_machine(
-    bucket: Bucket, key: str, source: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket,
+    key: str,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (source / "large").write_bytes(bytes(17 * MiB))
     url = f"{bucket.url}/enc"
@@ -212,6 +222,8 @@ def test_open_uploads_of_the_resumed_job_are_aborted_from_another_machine(
     assert check.status == "warning"
     assert "3 open multipart uploads, 2 of streamcrypt" in check.found
     assert "abort-multipart-upload" in check.mend
+    assert main(["doctor", "--source", url]) == 0
+    assert "enc/not ours of somebody else" in capsys.readouterr().out
     sc.encrypt(source, url, keys=key, resume=True)
     assert bucket.uploads() == ["enc/not ours", "enc/running"]
     assert sc.verify(url, against=source).files == FILES + 2

@@ -210,7 +210,6 @@ def test_an_outage_is_waited_out(
     (source / "big").write_bytes(bytes(BIG))
     bucket.proxy.fault = outage(kind, 3.0, after=10)
     sc.encrypt(source, f"{bucket.url}/enc", keys=key)
-    bucket.proxy.fault = outage(kind, 3.0, after=10)
     assert sc.verify(f"{bucket.url}/enc", against=source).files == 11
 
 

@@ -1,0 +1,180 @@
+"""Jobs onto and from an object store against what obstore alone moves, of the same objects in the same run.
+
+    python -m pytest benchmarks/test_stores.py -s
+
+The store is tests/families/s3server.py in a process of its own, in memory: without latency, the hardest case for
+the ratio, because nothing but work is waited for; and with 10 ms before each answer.  obstore alone moves the
+sealed objects with as many threads as a job has workers.  Variants are taken in turns in an order that is
+shuffled each round; a ratio is that of medians.  The last rows are the share of a whole job that a resumed one
+spends on finding that everything is done.
+``STREAMCRYPT_STORE_ROUNDS`` (default 5), ``STREAMCRYPT_BENCH_DIR`` (where local files lie; 2.5 GiB).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from suite.common import KiB, MiB, key_reference, make_files, remove, workspace
+
+import streamcrypt as sc
+from streamcrypt.engine.job import STORE_WORKERS
+
+pytest.importorskip("obstore", reason="STORES ARE NOT MEASURED: obstore is missing (extra: stores)")
+
+pytestmark = pytest.mark.timeout(0)
+
+ROUNDS = int(os.environ.get("STREAMCRYPT_STORE_ROUNDS", "5"))
+SERVER = Path(__file__).parent.parent / "tests" / "families" / "s3server.py"
+KINDS = {"large": (12, 64 * MiB), "middle": (768, MiB), "small": (4000, 16 * KiB)}
+
+
+@pytest.fixture(scope="module", params=[0, 10], ids=lambda latency: f"{latency} ms")
+def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """obstore's own client of the bucket, for what obstore alone does."""
+    command = [sys.executable, str(SERVER), "--delay", str(request.param / 1000)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    port = json.loads(server.stdout.readline())["port"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "bench")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "bench")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+        from obstore.store import S3Store
+
+        yield S3Store(
+            "bench", config={"endpoint": f"http://127.0.0.1:{port}"}, client_options={"allow_http": True}
+        )
+    server.communicate(b"")
+
+
+class Data:
+    """Files, and the sealed objects of them, on a disk and in the store."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.kind = folder, kind
+        self.keys = key_reference(folder)
+        self.source = make_files(folder / "source", *KINDS[kind])
+        self.sealed = folder / "sealed"
+        sc.encrypt(self.source, self.sealed, keys=self.keys, fsync=False)
+        sc.encrypt(self.source, f"s3://bench/{kind}", keys=self.keys, overwrite=True)
+        self.names = sorted(path.name for path in self.source.iterdir())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def data(request: pytest.FixtureRequest, store: Any) -> Iterator[Data]:
+    with workspace() as folder:
+        yield Data(folder, request.param)
+
+
+def in_turns(variants: dict[str, Callable[[], object]], before: Callable[[], None]) -> dict[str, float]:
+    """The median of each variant's seconds; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    generator = random.Random(0)
+    for number in range(ROUNDS + 1):
+        order = list(variants)
+        generator.shuffle(order)
+        for name in order:
+            before()
+            started = time.perf_counter()
+            variants[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def each(names: list[str], work: Callable[[str], object]) -> None:
+    with ThreadPoolExecutor(STORE_WORKERS) as threads:
+        for _ in threads.map(work, names):
+            pass
+
+
+def show(what: str, data: Data, seconds: dict[str, float], alone: str, ours: str) -> float:
+    ratio = seconds[alone] / seconds[ours]
+    count, length = KINDS[data.kind]
+    rates = ", ".join(f"{name} {count * length / found / 1e6:.0f} MB/s" for name, found in seconds.items())
+    print(f"\n{what}, {count} of {length // KiB} KiB: {ratio:.2f} of obstore alone ({rates})")
+    return ratio
+
+
+def test_encrypt_onto_a_store(store: Any, data: Data) -> None:
+    import obstore
+
+    def alone() -> None:
+        each(data.names, lambda name: obstore.put(store, f"alone/{name}", data.sealed / name))
+
+    def ours() -> None:
+        sc.encrypt(data.source, "s3://bench/ours", keys=data.keys, overwrite=True)
+
+    seconds = in_turns({"obstore": alone, "encrypt": ours}, lambda: None)
+    assert show("encrypt onto a store", data, seconds, "obstore", "encrypt") >= 0.8
+
+
+def test_decrypt_from_a_store(store: Any, data: Data) -> None:
+    import obstore
+
+    out = data.folder / "out"
+
+    def fetch(name: str) -> None:
+        with (out / name).open("wb") as file:
+            for chunk in obstore.get(store, f"{data.kind}/{name}").stream(min_chunk_size=4 * MiB):
+                file.write(chunk)
+
+    def alone() -> None:
+        out.mkdir()
+        each(data.names, fetch)
+
+    def ours() -> None:
+        sc.decrypt(f"s3://bench/{data.kind}", out, keys=data.keys, fsync=False)
+
+    seconds = in_turns({"obstore": alone, "decrypt": ours}, lambda: remove(out))
+    assert show("decrypt from a store", data, seconds, "obstore", "decrypt") >= 0.8
+
+
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_a_resumed_job_soon_knows_what_is_done(
+    data: Data, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is broken off when all files are done, and then resumed."""
+    from streamcrypt.engine.run import _Run
+
+    place = data.folder / "resumed" if where == "disk" else "s3://bench/resumed"
+
+    def break_off(run: _Run, destination: object) -> None:
+        raise KeyboardInterrupt
+
+    def whole() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(_Run, "_finish", break_off)
+            with pytest.raises(KeyboardInterrupt):
+                sc.encrypt(data.source, place, keys=data.keys, overwrite=True, fsync=False)
+
+    seconds: dict[str, list[float]] = {"whole": [], "resumed": []}
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        whole()
+        seconds["whole"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        report = sc.encrypt(data.source, place, keys=data.keys, resume=True, fsync=False)
+        seconds["resumed"].append(time.perf_counter() - started)
+        assert report.skipped == len(data.names)
+    share = statistics.median(seconds["resumed"]) / statistics.median(seconds["whole"])
+    count, length = KINDS[data.kind]
+    print(
+        f"\nresumed job on a {where}, all of {count} files of {length // KiB} KiB done: {100 * share:.1f} % "
+        f"({1e6 * statistics.median(seconds['resumed']) / count:.0f} µs a file)"
+    )
+    assert share < 0.05
