@@ -105,8 +105,8 @@ throttles and retries. `--audit FILE` adds a line for every object. Where someth
 ```python
 from streamcrypt import telemetry            # pip install 'streamcrypt[telemetry]'
 
-stop = telemetry.opentelemetry()             # a span for every job from now on; tracer_provider=… or the global one
-stop = telemetry.prometheus()                # counters of every job; registry=… or the client's own
+end_spans = telemetry.opentelemetry()        # a span for every job from now on; tracer_provider=… or the global one
+end_counters = telemetry.prometheus()        # counters of every job; registry=… or the client's own
 ```
 
 `opentelemetry-instrument streamcrypt encrypt …` makes the spans without a line of code. A span is named after the

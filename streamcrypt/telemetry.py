@@ -29,8 +29,10 @@ def opentelemetry(tracer_provider: Any = None) -> Callable[[], None]:
     The span is current while the job runs, so the spans that botocore's instrumentation makes of KMS
     calls are its children.  ``tracer_provider`` None: the global one.
     """
-    from opentelemetry import trace
-
+    try:
+        from opentelemetry import trace
+    except ImportError as error:
+        raise ImportError("spans need opentelemetry-api: pip install 'streamcrypt[telemetry]'") from error
     from streamcrypt import __version__
 
     tracer = trace.get_tracer("streamcrypt", __version__, tracer_provider)
@@ -67,8 +69,10 @@ def prometheus(registry: Any = None) -> Callable[[], None]:
 
     ``registry`` None: prometheus_client's own.
     """
-    from prometheus_client import REGISTRY, Counter, Histogram
-
+    try:
+        from prometheus_client import REGISTRY, Counter, Histogram
+    except ImportError as error:
+        raise ImportError("counters need prometheus-client: pip install 'streamcrypt[telemetry]'") from error
     place = REGISTRY if registry is None else registry
 
     def counter(name: str, what: str, *labels: str) -> Any:

@@ -1,6 +1,11 @@
 """Spans and counters say what the report says, of jobs that succeed and of jobs that fail."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from families.pages import blocks
 
 import streamcrypt as sc
 from streamcrypt import telemetry
@@ -171,13 +176,35 @@ def test_the_instrumentor_of_opentelemetry_instrument(key, tree, tmp_path):
     assert [span.name for span in exporter.get_finished_spans()] == ["streamcrypt encrypt"]
 
 
-def test_without_the_packages_one_line_says_what_to_install():
-    """Importing the module needs neither; a process that calls neither function pays nothing."""
-    import subprocess
-    import sys
+def test_the_page(key, tree, tmp_path):
+    """The block of docs/performance.md, as it stands."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+    (block,) = [block for block in blocks(page) if block.language == "python"]
+    names = {}
+    exec(compile(block.code, page.name, "exec"), names)
+    try:
+        sc.encrypt(tree, tmp_path / "out", keys=key)
+        assert "streamcrypt_files_total" in prometheus_client.generate_latest().decode()
+    finally:
+        names["end_spans"]()
+        names["end_counters"]()
+    assert "streamcrypt_files_total" not in prometheus_client.generate_latest().decode()
 
+
+def test_importing_the_module_needs_neither_package():
+    """A process that calls neither function pays nothing."""
     code = (
         "import sys, streamcrypt; from streamcrypt import telemetry; "
         "assert not any(name.partition('.')[0] in ('opentelemetry', 'prometheus_client') for name in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("package", "start"),
+    [("opentelemetry", telemetry.opentelemetry), ("prometheus_client", telemetry.prometheus)],
+)
+def test_without_the_packages_one_line_says_what_to_install(monkeypatch, package, start):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'streamcrypt\[telemetry\]'"):
+        start()

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "tutorial": {"console", "python"},
     "loaders": {"python"},  # tests/adapters/test_loaders_page.py
     "readers": {"python"},  # tests/adapters/test_readers_page.py
+    "performance": {"python"},  # tests/test_telemetry.py
     "clusters": {"sh", "python", "console"},  # tests/adapters/test_ray_cluster.py
 }
 # What installs packages: .ci/run does, and tests/cli/test_docs.py holds its words.
