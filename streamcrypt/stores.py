@@ -23,6 +23,7 @@ upload be found again by its id.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import heapq
 import json
@@ -90,7 +91,7 @@ HELD_ENTRIES: Final = 10_000
 _BELOW_SLASH: Final = re.compile(r"[\x01-.]")
 
 _RETRY_SECONDS: Final = 120.0  # an outage of a minute is waited out; RETRY_VARIABLE sets another limit
-_LONGEST_PAUSE: Final = 4.0
+_LONGEST_PAUSE: Final = 2.0
 RETRY_VARIABLE: Final = "STREAMCRYPT_STORE_RETRY_SECONDS"
 _THREADS: Final = 32
 
@@ -131,6 +132,11 @@ class StoreTree:
 
     def subtree(self, name: str) -> StoreTree:
         return StoreTree(self.path(name), self._bucket)
+
+    def above(self) -> tuple[StoreTree, str]:
+        """The folder that this one lies in, over the same connections, and its name there."""
+        folder, _, name = self._prefix.rpartition("/")
+        return StoreTree(f"{self._bucket.scheme}://{self._bucket.name}/{folder}", self._bucket), name
 
     def close(self) -> None:
         pass  # connections are the library's own
@@ -809,8 +815,12 @@ class _Bucket:
     def store(self) -> ObjectStore:
         with self._lock:
             if self._store is None:
-                self._store = _make_store(self.scheme, self.name)
+                self._store = _make_store(self.scheme, self.name, self._session)
             return self._store
+
+    @functools.cached_property
+    def _session(self) -> Any:
+        return _session() if self.scheme == "s3" else None
 
     def head(self, key: str, path: str, kind: type[StreamcryptError]) -> dict[str, Any] | None:
         """What the store says of an object; None when there is none."""
@@ -838,7 +848,7 @@ class _Bucket:
 
         with self._lock:
             if self._client is None:
-                self._client = _make_client()
+                self._client = _make_client(self._session)
         give_up = time.monotonic() + _retry_seconds()
         pause = 0.1
         while True:
@@ -866,7 +876,7 @@ class _Bucket:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _make_store(scheme: str, name: str) -> ObjectStore:
+def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
     try:
         from obstore import store as stores
     except ImportError as error:
@@ -894,7 +904,6 @@ def _make_store(scheme: str, name: str) -> ObjectStore:
     encryption = _server_side_encryption()
     if encryption:
         config["server_side_encryption"] = encryption["ServerSideEncryption"]
-    session = _session()
     if session is None:
         config["skip_signature"] = True
         return stores.S3Store(name, config=config, client_options=options, retry_config=retry)
@@ -910,12 +919,11 @@ def _make_store(scheme: str, name: str) -> ObjectStore:
     )
 
 
-def _make_client() -> Any:
+def _make_client(session: Any) -> Any:
     import boto3
     import botocore
     from botocore.config import Config
 
-    session = _session()
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},  # `call` does it, with the same pauses
         max_pool_connections=_THREADS,
