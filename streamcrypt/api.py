@@ -809,12 +809,10 @@ def _in_store(url: str) -> tuple[StoreTree, Place]:
     """What a URL names: as a folder, and as an object of the folder above it, unless it ends in '/'."""
     from streamcrypt.stores import StoreTree, split_url  # start-up: only who has a URL needs it
 
-    scheme, bucket, key = split_url(url)
     folder = StoreTree(url)
-    if not key or url.endswith("/"):
+    if not split_url(url)[2] or url.endswith("/"):
         return folder, Place(folder)
-    above, _, name = key.rpartition("/")
-    return folder, Place(StoreTree(f"{scheme}://{bucket}/{above}"), name)
+    return folder, Place(*folder.above())
 
 
 def _source(path: Path) -> Place:
