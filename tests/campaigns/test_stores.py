@@ -45,19 +45,19 @@ def test_an_outage_of_a_minute_costs_little_more(
     rng = random.Random(campaign_18.seed)
     source = tmp_path / "source"
     source.mkdir()
-    for number in range(30):
-        (source / f"{number:02}").write_bytes(rng.randbytes(200_000))
-    (source / "large").write_bytes(rng.randbytes(40 * MiB))
+    for number in range(20):
+        (source / f"{number:02}").write_bytes(rng.randbytes(1000))
+    (source / "large").write_bytes(rng.randbytes(17 * MiB))
 
     def job(number: int | str) -> float:
         started = time.monotonic()
         sc.encrypt(source, f"{bucket.url}/{number}", keys=key, fsync=False)
         return time.monotonic() - started
 
-    usual = min(job(f"usual-{number}") for number in range(3))
     worst = 0.0
     for number in range(campaign_18.number(10)):
-        kind, after = rng.choice([503, 500, "drop"]), rng.randint(1, 40)
+        kind, after = rng.choice([503, 500, "drop"]), rng.randint(1, 30)
+        usual = job(f"usual-{number}")  # just before: other work on the machine is not the outage's cost
         bucket.proxy.fault = outage(kind, OUTAGE, after=after)
         try:
             cost = job(number) - usual
@@ -68,10 +68,10 @@ def test_an_outage_of_a_minute_costs_little_more(
             bucket.proxy.fault = lambda method, path: None
         worst = max(worst, cost)
         failure = f"{kind} after {after} requests cost {cost:.1f} s" if cost > COST else None
-        if sc.verify(f"{bucket.url}/{number}", against=source).files != 31:
+        if sc.verify(f"{bucket.url}/{number}", against=source).files != 21:
             failure = "not all files are there"
         campaign_18.trial(failure, kind=kind, after=after, cost=round(cost, 1))
-    campaign_18.notes |= {"usual_seconds": round(usual, 1), "worst_cost_seconds": round(worst, 1)}
+    campaign_18.notes |= {"worst_cost_seconds": round(worst, 1)}
     campaign_18.finish()
 
 
