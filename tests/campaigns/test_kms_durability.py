@@ -104,3 +104,23 @@ def test_sigkill_at_every_system_call_of_the_kms(campaign, memory):
         )
     run.notes = {"calls": dict(collections.Counter(calls)), "killed": killed}
     run.finish()
+
+
+def test_sigkill_at_every_statement_of_the_kms(campaign, memory):
+    """The process is killed as its N-th SQL statement begins, for every N."""
+    run = campaign("31")
+    number, ended = 0, False
+    while not ended:
+        number += max(1, round(1 / run.number(1_000) * 1_000))
+        home = memory / "home"
+        shutil.rmtree(home, ignore_errors=True)
+        ended, told = keywork.killed_at_statement(number, home)
+        failure = None
+        try:
+            if missing := keywork.lost(home, told):
+                failure = f"statement {number}: lost {missing}"
+        except BaseException as error:
+            failure = f"statement {number}: {error!r}"
+        run.trial(failure, statement=number, told=len(told))
+    run.notes = {"statements": number - 1}
+    run.finish()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,6 +95,45 @@ def _is_there(service: Service, home: Path, kind: str, name: str, value: str = "
     if row is None:
         return False
     return row["enc"].hex() == value if kind == "branch key" else row.get("note") == value
+
+
+def killed_at_statement(number: int, home: Path) -> tuple[bool, list[list[str]]]:
+    """Whether the work ended before its ``number``-th statement, at which it is killed; what it told."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(reading)
+            _kill_at_statement(number)
+            with os.fdopen(writing, "w") as pipe:
+                work(home, lambda *line: print(*line, sep="\t", file=pipe, flush=True))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = [line.rstrip("\n").split("\t") for line in pipe if line.endswith("\n")]
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0, told
+
+
+def _kill_at_statement(number: int) -> None:
+    connect, left = sqlite3.connect, number
+
+    def count(statement: str) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counting(*words: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*words, **options)
+        connection.set_trace_callback(count)
+        return connection
+
+    sqlite3.connect = counting  # type: ignore[assignment]  # in this process, which ends here
 
 
 def main() -> None:

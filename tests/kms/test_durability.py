@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,54 +31,15 @@ def memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-def killed_at_statement(number: int, home: Path) -> tuple[bool, list[list[str]]]:
-    """Whether the work ended before its ``number``-th statement, at which it is killed; what it told."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            os.close(reading)
-            _kill_at_statement(number)
-            with os.fdopen(writing, "w") as pipe:
-                keywork.work(home, lambda *line: print(*line, sep="\t", file=pipe, flush=True))
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        told = [line.rstrip("\n").split("\t") for line in pipe if line.endswith("\n")]
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status == 0, told
-
-
-def _kill_at_statement(number: int) -> None:
-    connect, left = sqlite3.connect, number
-
-    def count(statement: str) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def counting(*words: Any, **options: Any) -> sqlite3.Connection:
-        connection = connect(*words, **options)
-        connection.set_trace_callback(count)
-        return connection
-
-    sqlite3.connect = counting  # type: ignore[assignment]  # in this process, which ends here
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_sigkill_at_statements(memory: Path):
-    """Every second statement of the store's making and of the first key, then every eleventh."""
+    """Every fourth statement of the store's making and of the first key, then every seventeenth."""
     number, ended = 0, False
     while not ended:
-        number += 2 if number < 45 else 11
+        number += 4 if number < 45 else 17
         home = memory / str(number)
-        ended, told = killed_at_statement(number, home)
+        ended, told = keywork.killed_at_statement(number, home)
         assert keywork.lost(home, told) == [], f"statement {number}"
         shutil.rmtree(home)
     assert len(told) == 9
