@@ -235,7 +235,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
         elif self._buffer and late > self._server.request_timeout:
             self._write(408, "", b"", keep=False)
-        elif late > self._server.idle_timeout:
+        elif late > (self._server.idle_timeout if self._callers else self._server.request_timeout):
             self._transport.close()
 
     def close_when_idle(self) -> None:
@@ -380,7 +380,7 @@ class Server:
     request_timeout = 20.0
     """Seconds in which a request must have arrived, and an answer must have been read."""
     idle_timeout = 120.0
-    """Seconds after which a kept connection without a request is closed."""
+    """Seconds after which a connection of a known caller is closed that makes no further request."""
 
     def __init__(
         self,

@@ -311,7 +311,6 @@ def test_pipelined_and_dribbled_requests(service: Service, server: Server):
 
 def test_slow_and_idle_connections_are_closed(service: Service, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Server, "request_timeout", 0.2)
-    monkeypatch.setattr(Server, "idle_timeout", 0.6)
     key = principals.access_key(service.store, ROOT)
     whole = _request(key, close=False)
     servers = running(service)
@@ -319,6 +318,7 @@ def test_slow_and_idle_connections_are_closed(service: Service, monkeypatch: pyt
     try:
         assert _raw(server, whole[:-1]).startswith(b"HTTP/1.1 408 Request Timeout\r\n")
         assert _raw(server) == b""
+        monkeypatch.setattr(Server, "idle_timeout", 0.6)
         answer = _raw(server, whole)
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert answer.count(b"HTTP/1.1") == 1
