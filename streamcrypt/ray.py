@@ -4,13 +4,13 @@
     write_parquet                      a ray.data.Dataset to encrypted Parquet files
     encrypt decrypt verify rekey       the commands of the same name with ``engine="ray"``
 
-Files are decrypted and encrypted in Ray's workers, which ask for data keys themselves: one KMS call
-for each distinct data key and worker process.  What Ray pickles holds key references and no key; what
-lies in Ray's object store is the dataset's plaintext, in memory (and on disk where Ray spills: set
-``RAY_object_spilling_config`` to an encrypted volume, or give the cluster the memory).
+Workers ask for data keys themselves: one KMS call for each distinct data key and worker process.  What
+Ray pickles holds key references and no key.  A job's tasks carry no payload (docs/clusters.md); of a
+Ray Data dataset the object store holds plaintext, in memory, and on disk where Ray spills: set
+``RAY_object_spilling_config`` to an encrypted volume, or give the cluster the memory.
 
 A ``local:`` key is in a file of one machine.  On a cluster of several machines its nodes reach it
-through ``kms serve``: ``local:alias/NAME@http://HOST:PORT``.
+through ``kms serve``: ``local:alias/NAME@https://HOST:PORT``.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def encrypt(
 ) -> Report:
     """``sc.encrypt`` on the Ray cluster at ``address`` (None: the one that this process is connected to).
 
-        ray.encrypt("/shared/train", "/shared/train.enc", keys="local:alias/ml@http://10.0.0.1:8400")
+        ray.encrypt("/shared/train", "/shared/train.enc", keys="local:alias/ml@https://10.0.0.1:8400")
 
-    Source and destination are folders that every node sees under that name.  Tasks carry wrapped keys
-    alone; every node needs the right to use the key.
+    Source and destination are folders that every node sees under that name, or object stores.  Tasks
+    carry wrapped keys alone; every node needs the right to use the key (docs/clusters.md).
     """
     return api.encrypt(source, destination, keys=keys, engine="ray", address=address, **options)
 
