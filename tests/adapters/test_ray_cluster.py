@@ -289,25 +289,31 @@ def test_a_node_is_killed_in_mid_job(nodes, tmp_path):
     once(report, audit, tmp_path / "out", contents)
     assert sc.verify(tmp_path / "out", against=tmp_path / "in", keys=nodes.key)["files"] == 120
 
-    # Two nodes again, and one of them dies while files are cut into spans.
-    nodes.nodes[0] = add_node(nodes.cluster, nodes.worker)
-    killed.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        cut_small(patch)
-        large = make_tree(tmp_path / "large", {f"f{n}": 9_000_000 + n for n in range(6)})
 
-        def kill_in_mid_file(progress):
-            if progress.bytes > 12_000_000 and not killed:
-                kill(progress._replace(files=1))
+def kill_a_worker(nodes, killed):
+    for pid in workers_of(nodes.cluster)[:1]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
 
-        audit.clear()
-        report = sc.encrypt(
-            tmp_path / "large", tmp_path / "large.enc", keys=nodes.key, engine="ray", frame_size="64KiB",
-            progress=kill_in_mid_file, audit=audit.append,
-        )  # fmt: skip
+
+def test_a_worker_is_killed_in_mid_file(nodes, tmp_path, monkeypatch):
+    """Spans of one file are with both nodes: all of it is made again, under another message id."""
+    cut_small(monkeypatch)
+    contents = make_tree(tmp_path / "in", {f"f{n}": 9_000_000 + n for n in range(6)})
+    audit, killed = [], []
+
+    def kill(progress):
+        if not killed and 0 < progress.files < 5:
+            kill_a_worker(nodes, killed)
+
+    report = sc.encrypt(
+        tmp_path / "in", tmp_path / "out", keys=nodes.key, engine="ray", frame_size="64KiB", progress=kill,
+        audit=audit.append,
+    )  # fmt: skip
     assert killed
-    once(report, audit, tmp_path / "large.enc", large)
-    assert sc.verify(tmp_path / "large.enc", against=tmp_path / "large", keys=nodes.key)["files"] == 6
+    once(report, audit, tmp_path / "out", contents)
+    assert sc.verify(tmp_path / "out", against=tmp_path / "in", keys=nodes.key)["files"] == 6
 
 
 def test_a_worker_is_killed_in_mid_job_while_it_decrypts(nodes, tmp_path):
@@ -317,10 +323,7 @@ def test_a_worker_is_killed_in_mid_job_while_it_decrypts(nodes, tmp_path):
 
     def kill(progress):
         if len(killed) < 2 and progress.files > 20 * len(killed):
-            for pid in workers_of(nodes.cluster)[:1]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
+            kill_a_worker(nodes, killed)
 
     report = sc.decrypt(
         tmp_path / "enc", tmp_path / "back", keys=nodes.key, engine="ray", fsync=False, progress=kill,
