@@ -266,27 +266,49 @@ def _nothing(text: str) -> bool:
 
 
 def _wildcard_regex(parts: Parts) -> str:
-    return "".join(
-        re.escape(part)
-        if isinstance(part, _Literal)
-        else re.escape(part).replace(r"\*", ".*").replace(r"\?", ".")
-        for part in parts
-    )
+    segments = [""]
+    for part in parts:
+        if isinstance(part, _Literal):
+            segments[-1] += re.escape(part)
+            continue
+        first, *others = (re.escape(text).replace(r"\?", ".") for text in part.split("*"))
+        segments[-1] += first
+        segments += others
+    return _joined(segments, ["."] * (len(segments) - 1))
 
 
 def _arn_regex(parts: Parts) -> str:
     last = min(5, sum(part.count(":") for part in parts))  # an ARN has six parts, five colons
     colons = 0
-    regex = []
+    segments, stars = [""], []
     for part in parts:
         literal = isinstance(part, _Literal)
         for character in part:
             colons += character == ":"
+            any_of = "." if colons >= last else "[^:]"
             if literal or character not in "*?":
-                regex.append(re.escape(character))
+                segments[-1] += re.escape(character)
+            elif character == "?":
+                segments[-1] += any_of
             else:
-                regex.append(("." if colons >= last else "[^:]") + ("*" if character == "*" else ""))
-    return "".join(regex)
+                segments.append("")
+                stars.append(any_of)
+    return _joined(segments, stars)
+
+
+def _joined(segments: list[str], stars: list[str]) -> str:
+    """The regular expression of segments with a star between each two.
+
+    What stands between two stars is taken where it is found first, for good (an atomic group): no
+    later place could fit where this one does not, and trying them all would take as long as whoever
+    wrote the pattern likes.
+    """
+    head, *middle = segments
+    if not middle:
+        return head
+    *middle, tail = middle
+    between = (f"(?>{star}*?{segment})" for star, segment in zip(stars, middle, strict=False) if segment)
+    return f"{head}{''.join(between)}{stars[-1]}*{tail}"
 
 
 def _compare(

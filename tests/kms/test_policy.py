@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamcrypt.kms.conditions import arn_match, wildcard_match
 from streamcrypt.kms.errors import KmsError
 from streamcrypt.kms.policy import (
     GRANT_OPERATIONS,
@@ -910,6 +911,41 @@ def test_a_foreign_account_needs_its_own_allow(
     assert not evaluate(ask(EVE, [], context), document(*statements)).allowed
     if not any(entry["Effect"] == "Allow" for entry in own):
         assert not evaluate(ask(EVE, own, context), document(*statements)).allowed
+
+
+def glob(pattern: str, text: str, star: str = "") -> bool:
+    """Wildcards by their definition; ``star``: characters that no wildcard stands for."""
+    if not pattern:
+        return not text
+    if pattern[0] == "*":
+        first = text[:1]
+        return glob(pattern[1:], text, star) or (
+            bool(first) and first not in star and glob(pattern, text[1:], star)
+        )
+    matches = text[:1] == pattern[0] or (pattern[0] == "?" and text[:1] not in star and bool(text))
+    return matches and glob(pattern[1:], text[1:], star)
+
+
+@given(st.text("ab*?", max_size=8), st.text("ab\n", max_size=8))
+def test_wildcards(pattern: str, text: str) -> None:
+    assert bool(wildcard_match(pattern)(text)) is glob(pattern, text)
+
+
+@given(st.text("ab:*?", max_size=9), st.text("ab:", max_size=9))
+def test_wildcards_stay_within_their_part_of_an_arn(pattern: str, text: str) -> None:
+    """But for those of the last part: the whole is tried at every place where that part may begin."""
+    parts = min(5, pattern.count(":"))
+    *fixed, last = pattern.split(":", parts)
+    given_parts = text.split(":", parts)
+    expected = len(given_parts) == parts + 1 and glob(last, given_parts[-1])
+    expected = expected and all(glob(one, other) for one, other in zip(fixed, given_parts, strict=False))
+    assert bool(arn_match(pattern)(text)) is expected
+
+
+def test_a_pattern_of_many_wildcards_takes_no_longer_than_its_length() -> None:
+    for match in (wildcard_match("*a" * 40 + "*b"), arn_match("arn:aws:kms:*:1:" + "*a" * 40 + "*b")):
+        assert not match("arn:aws:kms:x:1:" + "a" * 5000)
+        assert match("arn:aws:kms:x:1:" + "a" * 5000 + "b")
 
 
 @given(st.text(min_size=1, max_size=8), st.text(max_size=8), st.data())
