@@ -24,12 +24,12 @@ WITHIN = 0.03
 
 
 def cells(storage: str) -> tuple[Cell, ...]:
-    """Large files, small files, small frames, and a read: half a second or more each."""
+    """Large files, small files, small frames, and a read."""
     shapes: list[dict[str, Any]] = [
-        {"operation": "encrypt", "files": 64, "file_size": 16 * MIB},
+        {"operation": "encrypt", "files": 40, "file_size": 16 * MIB},
         {"operation": "decrypt", "files": 2000, "file_size": 64 << 10},
         {"operation": "encrypt", "files": 32, "file_size": 8 * MIB, "frame_size": 4 << 10},
-        {"operation": "verify", "files": 64, "file_size": 24 * MIB},
+        {"operation": "verify", "files": 48, "file_size": 16 * MIB},
     ]
     return tuple(Cell(storage=storage, workers=2, **shape) for shape in shapes)
 

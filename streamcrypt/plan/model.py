@@ -155,7 +155,7 @@ class Fit:
     coefficients: Vector
     cpu: Vector  # for processor seconds, in the order of CPU_TERMS
     resampled: tuple[Vector, ...]  # refits to runs drawn with replacement
-    residuals: tuple[float, ...]  # measured / predicted - 1, of cells left out of their own fit
+    residuals: tuple[float, ...]  # measured / predicted - 1, of runs
     noise: float | None  # spread of repeated runs of one cell; None where none was repeated
     runs: int
     largest_workers: int
@@ -262,13 +262,19 @@ def fit(
         drawn = [rng.choice([run.wall_s for run in cells[name]], len(cells[name])).tolist() for name in names]
         resampled.append(solved(features, np.array([median(walls_of) for walls_of in drawn])))
 
+    # An error of a fit that saw the cell is too small, of one that did not too large (it is asked beyond
+    # its cells): half-way between the two.
     residuals = []
+    known_to_fit = features @ _solve(features, walls)
     for left_out, cell in enumerate(kinds):
+        if cell.storage != storage or (cell.signed and not signed):
+            continue
         others = np.arange(len(names)) != left_out
         if np.any((features[left_out] > 0) & ~np.any(features[others] > 0, axis=0)):
             continue  # the only one with this kind of work: the others cannot say what it costs
-        predicted = float(_solve(features[others], walls[others]) @ features[left_out])
-        if predicted > 0 and cell.storage == storage and (signed or not cell.signed):
+        unseen = float(_solve(features[others], walls[others]) @ features[left_out])
+        if unseen > 0:
+            predicted = math.sqrt(unseen * float(known_to_fit[left_out]))
             residuals += [run.wall_s / predicted - 1 for run in cells[names[left_out]]]
     repeated = [spread([run.wall_s for run in group]) for group in cells.values() if len(group) > 1]
     return Fit(

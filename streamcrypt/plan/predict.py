@@ -43,6 +43,8 @@ MAX_MESSAGES: Final = 100_000
 MAX_BYTES: Final = 1 << 40
 CAPACITY: Final = 1000
 
+# A limiter keeps to a quota within some per cent.
+_QUOTA_SPREAD: Final = 0.02
 # Terms that grow with the size of a file.
 _BY_SIZE: Final = ("frame", "byte_serial", "byte", "sync_byte", "hash")
 
@@ -159,6 +161,7 @@ class Job:
     data_keys: int | None = None
     order: Literal["sequential", "random"] = "sequential"
     kms_latency: float = limits.KMS_LATENCY
+    kms_latency_spread: float = 0.2  # sigma: how far the mean may be from what is said, as a logarithm
     kms_quota: float | None = None
     kms_quota_share: float = limits.QUOTA_SHARE
     region: str | None = None
@@ -585,16 +588,17 @@ def _trials(
     residuals = rates.residuals or (0.0,)
     picked = rng.integers(0, len(residuals), trials)
     rates_picked = rng.integers(0, max(1, len(rates.resampled)), trials)
-    latencies = np.exp(rng.normal(0, 0.2, trials))
+    latencies = np.exp(rng.normal(0, job.kms_latency_spread, trials))
+    quotas = quota * np.exp(rng.normal(0, _QUOTA_SPREAD, trials))
     seconds = []
-    for residual, chosen, slower in zip(
-        picked.tolist(), rates_picked.tolist(), latencies.tolist(), strict=True
+    for residual, chosen, slower, admitted in zip(
+        picked.tolist(), rates_picked.tolist(), latencies.tolist(), quotas.tolist(), strict=True
     ):
         # The fit's own errors are errors of the host's work; waiting for the KMS has its own spread.
         coefficients = rates.resampled[chosen] if rates.resampled else rates.coefficients
         scaled = coefficients * max(0.1, 1 + widen * residuals[residual])
         trial = dataclasses.replace(job, kms_latency=job.kms_latency * slower)
-        seconds.append(_estimate(trial, rates, scaled, workers, cores, quota).seconds)
+        seconds.append(_estimate(trial, rates, scaled, workers, cores, admitted).seconds)
     return sorted(seconds)
 
 

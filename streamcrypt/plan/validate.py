@@ -22,6 +22,7 @@ from streamcrypt.plan.model import best_rate, nearest, work_of
 
 REPEATS: Final = 10  # runs of one cell, for the machine's own noise floor
 ROUNDS: Final = 3
+KNOWN_LATENCY: Final = 0.1  # spread of the mean of a KMS that answers as it was told
 UNLIMITED: Final = 1e9  # calls a second
 WITHIN: Final = 0.2  # of the time: a good prediction
 BY_AGE: Final = 0.05  # of the calls, where an age limit decides how many there are
@@ -64,6 +65,7 @@ def job_of(cell: Cell) -> planner.Job:
         storage=cell.storage,
         cache=cell.cache,
         kms_latency=cell.kms_latency,
+        kms_latency_spread=KNOWN_LATENCY,
         kms_quota=cell.kms_quota or UNLIMITED,
         **{name: value for name, value in limits.items() if value is not None},  # type: ignore[arg-type]
     )
