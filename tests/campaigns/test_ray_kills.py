@@ -31,6 +31,8 @@ from families.clusters import (  # noqa: E402
     workers_of,
 )
 
+from streamcrypt.engine import remote  # noqa: E402
+
 pytestmark = [
     pytest.mark.campaign,
     pytest.mark.timeout(0),
@@ -159,4 +161,34 @@ def test_kills_of_the_driver(campaign, cluster, tmp_path):
         failure = failure or judged(target, contents, key, report)
         campaign_run.trial(failure, interrupted=driver.returncode != 0, skipped=report and report["skipped"])
     campaign_run.notes = {"interrupted": interrupted}
+    campaign_run.finish()
+
+
+def test_every_node_is_killed(campaign, cluster, tmp_path, monkeypatch):
+    made, key = cluster
+    campaign_run = campaign("12")
+    monkeypatch.setattr(remote, "_NO_NODE", 5.0)
+    monkeypatch.setattr(remote, "_LOOK", 1.0)
+    contents = make_tree(tmp_path / "in", FILES)
+    for _ in range(campaign_run.number(10)):
+        target = tmp_path / "out"
+        shutil.rmtree(target, ignore_errors=True)
+
+        def kill(progress):
+            for node in list(made.worker_nodes):
+                kill_node(made, node)
+
+        failure = None
+        try:
+            sc.encrypt(tmp_path / "in", target, keys=key, engine="ray", fsync=False, progress=kill)
+            failure = "the job ended well without any node"
+        except sc.TemporaryError:
+            pass
+        if leftovers(target):
+            failure = "temporary files were left"
+        for _ in range(2):
+            add_node(made)
+        report = sc.encrypt(tmp_path / "in", target, keys=key, engine="ray", fsync=False, resume=True)
+        failure = failure or judged(target, contents, key, report)
+        campaign_run.trial(failure, skipped=report["skipped"])
     campaign_run.finish()
