@@ -45,6 +45,7 @@ from streamcrypt.bench.records import (
     this_machine,
     write_parquet,
 )
+from streamcrypt.engine.run import PROCESSES_PAY, interpreter_seconds
 from streamcrypt.units import parse_duration, parse_size
 
 KIB: Final = 1 << 10
@@ -248,9 +249,12 @@ def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep
     many that the engine takes processes for workers.  What does not depend on the storage (frames,
     signatures, data keys, starting workers) is measured on the first one only, memory if it is there.
     """
-    many, large, middle = (2000, 8 * KIB, MIB), (20, 24 * MIB, MIB), (200, 2 * MIB, MIB)
-    more, frames = (5000, 8 * KIB, MIB), (112, 4 * MIB, 4 * KIB)
-    spans, some_frames = (2, 256 * MIB, MIB), (800, 256 * KIB, 64 * KIB)
+    # Clearly below the number of small files from which on workers are processes, clearly above it, far above.
+    turn = PROCESSES_PAY / interpreter_seconds(1, 1)
+    many, more, most = ((min(20_000, round(times * turn)), 8 * KIB, MIB) for times in (0.55, 1.5, 3.5))
+    large, middle = (16, 24 * MIB, MIB), (150, 2 * MIB, MIB)
+    frames = (math.ceil(1.1 * PROCESSES_PAY / interpreter_seconds(1, 1025)), 4 * MIB, 4 * KIB)
+    spans, some_frames = (2, 192 * MIB, MIB), (600, 256 * KIB, 64 * KIB)
     cells: list[Cell] = []
 
     def add(shape: tuple[int, int, int], **fields: Any) -> None:
@@ -264,14 +268,16 @@ def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep
         common: dict[str, Any] = {"storage": storage, "workers": workers, "operation": operation}
         fsync = storage == "disk" and operation != "verify"
         moves = operation in ("encrypt", "decrypt")
-        shapes = [many, large] + ([middle] if moves else [])
+        shapes = [many, large]
         if storage == ordered[0]:
-            shapes += [more, frames] + ([spans, some_frames] if moves else [])
+            shapes += [more, frames] + ([middle, spans, some_frames] if moves else [])
             add((600, 8 * KIB, MIB), cache_max_messages=1, **common)
-            for signed in ((300, 16 * KIB, MIB), (12, 24 * MIB, MIB)):
+            for signed in (
+                ((300, 16 * KIB, MIB), (12, 24 * MIB, MIB)) if operation != "rekey" or workers > 1 else ()
+            ):
                 add(signed, signed=True, **common)
             if workers > 1:
-                add((12_000, 4 * KIB, MIB), fsync=fsync, **common)
+                add(most, fsync=fsync, **common)
         elif workers > 1:
             shapes.append(more)
         for shape in shapes:
