@@ -150,15 +150,16 @@ def test_a_journal_that_somebody_else_wrote_is_not_believed(
     url = f"{bucket.url}/enc"
     interrupt("encrypt", source, url, key, after=FILES + 1)
     real = parts(bucket)
-    lines = b"".join(sc.decrypt_bytes(bucket.get(name)) for name in real)
-    assert lines.count(b"header_tag") == FILES + 1
+    contents = [sc.decrypt_bytes(bucket.get(name)) for name in real]
+    assert sum(lines.count(b"header_tag") for lines in contents) == FILES + 1
     for name in real:
         bucket.delete(name)
     bucket.put(f"enc/{JOURNAL}/", b"")
     bucket.put(f"enc/{JOURNAL}/-", os.urandom(100))
-    # In clear, and as a file that somebody got encrypted under the same key.
-    bucket.put(f"enc/{JOURNAL}/0", lines)
-    bucket.put(f"enc/{JOURNAL}/1", sc.encrypt_bytes(lines, keys=key))
+    # In clear, and as files that somebody got encrypted under the same key.
+    for number, lines in enumerate(contents):
+        bucket.put(f"enc/{JOURNAL}/clear-{number}", lines)
+        bucket.put(f"enc/{JOURNAL}/message-{number}", sc.encrypt_bytes(lines, keys=key))
     report = sc.encrypt(source, url, keys=key, resume=True)
     assert (report.files, report.skipped) == (FILES + 1, 0)
     sc.verify(url, against=source)
