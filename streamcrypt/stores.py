@@ -61,8 +61,8 @@ _URL: Final = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
 FIRST_READ: Final = 64 * 2**10
 # The same for who reads all of it.
 _WHOLE_READ: Final = 2**20
-# Objects that were opened, or are about to be, and wait for who needs them.
-_OPENED: Final = 512
+# Bytes of objects that were opened, or are about to be, and wait for who needs them.
+_OPENED_BYTES: Final = 64 * 2**20
 # Who reads on without a gap is given what comes next before it is asked for: after so many bytes, in
 # requests that grow to the second number, so many at once.
 _SEQUENTIAL: Final = 4 * 2**20
@@ -249,19 +249,19 @@ class StoreTree:
             return opened.result()
         return StoreSource(self._bucket, self.key(name), self.path(name), self._first_read)
 
-    def expect(self, name: str) -> None:
-        """Begin to open an object that will be opened soon, by this tree or a copy of it."""
+    def expect(self, name: str, size: int) -> None:
+        """Begin to open an object that will soon be opened and read; one of up to 1 MiB comes whole."""
         key, path = self.key(name), self.path(name)
-        self._bucket.keep_opened(
-            key, _threads().submit(StoreSource, self._bucket, key, path, self._first_read)
-        )
+        length = size if size <= _WHOLE_READ + FIRST_READ else FIRST_READ
+        opened = _threads().submit(StoreSource, self._bucket, key, path, max(1, length))
+        self._bucket.keep_opened(key, opened, length)
 
     def lend(self, name: str, source: StoreSource) -> None:
         """Leave an open object to whoever opens it next: the same version, without a request."""
         source.is_read_whole = True
         opened: Future[StoreSource] = Future()
         opened.set_result(source)
-        self._bucket.keep_opened(self.key(name), opened)
+        self._bucket.keep_opened(self.key(name), opened, source.head_length)
 
     # -- writing
 
@@ -371,11 +371,15 @@ class StoreSource:
         with _translated(SourceError, path):
             try:
                 found = obstore.get(bucket.store, key, options={"range": (0, first_read)})
-                meta, metadata, self._head = found.meta, found.attributes, bytes(found.bytes())
+                meta, metadata, self._head = found.meta, found.attributes, memoryview(found.bytes())
             except GenericError as error:
                 if " 416" not in str(error):
                     raise
-                meta, metadata, self._head = obstore.head(bucket.store, key), {}, b""  # it is empty
+                meta, metadata, self._head = (
+                    obstore.head(bucket.store, key),
+                    {},
+                    memoryview(b""),
+                )  # it is empty
         self.size: int = meta["size"]
         self.state: State = _state(meta)
         self.metadata: Mapping[str, str] = metadata
@@ -388,6 +392,11 @@ class StoreSource:
         self.is_read_whole = first_read >= _WHOLE_READ
         self._blocks: deque[_Block] = deque()
         self._window = 2**20
+
+    @property
+    def head_length(self) -> int:
+        """The bytes from its start on that came when it was opened."""
+        return len(self._head)
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         length = max(0, min(len(buffer), self.size - offset))
@@ -799,17 +808,24 @@ class _Bucket:
         self._lock = threading.Lock()
         self._store: ObjectStore | None = None
         self._client: Any = None
-        self._opened: dict[str, Future[StoreSource]] = {}
+        self._opened: dict[str, tuple[Future[StoreSource], int]] = {}
+        self._opened_bytes = 0
 
-    def keep_opened(self, key: str, opened: Future[StoreSource]) -> None:
+    def keep_opened(self, key: str, opened: Future[StoreSource], length: int) -> None:
+        """Keep an object, of which so many bytes are in memory, until it is taken, or too many are kept."""
         with self._lock:
-            self._opened[key] = opened
-            if len(self._opened) > _OPENED:
-                self._opened.pop(next(iter(self._opened)))
+            _, before = self._opened.pop(key, (None, 0))
+            self._opened[key] = opened, length
+            self._opened_bytes += length - before
+            while self._opened_bytes > _OPENED_BYTES:
+                _, dropped = self._opened.pop(next(iter(self._opened)))
+                self._opened_bytes -= dropped
 
     def take_opened(self, key: str) -> Future[StoreSource] | None:
         with self._lock:
-            return self._opened.pop(key, None)
+            opened, length = self._opened.pop(key, (None, 0))
+            self._opened_bytes -= length
+            return opened
 
     @property
     def store(self) -> ObjectStore:

@@ -90,6 +90,8 @@ if TYPE_CHECKING:
 _ATTEMPTS: Final = 3
 # Messages in a store that are being opened while those before them become tasks.
 _OPENED_AHEAD: Final = 32
+# Files that a worker holds until all of them are whole, where they are held in memory.
+_STORE_BATCH_FILES: Final = 4
 # The first entries are looked at to choose threads or processes.
 SAMPLE: Final = 4096
 # What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
@@ -725,7 +727,7 @@ class _Run:
         waiting: deque[_Item] = deque()
         for item in items:
             if not self._is_told(item):
-                tree.expect(item.entry.name)
+                tree.expect(item.entry.name, item.entry.size)
             waiting.append(item)
             if len(waiting) > _OPENED_AHEAD:
                 yield waiting.popleft()
@@ -749,6 +751,8 @@ class _Run:
             self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * workers)))
         frames = sum(entry.size // frame_length + 1 for entry in sample)
         on_a_store = any(tree is not None and tree.in_order for tree in (job.source.tree, target, compared))
+        if on_a_store:
+            self._batch_files = min(self._batch_files, _STORE_BATCH_FILES)
         # Who waits for a store needs no processor of its own.
         if workers > 1 and processes_pay(len(sample), frames) and not on_a_store:
             return ProcessPool(setup, workers)
