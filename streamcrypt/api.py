@@ -685,6 +685,9 @@ class _Calls:
         if job.signing is not None and not job.dry_run:
             job.signing.prepare()
         opens = job.reading is not None or job.writing is not None
+        to_a_stream = job.destination is not None and job.destination.is_stream
+        if self._engine == "ray" and (job.source.is_stream or to_a_stream):
+            raise ValueError("a stream goes through one process; leave out engine ray for it")
         if self._engine == "ray" and opens and not job.dry_run:
             from streamcrypt.engine.remote import Cluster  # start-up: only a cluster needs it
 
@@ -692,7 +695,6 @@ class _Calls:
         client_object = None
         if job.reading is not None and job.source.name is not None:
             client_object = _client_object(job.source.path)
-        to_a_stream = job.destination is not None and job.destination.is_stream
         if job.source.is_stream or to_a_stream or client_object is not None:
             from streamcrypt.engine import pipes
 

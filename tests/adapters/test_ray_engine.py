@@ -324,3 +324,13 @@ def test_a_signed_manifest_and_keys_by_partition(keys, tree):
     assert sc.verify(tree / "enc", signed_by=tree / "public.der").files == 37
     sc.decrypt(tree / "enc", tree / "dec", keys=[keys, other], signed_by=tree / "public.der", engine="ray")
     assert same(tree / "plain", tree / "dec")
+
+
+def test_a_stream_is_not_for_a_cluster(tmp_path):
+    """It goes through one process: said before anything is read or a cluster is looked for."""
+    key = tmp_path / "key"
+    key.write_bytes(os.urandom(32))
+    key.chmod(0o600)
+    with pytest.raises(ValueError, match="one process"):
+        sc.encrypt("-", tmp_path / "out", keys=f"raw-aes:a/b@{key}", engine="ray")
+    assert not (tmp_path / "out").exists()
