@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import re
+import select
 import signal
 import subprocess
 import time
@@ -32,7 +33,8 @@ class Traced:
         if not self.pid:
             status = 11
             try:
-                os.read(ready, 1)  # no other call before this one: strace may be there already
+                # No other call before the work: strace may be there already.  This one is never tampered with.
+                select.select([ready], [], [])
                 try:
                     work()
                     status = 0
@@ -46,7 +48,8 @@ class Traced:
             stderr=subprocess.DEVNULL,
             stdin=subprocess.DEVNULL,
         )
-        while "TracerPid:\t0" in Path(f"/proc/{self.pid}/status").read_text():
+        while "TracerPid:\t0" in (status := Path(f"/proc/{self.pid}/status").read_text()):
+            assert "State:\tZ" not in status, "the child ended before it was traced"
             time.sleep(0.001)
         os.write(go, b"x")
         os.close(go)
