@@ -126,6 +126,10 @@ class Keyring(KeyHolder, abc.ABC):
                 return data_key
         raise none_opened(encrypted_data_keys, failures)
 
+    def kms_key_arns(self) -> tuple[str, ...]:
+        """The KMS keys that it opens with: for wrapped keys that do not name theirs (s3client.py)."""
+        return ()
+
     def _matches(self, encrypted: EncryptedDataKey) -> bool:
         """Whether this wrapped key was made for this keyring, as far as its provider and info say."""
         raise NotImplementedError
@@ -151,6 +155,9 @@ class MultiKeyring(Keyring):
         # good one of another keyring nor let the outcome tell whether it was well-formed.
         self._openers = tuple(sorted(keyrings, key=lambda keyring: keyring.fails_silently))
         self.fails_silently = any(keyring.fails_silently for keyring in keyrings)
+
+    def kms_key_arns(self) -> tuple[str, ...]:
+        return tuple(arn for keyring in self._openers for arn in keyring.kms_key_arns())
 
     @property
     def identity(self) -> Hashable:
