@@ -215,7 +215,8 @@ class LocalTree:
         return LocalTree, (self.root,)
 
     def close(self) -> None:
-        self._folders.clear()
+        while self._folders:
+            self._folders.popitem()[1].release()
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -392,7 +393,7 @@ class LocalTree:
             descriptor = os.open(base, _FOLDER_FLAGS, dir_fd=parent)
         if len(self._folders) >= KEPT_FOLDERS:
             for old in [name for name in self._folders if name and not folder.startswith(name)][:1]:
-                del self._folders[old]
+                self._folders.pop(old).release()
         found = self._folders[folder] = _Folder(descriptor)
         return found
 
@@ -400,14 +401,21 @@ class LocalTree:
 class _Folder:
     """An open folder.  It is closed when nobody holds it: neither its tree nor a file in it."""
 
-    __slots__ = ("descriptor",)
+    __slots__ = ("_holders", "descriptor")
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._holders = 1
 
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):  # nothing was written through it, and nobody is there to be told
-            os.close(self.descriptor)
+    def hold(self) -> _Folder:
+        self._holders += 1
+        return self
+
+    def release(self) -> None:
+        self._holders -= 1
+        if self._holders == 0:
+            with contextlib.suppress(OSError):  # nothing was written through it
+                os.close(self.descriptor)
 
 
 class LocalSource:
@@ -421,7 +429,7 @@ class LocalSource:
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise SourceError(f"{path}: {_kind_problem(status.st_mode)}")
-        self._parent = parent
+        self._parent = parent.hold()
         self.size = status.st_size
         self.state = _state(status)
 
@@ -447,6 +455,7 @@ class LocalSource:
             raise SourceError(f"{self._path}: changed while it was read; run again when nobody writes to it")
 
     def close(self) -> None:
+        self._parent.release()
         os.close(self._descriptor)
 
 
@@ -485,7 +494,7 @@ class LocalTarget(LocalPart):
     def __init__(self, descriptor: int, path: str, parent: _Folder, base: str, temporary: str) -> None:
         super().__init__(descriptor, path)
         self.temporary = temporary
-        self._parent = parent
+        self._parent = parent.hold()
         self._base = base
         self._open = True
 
@@ -554,6 +563,7 @@ class LocalTarget(LocalPart):
 
     def _close(self) -> None:
         self._open = False
+        self._parent.release()
         os.close(self._descriptor)
 
 

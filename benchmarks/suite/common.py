@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -128,6 +129,32 @@ def hash_loop(source: Path, workers: int = WORKERS) -> None:
         digest.finalize()
 
     _in_threads(work, sorted(source.iterdir()), workers)
+
+
+_BARE = """
+import os, sys
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+source, target, part, parts = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+for name in sorted(os.listdir(source))[part::parts]:
+    reading = os.open(f"{source}/{name}", os.O_RDONLY)
+    plaintext = os.read(reading, os.fstat(reading).st_size)
+    os.close(reading)
+    sealed = AESGCM(os.urandom(32)).encrypt(bytes(12), plaintext, b"")
+    writing = os.open(f"{target}/.{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    os.write(writing, sealed)
+    os.close(writing)
+    os.rename(f"{target}/.{name}", f"{target}/{name}")
+"""
+
+
+def bare_loop(source: Path, target: Path, workers: int = WORKERS) -> None:
+    """The least that Python can do for small files: processes that read, seal, write and rename, nothing else."""
+    target.mkdir()
+    running = [
+        subprocess.Popen([sys.executable, "-c", _BARE, str(source), str(target), str(part), str(workers)])
+        for part in range(workers)
+    ]
+    assert [process.wait() for process in running] == [0] * workers
 
 
 def cp(source: Path, target: Path) -> None:

@@ -452,7 +452,7 @@ def test_twenty_kills_of_workers(heavy, tmp_path):
     root, contents = heavy
     rng = random.Random(13)
     killed = 0
-    for trial in range(20):
+    for trial in range(30):
         if killed >= 20:
             break
         target = tmp_path / f"enc{trial}"
@@ -467,7 +467,7 @@ def test_twenty_kills_of_workers(heavy, tmp_path):
                 if not children:
                     stop.wait(0.002)
                     continue
-                stop.wait(rng.uniform(0, 0.7))
+                stop.wait(rng.uniform(0, 0.35))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rng.choice(children), signal.SIGKILL)
                     kills += 1
