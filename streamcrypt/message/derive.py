@@ -41,7 +41,7 @@ def derive_keys(suite: AlgorithmSuite, data_key: bytes, message_id: bytes) -> De
             f"the data key has {len(data_key)} bytes; suite {suite.name} takes {suite.key_length}"
         )
     if suite.kdf_hash is None:
-        return DerivedKeys(data_key, b"")
+        return DerivedKeys(bytes(data_key), b"")  # a plain copy: it goes to workers
     if not suite.committing:
         info = suite.id_bytes + message_id
         return DerivedKeys(HKDF(suite.kdf_hash, suite.key_length, None, info).derive(data_key), b"")

@@ -503,7 +503,10 @@ try:
     for _ in iterator:
         pass
 except (RuntimeError, OSError, EOFError) as error:
-    print(type(error).__name__, error, flush=True)
+    try:
+        print(type(error).__name__, error, flush=True)
+    except RuntimeError as late:  # torch's handler for the dead child, which may come only now
+        print(type(late).__name__, late, flush=True)
     os._exit(7)
 """
 

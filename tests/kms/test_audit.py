@@ -364,7 +364,8 @@ def test_cloudtrail_files_in_every_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"text", b"[1, 2]", b'{"a": ', gzip.compress(b"x" * 100, mtime=0)[:-9], b"\xff\xfe", b"null"]
+    "content",
+    [b"", b"text", b"[1, 2]", b'{"a": ', gzip.compress(b"x" * 100, mtime=0)[:-9], b"\xff\xfe", b"null"],
 )
 def test_what_is_no_log_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "log.json"
