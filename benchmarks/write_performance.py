@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from streamcrypt.bench.records import Records, by_cell, median, read, spread
 from streamcrypt.plan import REFERENCE, validate
+from streamcrypt.plan import model as plan_model
 from streamcrypt.plan.model import TERMS, ModelError, fit
 from streamcrypt.units import format_size
 
@@ -76,13 +78,7 @@ MODEL = """\
 ## The plan's model
 
 ```text
-wall = start + [processes] workers·w
-       + [threads] files·(a + a'·(1 - 1/workers)) + frames·f      one at a time: the interpreter's lock
-       + [processes] files·b·(d + (1 - d)/P) + frames·f/P         P = usable workers
-       + bytes·(c_serial + c/P)
-       + [fsync] files·(t_serial + t/P) + bytes·t_B
-       + [signed] files·(s_serial + s/P) + bytes·s_B/P
-       + keys·k
+{formula}
 ```
 
 P is the number of workers that have a task and a core; whether workers are threads or processes is the engine's own
@@ -203,11 +199,12 @@ def main() -> None:
     parser.add_argument("--validation", type=Path)
     arguments = parser.parse_args()
     reference = read(REFERENCE)
+    formula = textwrap.dedent((plan_model.__doc__ or "").split("\n\n")[1])
     sections = [
         [METHOD],
         measured_table(read(arguments.sweep) if arguments.sweep else reference),
         [""],
-        [MODEL],
+        [MODEL.format(formula=formula)],
         rates_table(reference),
         [""],
         validation_section(arguments.validation),

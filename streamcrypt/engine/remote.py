@@ -32,7 +32,7 @@ from typing import Any, Final, NamedTuple
 from streamcrypt import __version__
 from streamcrypt.engine.job import Failure, Job, Place, Report
 from streamcrypt.engine.pool import Lost, Pool, Tasks
-from streamcrypt.engine.run import _ATTEMPTS, SAMPLE, _Item, _Run
+from streamcrypt.engine.run import SAMPLE, _Item, _Run, outcome_of
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, FileTask, Opening, Sealing, SpanTask
 from streamcrypt.engine.worker import Outcome, Setup, Worker, unexpected
 from streamcrypt.errors import (
@@ -316,15 +316,7 @@ class _ClusterRun(_Run):
 
     def _retry(self, task: FileTask, reason: str) -> None:
         self._given_up.setdefault(task.number, []).append(task)
-        if (published := self._published(task)) is not None:
-            self._finish_file(published, _outcome_of(published))
-        elif task.attempt >= _ATTEMPTS:
-            error = StreamcryptError(f"{self._path(task.source)}: {reason} each time it had this file")
-            self._fail(task.number, task.source, error)
-        else:
-            sealing = self._sealing(task.source, task.length) if task.sealing is not None else None
-            again = task._replace(sealing=sealing, attempt=task.attempt + 1)
-            self._feeds.append(self._lists(iter((again,))))
+        super()._retry(task, reason)
 
     def _take(self, outcome: Outcome) -> None:
         if isinstance(outcome.error, DestinationError) and outcome.number in self._given_up:
@@ -332,7 +324,7 @@ class _ClusterRun(_Run):
             if task is not None and (published := self._published(task)) is not None:
                 # Whoever was given up for lost has finished it meanwhile: its message stands.
                 del self._tasks[task.number]
-                self._finish_file(published, _outcome_of(published))
+                self._finish_file(published, outcome_of(published))
                 return
         super()._take(outcome)
 
@@ -342,7 +334,7 @@ class _ClusterRun(_Run):
         if task.target is None or destination is None or not destination.tree.exists(task.target):
             return None
         if task.sealing is None:
-            return task if self._was_published(task) else None
+            return super()._published(task)
         assert self.job.writing is not None
         ours = {_header(lost.sealing.header).encrypted_data_keys
                 for lost in self._given_up[task.number] if lost.sealing is not None}  # fmt: skip
@@ -415,14 +407,6 @@ def _header(header: bytes) -> Header:
 
 def _length(task: FileTask | SpanTask) -> int:
     return task.stop - task.start if isinstance(task, SpanTask) else task.length
-
-
-def _outcome_of(task: FileTask) -> Outcome:
-    """What became of a file whose worker published it and was lost before it could say so."""
-    read = task.length
-    if task.opening is not None:
-        read = task.opening.geometry.message_length if task.opening.geometry is not None else 0
-    return Outcome(task.number, read, task.target_length or 0, task.length)
 
 
 # ---------------------------------------------------------------------------------------------

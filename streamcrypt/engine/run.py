@@ -887,8 +887,8 @@ class _Run:
                 self._retry(task, lost.reason)
 
     def _retry(self, task: FileTask, reason: str) -> None:
-        if self._was_published(task):
-            self._finish_file(task, Outcome(task.number, 0, task.target_length or 0))
+        if (published := self._published(task)) is not None:
+            self._finish_file(published, outcome_of(published))
         elif task.attempt >= _ATTEMPTS:
             error = StreamcryptError(f"{self._path(task.source)}: {reason} each time it had this file")
             self._fail(task.number, task.source, error)
@@ -897,24 +897,25 @@ class _Run:
             again = task._replace(sealing=sealing, attempt=task.attempt + 1)
             self._feeds.append(self._lists(iter((again,))))
 
-    def _was_published(self, task: FileTask) -> bool:
-        """Whether the worker that died had already given this very file its name."""
+    def _published(self, task: FileTask) -> FileTask | None:
+        """The task, if the worker that died had already given this very file its name."""
         destination = self.job.destination
         if task.target is None or destination is None or not destination.tree.exists(task.target):
-            return False
+            return None
         if task.sealing is None:
             compare = task._replace(target=None, against=task.target)
             worker = Worker(Setup(self.job.source.tree, None, destination.tree))
             try:
-                return worker.run([compare])[0].error is None
+                return task if worker.run([compare])[0].error is None else None
             finally:
                 worker.close()
         try:
             source = destination.tree.open(task.target)
         except SourceError:
-            return False
+            return None
         try:
-            return read_bytes(source, 0, len(task.sealing.header)) == task.sealing.header
+            header = task.sealing.header
+            return task if read_bytes(source, 0, len(header)) == header else None
         finally:
             source.close()
 
@@ -1060,6 +1061,14 @@ def _kind(job: Job) -> str:
 def _data_key(header: Header) -> Hashable:
     """What a KMS is asked for: the wrapped keys, and the context that is bound to them."""
     return header.encrypted_data_keys, frozenset(header.context.items())
+
+
+def outcome_of(task: FileTask) -> Outcome:
+    """What became of a file whose worker published it and was lost before it could say so."""
+    read = task.length
+    if task.opening is not None:
+        read = task.opening.geometry.message_length if task.opening.geometry is not None else 0
+    return Outcome(task.number, read, task.target_length or 0, task.length)
 
 
 def merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[Entry | None, Listed | None]]:

@@ -1,5 +1,6 @@
-"""The object store that several modules here test against."""
+"""What several modules here test against: an object store, and a KMS with keys by partition."""
 
+from families.partitions import kms
 from families.s3 import bucket, client, key, server
 
-__all__ = ["bucket", "client", "key", "server"]
+__all__ = ["bucket", "client", "key", "kms", "server"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from families.kms import FakeClock
+from families.partitions import RULES
 from families.trees import make_tree
 
 import streamcrypt as sc
@@ -15,19 +16,8 @@ from streamcrypt.cli import main
 from streamcrypt.engine.spans import MANIFEST
 from streamcrypt.kms import open_service
 
-NAMES = ("default", "one", "two", "backup")
 FILES = {"subject=1/a": 3000, "subject=1/b": 10, "subject=2/a": 3000, "readme": 5}
-RULES = {"subject=1/*": "local:alias/one", "subject=2/*": ["local:alias/two", "local:alias/backup"]}
 ONE = "local:alias/one"
-
-
-@pytest.fixture
-def kms(home: Path):
-    service = open_service(home)
-    for name in NAMES:
-        key = service.create_key()["KeyMetadata"]["KeyId"]
-        service.create_alias(AliasName=f"alias/{name}", TargetKeyId=key)
-    return service
 
 
 @pytest.fixture

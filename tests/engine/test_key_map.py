@@ -9,29 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from families.partitions import NAMES, RULES
 from families.trees import leftovers, make_tree, read_tree
 
 import streamcrypt as sc
 from streamcrypt.cli import main
 from streamcrypt.engine.spans import MANIFEST
-from streamcrypt.kms import open_service
 from streamcrypt.message.header import parse_header
 
-NAMES = ("default", "one", "two", "backup")
 FILES = {
     "subject=1/a": 3000, "subject=1/b/c": 10, "subject=2/a": 3000, "subject=2/b": 0, "readme": 5,
     "subject=3/a": 20_000,
 }  # fmt: skip
-RULES = {"subject=1/*": "local:alias/one", "subject=2/*": ["local:alias/two", "local:alias/backup"]}
-
-
-@pytest.fixture
-def kms(home: Path):
-    service = open_service(home)
-    for name in NAMES:
-        key = service.create_key()["KeyMetadata"]["KeyId"]
-        service.create_alias(AliasName=f"alias/{name}", TargetKeyId=key)
-    return service
 
 
 @pytest.fixture
