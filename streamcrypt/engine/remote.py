@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from streamcrypt.engine.job import Failure, Job, Place, Report
 from streamcrypt.engine.pool import Lost, Pool, Tasks
 from streamcrypt.engine.run import SAMPLE, _Item, _Run, outcome_of
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, FileTask, Opening, Sealing, SpanTask
-from streamcrypt.engine.worker import Outcome, Setup, Worker, unexpected
+from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker, unexpected
 from streamcrypt.errors import (
     DestinationError,
     IntegrityError,
@@ -73,7 +74,8 @@ LIST_BYTES: Final = 256 * 2**20
 
 _LOOK: Final = 5.0  # seconds between two looks at which nodes there are
 _NO_NODE: Final = 300.0  # seconds without any node after which the job gives up
-_ENDING: Final = 10.0  # seconds that cancelled tasks get to end
+_ENDING: Final = 10.0  # seconds that stopped tasks get to end
+_STOP_LOOK: Final = 0.5  # seconds between two looks of a task whether it is to stop
 _REFUSALS: Final = 3  # for each CPU, without a result in between: then the KMS is away for everybody
 _LOCAL_KEY: Final = b":kms:local:"  # in the ARN of a key of the embedded KMS
 
@@ -435,7 +437,8 @@ class RayPool:
     ) -> None:
         self._ray = ray
         # Once for the job, not with every list.
-        self._common = ray.put((setup, access))
+        self._stop_name = f"streamcrypt/stop/{os.urandom(16).hex()}".encode()
+        self._common = ray.put((setup, access, self._stop_name))
         # Our own engine repeats what was lost, since it knows what had been published already, and
         # gives a span that is done again another key.
         self._work = ray.remote(num_cpus=1, max_retries=0)(work)
@@ -493,9 +496,12 @@ class RayPool:
 
     def close(self, *, cancel: bool = False) -> None:
         if cancel and self._held:
+            from ray.experimental.internal_kv import _internal_kv_put
+
+            # Not `ray.cancel`: a task that ends meanwhile makes Ray 2.60 abort this process, as often as
+            # one interrupt in four.  The tasks look at this entry.
             with contextlib.suppress(self._ray.exceptions.RayError):
-                for reference in self._held:
-                    self._ray.cancel(reference, force=True)
+                _internal_kv_put(self._stop_name, b"1")
                 # What they leave behind can be removed when they have ended.
                 self._ray.wait(list(self._held), num_returns=len(self._held), timeout=_ENDING)
         self._held.clear()
@@ -588,12 +594,32 @@ def _wrapped(task: FileTask | SpanTask) -> WrappedTask:
 # On a node
 
 
-def work(common: tuple[Setup, Access], tasks: Sequence[WrappedTask]) -> Result:
+class _Stop(threading.Event):
+    """Set when the job's driver has said so in the cluster's key-value store; asked twice a second."""
+
+    def __init__(self, name: bytes) -> None:
+        super().__init__()
+        self._name = name
+        self._asked = -math.inf
+
+    def is_set(self) -> bool:
+        from ray.experimental.internal_kv import _internal_kv_exists
+
+        if not super().is_set() and time.monotonic() - self._asked > _STOP_LOOK:
+            self._asked = time.monotonic()
+            if _internal_kv_exists(self._name):
+                self.set()
+        return super().is_set()
+
+
+def work(common: tuple[Setup, Access, bytes], tasks: Sequence[WrappedTask]) -> Result:
     """Do the tasks; what goes wrong with one is its outcome, and what the node cannot do its refusal."""
     import ray
 
-    setup, access = common
-    node, stats = ray.get_runtime_context().get_node_id(), KmsStats()
+    setup, access, stop_name = common
+    node, stats, stop = ray.get_runtime_context().get_node_id(), KmsStats(), _Stop(stop_name)
+    if stop.is_set():
+        return Result(node, [], {}, None, stats)
     made: dict[int, Made] = {}
     ready: list[FileTask | SpanTask] = []
     refusal: StreamcryptError | None = None
@@ -612,10 +638,12 @@ def work(common: tuple[Setup, Access], tasks: Sequence[WrappedTask]) -> Result:
     except Exception as error:  # noqa: BLE001  (the outermost loop: the error goes home)
         refusal = unexpected(setup.source.root, error)
     outcomes: list[Outcome] = []
-    worker = Worker(setup)
+    worker = Worker(setup, stop)
     try:
         for start in range(0, len(ready), BATCH_FILES):
             outcomes += worker.run(ready[start : start + BATCH_FILES])
+    except Cancelled:  # nobody waits for what was done
+        return Result(node, [], {}, None, stats)
     finally:
         worker.close()
     if setup.durable and isinstance(setup.target, LocalTree):
