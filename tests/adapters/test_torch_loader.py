@@ -503,11 +503,16 @@ try:
     for _ in iterator:
         pass
 except (RuntimeError, OSError, EOFError) as error:
+    told = error
+while True:
     try:
-        print(type(error).__name__, error, flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        print(type(told).__name__, told, flush=True)
+        # The other one may wait for a lock of the queue that died with the first, and holds our standard output.
+        os.kill(iterator._workers[1].pid, signal.SIGKILL)
+        os._exit(7)
     except RuntimeError as late:  # torch's handler for the dead child, which may come only now
-        print(type(late).__name__, late, flush=True)
-    os._exit(7)
+        told = late
 """
 
 

@@ -126,7 +126,8 @@ def test_workers_leave_no_core(tmp_path: Path, cores_allowed: int, monkeypatch: 
     hard = cores_allowed
     pool = ProcessPool(Setup(LocalTree(str(tmp_path)), None), 2)
     try:
-        for pid in pool.pids:
+        pids = pool.pids
+        for pid in pids:
             assert wait_until(lambda pid=pid: core_limit(pid) == "0")
             if os.geteuid() == 0:
                 resource.prlimit(pid, resource.RLIMIT_CORE, (hard, hard))
@@ -134,7 +135,7 @@ def test_workers_leave_no_core(tmp_path: Path, cores_allowed: int, monkeypatch: 
     finally:
         pool.close()
     assert not list(tmp_path.glob("core*"))
-    assert not child_processes()
+    assert not set(pids) & set(child_processes())  # a server of another test may run
 
 
 PROBE = """
