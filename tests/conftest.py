@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh STREAMCRYPT_HOME: the embedded KMS of this test alone."""
+    # A fork server that another test left would keep that test's environment.
+    forkserver._forkserver._stop()
     folder = tmp_path / "streamcrypt-home"
     monkeypatch.setenv("STREAMCRYPT_HOME", str(folder))
     return folder
