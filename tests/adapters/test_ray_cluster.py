@@ -96,7 +96,10 @@ def setting(tmp_path_factory):
 
 @contextlib.contextmanager
 def object_store():
-    """The variables of an S3 of this machine, with a bucket; none where moto is missing."""
+    """The variables of an S3 of this machine, with a bucket of its own name; none where moto is missing.
+
+    moto keeps one state for all servers of a process.
+    """
     try:
         from moto.server import ThreadedMotoServer
     except ImportError:
@@ -107,7 +110,7 @@ def object_store():
     server.start()
     host, port = server.get_host_and_port()
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-                 aws_access_key_id="test", aws_secret_access_key="test").create_bucket(Bucket="bucket")  # fmt: skip
+                 aws_access_key_id="test", aws_secret_access_key="test").create_bucket(Bucket="of-the-cluster")  # fmt: skip
     yield {"AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
     server.stop()
 
@@ -261,12 +264,12 @@ def test_object_stores(nodes, tmp_path, monkeypatch):
     cut_small(monkeypatch)
     options = {"keys": nodes.key, "engine": "ray"}
     # A store takes a message from its start to its end: one node makes each.
-    report = sc.encrypt(tmp_path / "in", "s3://bucket/enc", frame_size="64KiB", **options)
+    report = sc.encrypt(tmp_path / "in", "s3://of-the-cluster/enc", frame_size="64KiB", **options)
     assert report["files"] == 31
-    assert sc.verify("s3://bucket/enc", against=tmp_path / "in", keys=nodes.key)["files"] == 31
-    assert sc.verify("s3://bucket/enc", against=tmp_path / "in", **options)["files"] == 31
-    sc.rekey("s3://bucket/enc", "s3://bucket/new", from_keys=nodes.key, **options)
-    sc.decrypt("s3://bucket/new", tmp_path / "back", **options)
+    assert sc.verify("s3://of-the-cluster/enc", against=tmp_path / "in", keys=nodes.key)["files"] == 31
+    assert sc.verify("s3://of-the-cluster/enc", against=tmp_path / "in", **options)["files"] == 31
+    sc.rekey("s3://of-the-cluster/enc", "s3://of-the-cluster/new", from_keys=nodes.key, **options)
+    sc.decrypt("s3://of-the-cluster/new", tmp_path / "back", **options)
     assert read_tree(tmp_path / "back") == contents
 
 
