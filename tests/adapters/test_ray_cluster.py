@@ -110,7 +110,7 @@ def object_store():
     server.start()
     host, port = server.get_host_and_port()
     boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
-                 aws_access_key_id="test", aws_secret_access_key="test").create_bucket(Bucket="of-the-cluster")  # fmt: skip
+                 aws_access_key_id="test", aws_secret_access_key="test").create_bucket(Bucket="clustered")  # fmt: skip
     yield {"AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", "AWS_REGION": "us-east-1"}
     server.stop()
 
@@ -264,12 +264,12 @@ def test_object_stores(nodes, tmp_path, monkeypatch):
     cut_small(monkeypatch)
     options = {"keys": nodes.key, "engine": "ray"}
     # A store takes a message from its start to its end: one node makes each.
-    report = sc.encrypt(tmp_path / "in", "s3://of-the-cluster/enc", frame_size="64KiB", **options)
+    report = sc.encrypt(tmp_path / "in", "s3://clustered/enc", frame_size="64KiB", **options)
     assert report["files"] == 31
-    assert sc.verify("s3://of-the-cluster/enc", against=tmp_path / "in", keys=nodes.key)["files"] == 31
-    assert sc.verify("s3://of-the-cluster/enc", against=tmp_path / "in", **options)["files"] == 31
-    sc.rekey("s3://of-the-cluster/enc", "s3://of-the-cluster/new", from_keys=nodes.key, **options)
-    sc.decrypt("s3://of-the-cluster/new", tmp_path / "back", **options)
+    assert sc.verify("s3://clustered/enc", against=tmp_path / "in", keys=nodes.key)["files"] == 31
+    assert sc.verify("s3://clustered/enc", against=tmp_path / "in", **options)["files"] == 31
+    sc.rekey("s3://clustered/enc", "s3://clustered/new", from_keys=nodes.key, **options)
+    sc.decrypt("s3://clustered/new", tmp_path / "back", **options)
     assert read_tree(tmp_path / "back") == contents
 
 
