@@ -6,6 +6,7 @@ of them fail.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
@@ -328,6 +329,18 @@ def test_reading_on_takes_few_requests(bucket: Bucket, tmp_path: Path, key: str)
     sc.encrypt(f"{bucket.url}/f", tmp_path / "m", keys=key)
     reads = [request for request in bucket.proxy.requests if request[0] == "GET"]
     assert len(reads) < 16  # of 1 MiB and more: 64 without reading ahead
+
+
+def test_small_pieces_are_read_ahead_from_the_end_of_the_first_bytes_on(bucket: Bucket) -> None:
+    data = random.Random(0).randbytes(3 * MiB)
+    bucket.put("f", data)
+    bucket.proxy.requests.clear()
+    source, piece = stores.StoreTree(bucket.url).open("f"), memoryview(bytearray(16 * 2**10))
+    with contextlib.closing(source):
+        for offset in range(0, len(data), len(piece)):  # one of them ends where the first bytes do
+            assert source.read_at(offset, piece) == len(piece)
+            assert piece == data[offset : offset + len(piece)]
+    assert len(bucket.proxy.requests) <= 4  # the first bytes, 1 MiB, 2 MiB
 
 
 MEMORY = """
