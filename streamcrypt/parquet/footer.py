@@ -5,7 +5,8 @@
     … | footer                              | length u32 | "PAR1"      a plain file
 
 pyarrow takes a plain file where an encrypted one is expected, so the difference is made here: whoever
-can replace a file could otherwise replace it by one without any encryption.
+can replace a file could otherwise replace it by one without any encryption.  For the same reason
+AES_GCM_CTR_V1 is refused: it seals pages with AES-CTR, so that a flipped bit is a wrong value.
 
 Source: Apache Parquet, Encryption.md section 5 and parquet.thrift; Thrift's compact protocol.
 """
@@ -27,6 +28,8 @@ MAX_FOOTER_LENGTH: Final = 256 * 2**20
 # FileCryptoMetaData.encryption_algorithm, FileCryptoMetaData.key_metadata (parquet.thrift).
 _PLAIN_ALGORITHM, _PLAIN_KEY_METADATA = 8, 9
 _SEALED_ALGORITHM, _SEALED_KEY_METADATA = 1, 2
+# EncryptionAlgorithm, a union: AES_GCM_V1 (1) or AES_GCM_CTR_V1 (2).
+_AES_GCM_V1 = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,10 @@ def read_footer(file: IO[bytes], name: str) -> Footer:
     algorithm = fields.get(_SEALED_ALGORITHM if sealed else _PLAIN_ALGORITHM)
     if not isinstance(algorithm, dict) or not algorithm:
         raise FormatError(f"{name}: this Parquet file is not encrypted", recognised=False)
+    if list(algorithm) != [_AES_GCM_V1]:
+        raise FormatError(
+            f"{name}: nothing authenticates its pages (AES_GCM_CTR_V1, not AES_GCM_V1), so it is not read"
+        )
     key_metadata = fields.get(_SEALED_KEY_METADATA if sealed else _PLAIN_KEY_METADATA, b"")
     return Footer(sealed, algorithm, bytes(key_metadata), bytes(data[position:] if sealed else data))
 

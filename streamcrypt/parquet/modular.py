@@ -102,7 +102,16 @@ def crypto_factory(
     identifiers of a file that is written to the references that wrap under them.
     """
     client = key_client(keys=keys, names=names, context=context)
-    return _encryption_module().CryptoFactory(lambda connection: client)
+
+    class Factory(_encryption_module().CryptoFactory):  # type: ignore[misc]  # pyarrow is not annotated
+        """Seals nothing by AES_GCM_CTR_V1, whose pages no reader can check (footer.py)."""
+
+        def file_encryption_properties(self, connection: Any, config: Any) -> Any:
+            if config.encryption_algorithm != "AES_GCM_V1":
+                raise ValueError(f"{config.encryption_algorithm} does not authenticate pages: use AES_GCM_V1")
+            return super().file_encryption_properties(connection, config)
+
+    return Factory(lambda connection: client)
 
 
 def key_client(

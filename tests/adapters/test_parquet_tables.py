@@ -331,6 +331,38 @@ def test_pyarrow_reads_and_writes_with_our_client(keys: str, tmp_path: Path) -> 
             assert parquet.read_table(tmp_path / "t.parquet", keys=reading).equals(table)
 
 
+def test_pages_that_nothing_authenticates_are_neither_read_nor_written(keys: str, tmp_path: Path) -> None:
+    """AES_GCM_CTR_V1 seals pages without a tag: with it, pyarrow itself gives another value for a flipped bit."""
+    import pyarrow.parquet.encryption as pe
+
+    table = pa.table({"id": range(1000)})
+    config = pe.EncryptionConfiguration("f", uniform_encryption=True, encryption_algorithm="AES_GCM_CTR_V1")
+    connection = pe.KmsConnectionConfig()
+    with pytest.raises(ValueError, match="AES_GCM_V1"):
+        parquet.crypto_factory(names={"f": KEY}).file_encryption_properties(connection, config)
+
+    theirs = pe.CryptoFactory(lambda _: parquet.key_client(names={"f": KEY}))
+    path = tmp_path / "d" / "t.parquet"
+    path.parent.mkdir()
+    pq.write_table(
+        table, path, encryption_properties=theirs.file_encryption_properties(connection, config),
+        compression="none", use_dictionary=False,
+    )  # fmt: skip
+    flip(path, 4000)
+    wrong = pq.read_table(path, decryption_properties=parquet.decryption_properties())
+    assert wrong.shape == table.shape
+    assert not wrong.equals(table)
+    for read in (
+        lambda: parquet.read_table(path),
+        lambda: parquet.read_table(path, columns=["id"]),
+        lambda: parquet.read_table(path.parent),
+        lambda: parquet.dataset(path).to_table(),
+        lambda: parquet.polars_decryption(path),
+    ):
+        with pytest.raises(sc.FormatError, match="nothing authenticates its pages"):
+            read()
+
+
 def test_raw_keys_and_no_path_in_the_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(bytes(range(32)))
     (tmp_path / "key").chmod(0o600)
