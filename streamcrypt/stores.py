@@ -80,8 +80,9 @@ _PARTS_OF_A_LENGTH: Final = 1_000
 _STREAMED_PART_LENGTH: Final = 32 * 2**20
 
 # Every object that we write carries a random value in its metadata under this name: after a lost
-# answer it tells whether the object that is there is the one that was just sent.
-_MARK: Final = "streamcrypt-upload"
+# answer it tells whether the object that is there is the one that was just sent.  Azure takes only names
+# that could be variables.
+_MARK: Final = "streamcryptupload"
 _UPLOADS: Final = f"{RESERVED_FOLDER}/uploads"
 # The record of an upload of another machine is left alone until then.
 _ABANDONED_AFTER: Final = timedelta(days=7)

@@ -185,6 +185,15 @@ def test_a_put_whose_answer_is_lost_is_recognised(bucket: Bucket, key: str) -> N
     assert sc.decrypt_bytes(bucket.get("m")) == b"small"
 
 
+def test_metadata_have_names_that_every_store_takes(bucket: Bucket, key: str) -> None:
+    """Azure's must be C# identifiers; a name with a hyphen failed every write (live: test_live_stores.py)."""
+    for size in (10, BIG):
+        with sc.open(f"{bucket.url}/m", "wb", keys=key) as file:
+            file.write(bytes(size))
+        (name,) = bucket.client.head_object(Bucket=bucket.name, Key="m")["Metadata"]
+        assert name.isidentifier()
+
+
 @pytest.mark.parametrize("request_", [FAULTS["a part"], FAULTS["completion"]], ids=["part", "completion"])
 def test_an_upload_that_keeps_failing_is_aborted(
     bucket: Bucket, key: str, tmp_path: Path, request_: tuple[str, str]
