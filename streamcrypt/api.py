@@ -36,7 +36,7 @@ from streamcrypt.message.context import check_caller_context
 from streamcrypt.message.frames import UNFRAMED_PREFIX, unframed_length
 from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
-from streamcrypt.storage import STORE_SCHEMES, FileObjectSource, Filters, LocalTree, Source
+from streamcrypt.storage import FileObjectSource, Filters, LocalTree, Source, is_store_url
 from streamcrypt.streams import (
     DEFAULT_FRAME_LENGTH,
     DecryptingFile,
@@ -789,7 +789,7 @@ def _frame_length(frame_size: int | str) -> int:
 def _workers(workers: int | None, *places: Path | None) -> int:
     if workers is None:
         cores = default_workers()
-        on_a_store = any(place is not None and _is_store_url(os.fspath(place)) for place in places)
+        on_a_store = any(place is not None and is_store_url(os.fspath(place)) for place in places)
         return max(cores, STORE_WORKERS) if on_a_store else cores
     if workers < 1:
         raise ValueError(f"{workers} workers: it must be at least 1")
@@ -801,10 +801,6 @@ def _name(path: Path | IO[bytes]) -> str:
 
 
 # -- places
-
-
-def _is_store_url(text: str) -> bool:
-    return text.startswith(STORE_SCHEMES)
 
 
 def _in_store(url: str) -> tuple[StoreTree, Place]:
@@ -822,7 +818,7 @@ def _source(path: Path) -> Place:
     text = os.fspath(path)
     if text == "-":
         return Place(LocalTree(""), "-", is_stream=True)
-    if _is_store_url(text):
+    if is_store_url(text):
         folder, place = _in_store(text)
         if place.name is not None and place.tree.exists(place.name):
             return place
@@ -842,7 +838,7 @@ def _destination(path: Path) -> Place:
     text = os.fspath(path)
     if text == "-":
         return Place(LocalTree(""), "-", is_stream=True)
-    if _is_store_url(text):
+    if is_store_url(text):
         folder, place = _in_store(text)
         return place if place.name is None or folder.is_empty() else Place(folder)
     full = os.path.abspath(text)
@@ -895,7 +891,7 @@ def _open_source(path: Path | IO[bytes]) -> Source:
     if not isinstance(path, str | os.PathLike):
         return FileObjectSource(path)
     # An object is opened without looking first what is there: that would be another request.
-    place = _in_store(os.fspath(path))[1] if _is_store_url(os.fspath(path)) else _source(path)
+    place = _in_store(os.fspath(path))[1] if is_store_url(os.fspath(path)) else _source(path)
     if place.name is None:
         raise SourceError(f"{_name(path)}: is a folder, not a file")
     if place.is_stream:

@@ -165,6 +165,18 @@ class Tree(Protocol):
     def sync_folder(self, folder: str) -> None: ...
 
 
+def is_store_url(text: str) -> bool:
+    """Whether a place is in an object store.  ValueError for a URL of anything else, which is no folder's name."""
+    if text.startswith(STORE_SCHEMES):
+        return True
+    scheme, colon, _ = text.partition(":/")  # one slash: so much pathlib leaves of two
+    if colon and scheme and "/" not in scheme:
+        raise ValueError(
+            f"{text}: URLs of places begin with s3://, gs:// and az://; a file or folder is named by its path"
+        )
+    return False
+
+
 def check_name(name: str) -> str:
     """``name`` if it is a relative path that stays below its root; StreamcryptError otherwise."""
     if (

@@ -16,7 +16,7 @@ from streamcrypt.cli import diagnosis, output, permissions
 from streamcrypt.cli.permissions import BranchKeyRows, KeyUse
 from streamcrypt.keys.kms import KeyArn
 from streamcrypt.keys.reference import reach_kms
-from streamcrypt.storage import STORE_SCHEMES
+from streamcrypt.storage import is_store_url
 
 
 def add_advice_commands(subparsers: Any) -> None:
@@ -294,7 +294,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
             checks += diagnosis.check_training_job(arguments.training_job)
     except ValueError as error:
         raise output.UsageError(f"doctor: {error}") from error
-    in_a_store = arguments.source is not None and arguments.source.startswith(STORE_SCHEMES)
+    in_a_store = arguments.source is not None and is_store_url(arguments.source)
     folder = None if arguments.source is None or in_a_store else Path(arguments.source)
     checks += diagnosis.check_cache(
         folder,

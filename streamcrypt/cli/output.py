@@ -170,6 +170,9 @@ def _parse_pair(text: str) -> tuple[str, str]:
 def _parse_place(text: str) -> str:
     if not text:  # most often a variable of a script that is not set
         raise ValueError("the name is empty")
+    from streamcrypt.storage import is_store_url  # start-up: the KMS's commands name no place
+
+    is_store_url(text)  # refuses other URLs
     return text
 
 

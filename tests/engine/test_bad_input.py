@@ -120,6 +120,8 @@ CASES = {
     "unknown command": (["encipher", "plain"], 2, "encipher"),
     "unknown option": (["inspect", "good.enc", "--keyy", "x"], 2, "keyy"),
     "tree without manifest": (["verify", "tree", "--key", KEY], 3, "manifest"),
+    "a URL of no store": (["encrypt", "plain", "http://host/plain", "--key", KEY], 2, "s3://, gs:// and az://"),
+    "a URL to compare with": (["verify", "good.enc", "--key", KEY, "--against", "ftp://h/x"], 2, "--against"),
 }  # fmt: skip
 
 
@@ -140,6 +142,43 @@ def test_bad_input(folder, tmp_path, words, code, mentions):
     assert not out.exists()
     assert not list(tmp_path.iterdir())
     assert {p: p.stat().st_mtime_ns for p in sources(folder)} == before
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/x",
+        "gcs://b/x",
+        "hdfs://host/x",
+        "file:///tmp/x",
+        "crypt::s3://b/x",
+        "S3://b/x",
+        "s3:/b/x",
+    ],
+)
+def test_a_url_of_no_store_never_becomes_a_folder(folder, tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").write_bytes(b"plain")
+    key = f"raw-aes:tests/aes-256@{folder / 'key'}"
+    good = folder / "good.enc"
+    calls = (
+        lambda place: sc.encrypt("plain", place, keys=key),
+        lambda place: sc.encrypt(place, "out", keys=key),
+        lambda place: sc.decrypt(good, place, keys=key),
+        lambda place: sc.verify(good, against=place, keys=key),
+        lambda place: sc.rekey(good, place, keys=key, from_keys=key),
+        lambda place: sc.open(place, "wb", keys=key),
+        sc.open,
+        sc.inspect,
+    )
+    for place in (url, Path(url)):
+        for call in calls:
+            with pytest.raises(ValueError, match="begin with s3://, gs:// and az://"):
+                call(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+    (tmp_path / "http:").mkdir()  # such a folder is named by its path
+    sc.encrypt("plain", "./http:/x", keys=key)
+    assert sc.open("./http:/x", keys=key).read() == b"plain"
 
 
 def test_a_damaged_message_on_a_pipe(folder):
