@@ -325,14 +325,15 @@ def erase(
     dry_run: bool = False,
     lose_manifest: bool = False,
     allow_unproved: bool = False,
+    allow_unused: bool = False,
     workers: int | None = None,
 ) -> Erasure:
     """Schedule the deletion of a KMS key, and show what becomes unreadable in ``trees`` and that nothing else does.
 
     ``pending_window``: days (7 to 30) in which it can be taken back (``Erasure.cancel``).  ``keys`` open
     what other keys wrapped (None: found by the ARN).  ``check`` schedules nothing and looks at a key that
-    is scheduled or gone already; ``dry_run`` only tells what would become unreadable.  ``lose_manifest``
-    and ``allow_unproved`` go on where it refuses (engine/erasure.py).  Raises KeyAccessError when a
+    is scheduled or gone already; ``dry_run`` only tells what would become unreadable.  ``lose_manifest``,
+    ``allow_unproved`` and ``allow_unused`` go on where it refuses (engine/erasure.py).  Raises KeyAccessError when a
     message does not open that should.
     """
     from streamcrypt.engine import erasure
@@ -360,6 +361,7 @@ def erase(
             dry_run=dry_run,
             lose_manifest=lose_manifest,
             allow_unproved=allow_unproved,
+            allow_unused=allow_unused,
         )
 
 

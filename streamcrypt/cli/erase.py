@@ -70,6 +70,11 @@ def add_erase(subparsers: Any) -> None:
         action="store_true",
         help="also where messages of other keys do not open before either",
     )
+    parser.add_argument(
+        "--allow-unused",
+        action="store_true",
+        help="also where no message of the place is under this key",
+    )
     parser.add_argument("--workers", type=COUNT, metavar="N", help="how many at a time (default: the cores)")
     output.add_common(parser)
     parser.set_defaults(run=_erase)
@@ -88,6 +93,7 @@ def _erase(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
         lose_manifest=args.lose_manifest,
         allow_unproved=args.allow_unproved,
+        allow_unused=args.allow_unused,
         workers=args.workers,
     )
     if args.json:

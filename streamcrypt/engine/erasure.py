@@ -146,6 +146,11 @@ class TreeFate:
         elif fate.kind == "gone":
             self.gone.append(path)
 
+    @property
+    def uses_key(self) -> bool:
+        """Whether anything here is under the key."""
+        return bool(self.erased or self.shared) or self.manifest in ("erased", "shared")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "path": self.path,
@@ -338,11 +343,13 @@ def erase(
     dry_run: bool = False,
     lose_manifest: bool = False,
     allow_unproved: bool = False,
+    allow_unused: bool = False,
 ) -> Erasure:
     """Schedule the key's deletion and show what it does; ``check`` only shows, of a key that is scheduled or gone.
 
     Nothing is scheduled when a message of another key cannot be opened, since nothing could be proved
-    of it (``allow_unproved`` goes on), or when a tree would lose its manifest but not all of its messages
+    of it (``allow_unproved`` goes on), when no message of the trees is under the key, which is more likely a
+    mistaken key than an erasure (``allow_unused`` goes on), or when a tree would lose its manifest but not all of its messages
     (``lose_manifest`` goes on).  With ``dry_run`` nothing is scheduled at all.
     """
     if check or key.state in _GONE:
@@ -367,6 +374,12 @@ def erase(
             "cannot be opened now, so that nothing could be proved of them: give their keys (--other-key), or "
             "--allow-unproved",
             Erasure(key, before, scheduled=False),
+        )
+    if before and not allow_unused and not any(tree.uses_key for tree in before):
+        raise StreamcryptError(
+            f"{key.label}: no message in {', '.join(tree.path for tree in before)} is under it; nothing was scheduled. "
+            "Is it the right key (streamcrypt inspect names the keys of a message), and the right place?  "
+            "--allow-unused deletes it all the same"
         )
     for tree in before:
         if (

@@ -111,6 +111,24 @@ def test_a_tree_does_not_lose_its_manifest_by_the_way(kms, tree, tmp_path):
     assert done.unreadable == [f"{tree}/readme"]
 
 
+def test_a_key_that_nothing_there_is_under_is_more_likely_a_mistake(kms, tree, capsys):
+    unused = kms.create_key()["KeyMetadata"]["Arn"]
+    with pytest.raises(sc.StreamcryptError, match=r"no message in .*nothing was scheduled.*--allow-unused"):
+        sc.erase(f"local:{unused}", tree, tree / "readme")
+    assert kms.describe_key(KeyId=unused)["KeyMetadata"]["KeyState"] == "Enabled"
+    done = sc.erase(f"local:{unused}", tree, dry_run=True)  # which tells, and schedules nothing anyway
+    assert done.unreadable == []
+    # One place of several is enough, and so is a message that other keys open, too.
+    done = sc.erase("local:alias/two", tree / "readme", tree / "subject=2")
+    assert (done.scheduled, done.unreadable) == (True, [])
+    assert main(["erase", f"local:{unused}", str(tree)]) == 1
+    assert "--allow-unused" in capsys.readouterr().err
+    assert main(["erase", f"local:{unused}", str(tree), "--allow-unused"]) == 0
+    assert kms.describe_key(KeyId=unused)["KeyMetadata"]["KeyState"] == "PendingDeletion"
+    # Nobody looked, so nobody can tell.
+    assert sc.erase(kms.create_key()["KeyMetadata"]["Arn"]).scheduled
+
+
 def test_check_looks_again_while_the_key_waits_and_when_it_is_gone(home, tmp_path):
     clock = FakeClock()
     service = open_service(home, clock=clock)
