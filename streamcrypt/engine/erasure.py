@@ -349,8 +349,8 @@ def erase(
 
     Nothing is scheduled when a message of another key cannot be opened, since nothing could be proved
     of it (``allow_unproved`` goes on), when no message of the trees is under the key, which is more likely a
-    mistaken key than an erasure (``allow_unused`` goes on), or when a tree would lose its manifest but not all of its messages
-    (``lose_manifest`` goes on).  With ``dry_run`` nothing is scheduled at all.
+    mistaken key than an erasure (``allow_unused`` goes on), or when a tree would lose its manifest but not
+    all of its messages (``lose_manifest`` goes on).  With ``dry_run`` nothing is scheduled at all.
     """
     if check or key.state in _GONE:
         if key.state not in _GONE:
