@@ -9,8 +9,8 @@ its own handles.
     tree.create(name)   Target    write_at(offset, bytes), publish, discard
 
 The one thing that must never happen: an object under its final name that is not whole.  A target is
-a temporary file beside its final place; ``publish`` flushes it and then gives it its name, and does
-not replace an existing object unless it was told to.
+a temporary file beside its final place, or a file without a name in that folder; ``publish`` gives it
+its name, and does not replace an existing object unless it was told to.
 
 Paths below the root are opened part by part without following symbolic links, so that nothing
 outside the root is ever read or written, whatever happens to the folders meanwhile.
@@ -26,6 +26,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import IO, Final, NamedTuple, Protocol, TypeAlias
 
 from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
@@ -50,6 +51,11 @@ _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK 
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
 _FILE_MODE: Final = 0o600
 _RENAME_NOREPLACE: Final = 1  # renameat2(2)
+_AT_EMPTY_PATH: Final = 0x1000  # linkat(2)
+# A file that has no name until it is linked (Linux): a job that is killed leaves nothing of it.
+_NAMELESS_FLAGS: Final = (os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC) if hasattr(os, "O_TMPFILE") else 0
+# A file system, or a kernel, that has no such files.
+_NO_NAMELESS: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 _FOLDER_MODE: Final = 0o700
 
 
@@ -179,6 +185,14 @@ def is_store_url(text: str) -> bool:
 
 def check_name(name: str) -> str:
     """``name`` if it is a relative path that stays below its root; StreamcryptError otherwise."""
+    # The usual name, without looking at each of its parts: none of them is empty or begins with a dot.
+    if (
+        name
+        and name[0] not in "/."
+        and name[-1] != "/"
+        and not ("//" in name or "/." in name or "\0" in name)
+    ):
+        return name
     if (
         not name
         or name.startswith("/")
@@ -316,32 +330,34 @@ class LocalTree:
                 "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read: {error.strerror}"
             )
             raise SourceError(f"{self.path(name)}: {reason}") from error
-        return LocalSource(descriptor, self.path(name), parent, base)
+        return LocalSource(descriptor, self, name, parent, base)
 
     # -- writing
 
     def create(self, name: str, *, size: int | None = None, overwrite: bool = False) -> LocalTarget:
         """A new object that will be called ``name``; with ``size`` its room is claimed at once."""
         folder, _, base = check_name(name).rpartition("/")
-        path = self.path(name)
         try:
             parent = self._folder(folder, create=True)
             # A small file finds out when it is published; a large one had better know before.
-            if not overwrite and (size is None or size > CLAIMED_LENGTH) and _exists(base, parent.descriptor):
-                raise DestinationError(f"{path}: exists already; overwrite must be asked for")
-            return LocalTarget.create(path, parent, base, size)
+            if size is None or size > CLAIMED_LENGTH:
+                if not overwrite and _exists(base, parent.descriptor):
+                    raise DestinationError(f"{self.path(name)}: exists already; overwrite must be asked for")
+            elif not overwrite and (descriptor := _create_nameless(parent.descriptor)) is not None:
+                # Only a rename replaces, so what may replace has a temporary name.
+                return LocalTarget(descriptor, self, name, parent, base, None)
+            return LocalTarget.create(self, name, parent, base, size)
         except OSError as error:
-            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+            raise DestinationError(f"{self.path(name)}: cannot be written: {error.strerror}") from error
 
     def open_part(self, name: str, temporary: str) -> LocalPart:
         """Another handle on a target that is being written, by its temporary name: for one span of it."""
         folder, _, _ = check_name(name).rpartition("/")
-        path = self.path(name)
         try:
             flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-            return LocalPart(os.open(temporary, flags, dir_fd=self._folder(folder).descriptor), path)
+            return LocalPart(os.open(temporary, flags, dir_fd=self._folder(folder).descriptor), self, name)
         except OSError as error:
-            raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
+            raise DestinationError(f"{self.path(name)}: cannot be written: {error.strerror}") from error
 
     def remove(self, name: str) -> None:
         """Remove an object, if there is one."""
@@ -433,23 +449,27 @@ class _Folder:
 class LocalSource:
     """A local file that is being read."""
 
-    def __init__(self, descriptor: int, path: str, parent: _Folder, base: str) -> None:
+    __slots__ = ("_base", "_descriptor", "_name", "_parent", "_tree", "size", "state")
+
+    def __init__(self, descriptor: int, tree: LocalTree, name: str, parent: _Folder, base: str) -> None:
         self._descriptor = descriptor
-        self._path = path
+        self._tree = tree  # it and the name make a path when there is something to say
+        self._name = name
         self._base = base
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise SourceError(f"{path}: {_kind_problem(status.st_mode)}")
+            raise SourceError(f"{tree.path(name)}: {_kind_problem(status.st_mode)}")
         self._parent = parent.hold()
         self.size = status.st_size
         self.state = _state(status)
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
-        done = 0
+        length = len(buffer)
         try:
-            while done < len(buffer):
-                count = os.preadv(self._descriptor, (buffer[done:] if done else buffer,), offset + done)
+            done = os.preadv(self._descriptor, (buffer,), offset)
+            while done < length:
+                count = os.preadv(self._descriptor, (buffer[done:],), offset + done)
                 if count == 0:
                     break
                 done += count
@@ -457,10 +477,17 @@ class LocalSource:
             raise SourceError(f"{self._path}: cannot be read: {error.strerror}") from error
         return done
 
+    @property
+    def _path(self) -> str:
+        return self._tree.path(self._name)
+
     def check_unchanged(self) -> None:
         try:
-            named = os.stat(self._base, dir_fd=self._parent.descriptor, follow_symlinks=False)
-            unchanged = _state(os.fstat(self._descriptor)) == _state(named) == self.state
+            # What the name leads to: where that is the file that was opened, its state is this one's too.
+            unchanged = (
+                _state(os.stat(self._base, dir_fd=self._parent.descriptor, follow_symlinks=False))
+                == self.state
+            )
         except OSError:
             unchanged = False
         if not unchanged:
@@ -474,9 +501,16 @@ class LocalSource:
 class LocalPart:
     """A handle that writes into a temporary file; it neither publishes nor removes it."""
 
-    def __init__(self, descriptor: int, path: str) -> None:
+    __slots__ = ("_descriptor", "_name", "_tree")
+
+    def __init__(self, descriptor: int, tree: LocalTree, name: str) -> None:
         self._descriptor = descriptor
-        self._path = path
+        self._tree = tree
+        self._name = name
+
+    @property
+    def _path(self) -> str:
+        return self._tree.path(self._name)
 
     def write_at(self, offset: int, data: Buffer) -> None:
         try:
@@ -501,17 +535,28 @@ class LocalPart:
 
 
 class LocalTarget(LocalPart):
-    """A local file that is being written under a temporary name."""
+    """A local file that is being written, under a temporary name or under none."""
 
-    def __init__(self, descriptor: int, path: str, parent: _Folder, base: str, temporary: str) -> None:
-        super().__init__(descriptor, path)
-        self.temporary = temporary
+    __slots__ = ("_base", "_open", "_parent", "_temporary")
+
+    def __init__(
+        self, descriptor: int, tree: LocalTree, name: str, parent: _Folder, base: str, temporary: str | None
+    ) -> None:
+        super().__init__(descriptor, tree, name)
+        self._temporary = temporary
         self._parent = parent.hold()
         self._base = base
         self._open = True
 
+    @property
+    def temporary(self) -> str:
+        """The name by which others can open it meanwhile; a small file has none."""
+        assert self._temporary is not None
+        return self._temporary
+
     @classmethod
-    def create(cls, path: str, parent: _Folder, base: str, size: int | None) -> LocalTarget:
+    def create(cls, tree: LocalTree, name: str, parent: _Folder, base: str, size: int | None) -> LocalTarget:
+        """A target under a temporary name."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
             temporary = f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}{TEMPORARY_SUFFIX}"
@@ -529,7 +574,7 @@ class LocalTarget(LocalPart):
         try:
             if size is not None and size > CLAIMED_LENGTH:
                 _claim(descriptor, size)
-            return cls(descriptor, path, parent, base, temporary)
+            return cls(descriptor, tree, name, parent, base, temporary)
         except OSError:
             os.unlink(temporary, dir_fd=parent.descriptor)
             os.close(descriptor)
@@ -537,40 +582,50 @@ class LocalTarget(LocalPart):
 
     def publish(self, *, overwrite: bool) -> None:
         try:
-            if overwrite:
+            if self._temporary is None:
+                self._link()
+            elif overwrite:
                 parent = self._parent.descriptor
-                os.rename(self.temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
+                os.rename(self._temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
             else:
-                self._name()
+                self._rename(self._temporary)
         except FileExistsError as error:
             raise DestinationError(f"{self._path}: exists already; overwrite must be asked for") from error
         except OSError as error:
             raise DestinationError(f"{self._path}: cannot be written: {error.strerror}") from error
         self._close()
 
-    def _name(self) -> None:
+    def _link(self) -> None:
+        """Give a file without a name its own."""
+        descriptor, parent = self._descriptor, self._parent.descriptor
+        # Linux 6.10 and later let anybody do this to a file that they opened; others go by /proc.
+        if c_call("linkat", descriptor, b"", parent, os.fsencode(self._base), _AT_EMPTY_PATH):
+            os.link(f"/proc/self/fd/{descriptor}", self._base, dst_dir_fd=parent, follow_symlinks=True)
+
+    def _rename(self, temporary: str) -> None:
         """Give the file its name, but never another file's."""
         parent = self._parent.descriptor
-        names = os.fsencode(self.temporary), os.fsencode(self._base)
+        names = os.fsencode(temporary), os.fsencode(self._base)
         # One change to the folder, whose lock is what workers wait for (benchmarks/README.md, "small files").
         if c_call("renameat2", parent, names[0], parent, names[1], _RENAME_NOREPLACE) == 0:
             return
         # Whatever refused it: a link says why, and is the other call that fails where a rename would replace.
         try:
-            os.link(self.temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
+            os.link(temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
                 raise
             if _exists(self._base, parent):  # a file system without links: the best that is left
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-            os.rename(self.temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
+            os.rename(temporary, self._base, src_dir_fd=parent, dst_dir_fd=parent)
         else:
-            os.unlink(self.temporary, dir_fd=parent)
+            os.unlink(temporary, dir_fd=parent)
 
     def discard(self) -> None:
         if self._open:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.temporary, dir_fd=self._parent.descriptor)
+            if self._temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._temporary, dir_fd=self._parent.descriptor)
             self._close()
 
     def _close(self) -> None:
@@ -612,6 +667,24 @@ class FileObjectSource:
 
     def close(self) -> None:
         pass
+
+
+def _create_nameless(folder: int) -> int | None:
+    """The descriptor of a new file without a name, None where the file system has no such files."""
+    if not _NAMELESS_FLAGS or not _has_descriptor_names():
+        return None
+    try:
+        return os.open(".", _NAMELESS_FLAGS, _FILE_MODE, dir_fd=folder)
+    except OSError as error:
+        if error.errno in _NO_NAMELESS:
+            return None
+        raise
+
+
+@cache
+def _has_descriptor_names() -> bool:
+    """Whether a file without a name can be given one on every kernel."""
+    return os.path.isdir("/proc/self/fd")
 
 
 def _claim(descriptor: int, size: int) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -33,6 +34,7 @@ from streamcrypt.engine.pool import ProcessPool, ThreadPool
 from streamcrypt.engine.spans import MANIFEST
 from streamcrypt.kms import open_service
 from streamcrypt.message.header import parse_header
+from streamcrypt.storage import LocalTree
 
 KEYS = CRAFT_KEYRING
 F = 1024
@@ -366,6 +368,70 @@ def test_a_source_that_changes_while_it_is_read(tmp_path):
             watching.join()
     assert noticed == len(changes)
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_small_file_has_no_name_until_it_is_whole(tmp_path, monkeypatch, nameless):
+    """A job that is killed leaves nothing of it, where the file system has files without names."""
+    if not nameless:
+        monkeypatch.setattr("streamcrypt.storage._NAMELESS_FLAGS", 0)
+    elif not has_nameless_files(tmp_path):
+        pytest.skip("this file system has no files without a name")
+    tree = LocalTree(str(tmp_path))
+    for name, overwrite in (("sub/a", False), ("sub/b", False), ("sub/a", True), ("sub/b", False)):
+        before = read_tree(tmp_path)
+        target = tree.create(name, size=5, overwrite=overwrite)
+        target.write_at(0, b"whole")
+        assert len(leftovers(tmp_path)) == (0 if nameless and not overwrite else 1)
+        state = target.state()
+        if name in before and not overwrite:
+            with pytest.raises(sc.DestinationError, match="exists already"):
+                target.publish(overwrite=False)
+            target.discard()
+            assert read_tree(tmp_path) == before
+        else:
+            target.publish(overwrite=overwrite)
+            assert tree.state(name) == state
+            assert read_tree(tmp_path) == {**before, name: b"whole"}
+        target = tree.create("sub/c", size=5)
+        target.write_at(0, b"half")
+        target.discard()
+        assert not leftovers(tmp_path)
+    tree.close()
+
+
+def has_nameless_files(folder):
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def test_a_source_is_held_against_its_name(tmp_path):
+    """What is under the name when all is read must be what was opened, as it was then."""
+    tree = LocalTree(str(tmp_path))
+    for change in ("none", "append", "touch", "replace", "remove", "link"):
+        path = tmp_path / change
+        path.write_bytes(b"content")
+        source = tree.open(change)
+        assert source.read_at(0, memoryview(bytearray(7))) == 7
+        if change == "append":
+            path.write_bytes(b"content and more")
+        elif change == "touch":
+            os.utime(path, (1, 1))
+        elif change in ("replace", "link"):
+            other = tmp_path / "other"
+            other.write_bytes(b"content")
+            shutil.copystat(path, other)
+            path.unlink()
+            other.rename(path) if change == "replace" else path.symlink_to(other)
+        elif change == "remove":
+            path.unlink()
+        with contextlib.nullcontext() if change == "none" else pytest.raises(sc.SourceError, match="changed"):
+            source.check_unchanged()
+        source.close()
+    tree.close()
 
 
 def watch_for_temporary(folder, event):
@@ -751,7 +817,6 @@ def test_no_plaintext_in_any_other_file(tmp_path):
 
 def test_pools_end_their_workers(tmp_path):
     from streamcrypt.engine.worker import Setup
-    from streamcrypt.storage import LocalTree
 
     setup = Setup(LocalTree(str(tmp_path)), None)
     for cancel in (False, True):
