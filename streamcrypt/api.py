@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 from streamcrypt.engine import run
@@ -36,7 +36,7 @@ from streamcrypt.message.context import check_caller_context
 from streamcrypt.message.frames import UNFRAMED_PREFIX, unframed_length
 from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
-from streamcrypt.storage import FileObjectSource, Filters, LocalTree, Source, is_store_url
+from streamcrypt.storage import Entry, FileObjectSource, Filters, LocalTree, Source, is_store_url
 from streamcrypt.streams import (
     DEFAULT_FRAME_LENGTH,
     DecryptingFile,
@@ -833,6 +833,12 @@ def _source(path: Path) -> Place:
     if not os.path.lexists(full):
         raise SourceError(f"{text}: does not exist")
     return Place(LocalTree(os.path.dirname(full)), os.path.basename(full))
+
+
+def entries(path: Path) -> Iterator[Entry]:
+    """What a job would find at ``path``, by names and sizes; SourceError when there is nothing."""
+    place = _source(path)
+    return iter((place.tree.entry(place.name),)) if place.name is not None else place.tree.walk()
 
 
 def _destination(path: Path) -> Place:

@@ -1,7 +1,7 @@
 """Records or a plan as one HTML page: self-contained, offline, readable in light and dark.
 
 The page has no request to make and its content security policy forbids any.  Charts are SVG drawn
-here.  A plan's page computes again when a slider moves: ``report_plan.js`` is ``plan.closed`` and
+here.  A plan's page computes again when a slider moves: ``report_assets/plan.js`` is ``plan.closed`` and
 ``plan.predict`` in JavaScript, and a test holds its figures to Python's.
 """
 
@@ -65,7 +65,8 @@ def _text(value: object) -> str:
 
 def _tile(label: str, value: str, note: str = "", name: str = "") -> str:
     mark = f' id="{name}"' if name else ""
-    below = f'<div class="note">{_text(note)}</div>' if note else ""
+    note_mark = f' id="{name}-note"' if name else ""
+    below = f'<div class="note"{note_mark}>{_text(note)}</div>' if note else ""
     head = f'<div class="label">{_text(label)}</div><div class="value"{mark}>{_text(value)}</div>'
     return f'<div class="tile">{head}{below}</div>'
 
@@ -389,6 +390,11 @@ def plan_page(plan: dict[str, Any]) -> str:
         raise ReportError(f"not the JSON of `streamcrypt plan --json` of this version: {error}") from error
 
 
+def _cost_note(cost: dict[str, Any]) -> str:
+    store = f", store {cost['store_requests']:.2f}" if cost["store_requests"] else ""
+    return f"compute {cost['compute']:.2f}, KMS {cost['kms_requests'] + cost['kms_keys']:.2f}{store}"
+
+
 def _plan_page(plan: dict[str, Any]) -> str:
     low, high = plan["seconds_interval"]
     operation, calls = next(iter(plan["kms"]["calls"].items()))
@@ -431,7 +437,7 @@ def _plan_page(plan: dict[str, Any]) -> str:
         _tile(
             "cost",
             f"{cost['total']:.2f} USD",
-            f"compute {cost['compute']:.2f}, KMS {cost['kms_requests'] + cost['kms_keys']:.2f}",
+            _cost_note(cost),
             "cost",
         ),
         verdict,

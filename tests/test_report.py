@@ -1,6 +1,7 @@
 """The HTML page: complete in itself, and its formulas those of the planner, in a real browser."""
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -19,6 +20,8 @@ CHROMIUM = next(
     None,
 )
 
+NODE = shutil.which("node")
+
 JOBS = {
     "many hosts": planner.Job(bytes=12 << 40, files=1 << 20, workers=16, hosts=4),
     "spread sizes": planner.Job(
@@ -34,6 +37,10 @@ JOBS = {
     "decrypt": planner.Job(bytes=1 << 36, files=9000, operation="decrypt", cache_max_messages=50),
     "verify": planner.Job(bytes=1 << 36, files=9000, operation="verify", read_bandwidth=5e8),
     "rekey, slow network": planner.Job(bytes=1 << 36, files=9000, operation="rekey", network_bandwidth=2e8),
+    "from a bucket, aged keys": planner.Job(
+        bytes=1 << 40, files=90_000, object_store=True, cache_max_age=3.0, price_host_hour=2.5, keys=3
+    ),
+    "processes, aged keys": planner.Job(bytes=1 << 30, files=30_000, cache_max_age=0.2, workers=2),
 }
 # What the sliders are set to, as factors of the plan's own values.
 MOVES = [
@@ -62,28 +69,66 @@ def browse(page: Path, fragment: str, profile: Path) -> tuple[str, str]:
 
 
 needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="NO BROWSER: the page's script is not tested (install chromium)"
+    CHROMIUM is None, reason="NO BROWSER: what a browser says of the page is not tested (install chromium)"
+)
+needs_script = pytest.mark.skipif(
+    CHROMIUM is None and NODE is None, reason="NO BROWSER AND NO NODE: the page's script is not tested"
 )
 
+# Of a document just what the script touches, where there is no browser.
+DOCUMENT = """
+const elements = {};
+const element = () => ({ style: {}, dataset: {}, elements: {}, handlers: {}, children: [], textContent: "",
+  append(...added) {
+    for (const one of added) {
+      const before = this.children.at(-1);
+      if (before) one.previousElementSibling = before;
+      this.children.push(one);
+      for (const inner of [one, ...one.children || []]) if (inner.name) this.elements[inner.name] = inner;
+    }
+  },
+  addEventListener(name, handler) { this.handlers[name] = handler; },
+  dispatchEvent(event) { this.handlers[event.type](); } });
+const body = element();
+const document = { body, title: "", createElement: element, querySelectorAll: () => [],
+  getElementById: (id) => elements[id] ??= element() };
+const location = { hash: "#FRAGMENT" }, window = globalThis;
+"""
 
-@needs_browser
+
+def scripted(page: str, code: str, fragment: str, folder: Path) -> str:
+    """The document's title after the page's script and ``code``: in a browser, or else in node."""
+    if CHROMIUM is None:
+        assert NODE is not None
+        script = re.search(r"<script>(.*)</script>", page, re.DOTALL)
+        assert script is not None
+        file = folder / "page.js"
+        # Strict, as the page's own script says; what prints is not of it.
+        whole = f"{DOCUMENT.replace('FRAGMENT', fragment)}{script[1]}\n{code}\nconsole.log(document.title);"
+        file.write_text(f'"use strict";\n{whole}')
+        done = subprocess.run([NODE, file], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    (folder / "page.html").write_text(page.replace("</script>", f"{code}\n</script>"))
+    document, log = browse(folder / "page.html", fragment, folder / "profile")
+    assert ":CONSOLE" not in log, log
+    title = re.search(r"<title>(.*?)</title>", document, re.DOTALL)
+    assert title is not None
+    return html.unescape(title[1])
+
+
+@needs_script
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_the_page_computes_what_python_computes(job, records, tmp_path):
     found = planner.predict(job, records, trials=50)
     plan = found.to_json()
-    page = tmp_path / "plan.html"
     # One page, all moves: the script answers them at once in the document's title.
     moves = []
     for move in MOVES:
         start = plan["page"]["start"]
         moves.append({name: _moved(name, start[name], factor) for name, factor in move.items()})
     asked = f"document.title = JSON.stringify({json.dumps(moves)}.map(streamcryptEstimate));"
-    page.write_text(report.plan_page(plan).replace("</script>", f"{asked}\n</script>"))
-    document, log = browse(page, "hosts=2", tmp_path / "profile")
-    assert ":CONSOLE" not in log, log
-    title = re.search(r"<title>(.*?)</title>", document, re.DOTALL)
-    assert title is not None
-    answers = json.loads(title[1].replace("&amp;", "&"))
+    answers = json.loads(scripted(report.plan_page(plan), asked, "hosts=2", tmp_path))
     for move, answer in zip(moves, answers, strict=True):
         # The link set hosts=2 before; a move may set it again.
         changed = {"hosts": 2, **{name: value for name, value in move.items() if name != "kms_quota"}}
@@ -95,6 +140,7 @@ def test_the_page_computes_what_python_computes(job, records, tmp_path):
         assert answer["calls"] == pytest.approx(expected.calls, rel=1e-9)
         assert answer["limit"] == expected.limit
         assert answer["parts"] == pytest.approx(expected.parts, rel=1e-9)
+        assert answer["cost"] == pytest.approx(expected.cost, rel=1e-9)
 
 
 def _moved(name, value, factor):
@@ -105,26 +151,27 @@ def _moved(name, value, factor):
     )
 
 
-@needs_browser
-def test_a_moved_slider_changes_the_figures(records, tmp_path):
-    plan = planner.predict(JOBS["many hosts"], records, trials=50).to_json()
-    page = tmp_path / "plan.html"
-    moved = (
-        "const slider = form.elements.hosts; slider.value = 1000; slider.dispatchEvent(new Event('input'));"
-        "document.body.dataset.hosts = job.hosts;"
-    )
-    page.write_text(report.plan_page(plan).replace("</script>", f"{moved}\n</script>"))
-    document, _ = browse(page, "", tmp_path / "profile")
-    body = re.search(r"<body([^>]*)>", document)
-    assert body is not None
-    data = dict(re.findall(r'data-(\w+)="([^"]*)"', body[1]))
-    hosts = int(data["hosts"])
-    assert hosts == 256
+@needs_script
+@pytest.mark.parametrize("slider", ["hosts", "files"])
+def test_a_moved_slider_changes_the_figures(slider, records, tmp_path):
+    job = dataclasses.replace(JOBS["many hosts"], object_store=True)
+    plan = planner.predict(job, records, trials=50).to_json()
+    moved = f"""
+        const slider = form.elements.{slider}; slider.value = 1000; slider.dispatchEvent(new Event('input'));
+        const shown = (name) => document.getElementById(name).textContent;
+        document.title = JSON.stringify([job.{slider}, document.body.dataset, shown('cost'), shown('cost-note')]);
+    """
+    value, data, cost, note = json.loads(scripted(report.plan_page(plan), moved, "", tmp_path))
+    assert value == {"hosts": 256, "files": 1 << 26}[slider]
     expected = planner.evaluate(
-        dataclasses.replace(JOBS["many hosts"], hosts=hosts), records, workers=plan["workers_per_host"]
+        dataclasses.replace(job, **{slider: value}), records, workers=plan["workers_per_host"]
     )
     assert float(data["seconds"]) == pytest.approx(expected.seconds, rel=1e-9)
-    assert float(data["seconds"]) < plan["seconds"]
+    assert float(data["cost"]) == pytest.approx(expected.cost["total"], rel=1e-9)
+    assert cost == f"{expected.cost['total']:.2f} USD" != f"{plan['cost']['total']:.2f} USD"
+    assert note == report._cost_note(expected.cost)
+    if slider == "hosts":
+        assert float(data["seconds"]) < plan["seconds"]
 
 
 @needs_browser

@@ -500,6 +500,12 @@ def _add_plan(subparsers: Any) -> None:
     for name in ("read", "write", "network"):
         rates.add_argument(f"--{name}-bandwidth", type=SIZE, help="bytes a second of one host")
     rates.add_argument("--price-host-hour", type=float, help="USD")
+    rates.add_argument(
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="TOML or JSON file of prices that replace ours (docs/planning.md)",
+    )
     what = parser.add_argument_group("what to do")
     what.add_argument(
         "--solve", choices=["hosts", "workers", "deadline", "cache"], help="find the least that will do"
@@ -529,30 +535,24 @@ def _records_of(path: Path | None) -> tuple[Any, bool]:
 
 
 def _listing(source: str) -> tuple[int, int, Any]:
-    """Bytes, files and sizes of a folder or an object-store URL."""
+    """Bytes, files and sizes of what a folder or an object-store URL names, as a job would find it."""
+    from streamcrypt import api
+    from streamcrypt.errors import StreamcryptError
     from streamcrypt.plan.predict import PlanError, Sizes
+    from streamcrypt.storage import STORE_SCHEMES
 
-    sizes: list[int] = []
-    if "://" in source:
-        try:
-            import fsspec
-        except ImportError as error:
-            raise PlanError("--listing of a URL needs fsspec: pip install 'streamcrypt[fsspec]'") from error
-        try:
-            filesystem, root = fsspec.core.url_to_fs(source)
-            sizes = [int(entry["size"] or 0) for entry in filesystem.find(root, detail=True).values()]
-        except (OSError, ValueError, ImportError) as error:
-            raise PlanError(f"{source}: {error}") from error
-    else:
-        root = Path(source)
-        if not root.exists():
-            raise PlanError(f"{source}: no such folder")
-        paths = [root] if root.is_file() else root.rglob("*")
-        sizes = [path.stat().st_size for path in paths if path.is_file()]
+    if "://" in source and not source.startswith(STORE_SCHEMES):
+        raise PlanError(f"{source}: a listing is of a folder or of a {', '.join(STORE_SCHEMES)} URL")
+    try:
+        entries = api.entries(source)
+        sizes = [entry.size for entry in entries if not entry.folder and entry.problem is None]
+    except (StreamcryptError, ImportError) as error:
+        raise PlanError(str(error)) from error
     return sum(sizes), len(sizes), Sizes.listing(sizes)
 
 
 def _job_of(args: argparse.Namespace) -> Any:
+    from streamcrypt.plan import limits
     from streamcrypt.plan import predict as planner
 
     sizes = None
@@ -596,6 +596,7 @@ def _job_of(args: argparse.Namespace) -> Any:
         network_bandwidth=args.network_bandwidth,
         deadline=args.deadline,
         price_host_hour=args.price_host_hour,
+        prices=limits.PRICES if args.prices is None else limits.Prices.read(args.prices),
         engine=args.engine,
         object_store=bool(args.listing and "://" in args.listing),
         **{name: value for name, value in given.items() if value is not None},

@@ -29,7 +29,7 @@ _VERSION: Final = 1
 MANIFEST_START: Final = b'{"streamcrypt":"manifest","version":1}\n'  # its first line
 # Up to this the lines are held back, so that the manifest's length is known when its data key is
 # asked for and counted; longer ones are written as they come, in constant memory.
-_HELD_LENGTH: Final = 8 * 2**20
+HELD_LENGTH: Final = 8 * 2**20
 
 
 class Listed(NamedTuple):
@@ -102,7 +102,7 @@ class ManifestWriter:
 
     def _write(self, line: bytes) -> None:
         self._held += line
-        if self._file is None and len(self._held) > _HELD_LENGTH:
+        if self._file is None and len(self._held) > HELD_LENGTH:
             self._begin(None)
         elif self._file is not None:
             self._file.write(self._held)

@@ -14,7 +14,6 @@ it waits the workers go on with what they hold.  **private**, every worker has a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -46,8 +45,12 @@ class Load:
     data_keys: int = 0
     order: Order = "sequential"
     capacity: int = 1000  # entries of the cache
-    prepared: int = 0  # files that get their keys before the first one is handed out (shared caches)
     pieces: int = 1  # equal spans into which a file is cut, each for any worker
+    batch: int = (
+        1  # files that are handed out together, when so many of those before are done (shared caches)
+    )
+    idle: float = 0.0  # seconds that the first files wait for workers that are being started
+    closing: bool = False  # the last file, a manifest, gets its key when all others are done
 
     @property
     def tokens(self) -> float:
@@ -58,7 +61,7 @@ class Load:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a Load comes to.  ``worker_seconds`` counts work and waiting for keys, ``quota_seconds``
-    is the time that the KMS quota alone enforces."""
+    is the time that the KMS quota alone enforces, ``peak_per_second`` the most calls in any second."""
 
     seconds: float
     calls: float
@@ -169,13 +172,16 @@ def closed_form(load: Load) -> Outcome:
         return Outcome(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     if load.data_keys and load.order == "random":
         return _scattered(load)
-    if load.sharing == "private":
-        return _private(load)
-    return _prepared(load) if load.prepared else _shared(load)
+    return _private(load) if load.sharing == "private" else _shared(load)
 
 
-def _finish(load: Load, calls: float, per_key: float, stall: float, last_key: float) -> Outcome:
-    """Join the two bounds, work with its waits and the quota, and add the tail of the last files."""
+def _finish(
+    load: Load, calls: float, per_key: float, stall: float, last_key: float, in_a_second: float
+) -> Outcome:
+    """Join the two bounds, work with its waits and the quota, and add the tail of the last files.
+
+    ``in_a_second`` calls the host would make in its busiest second, if every one were answered at once.
+    """
     workers, n, s = load.workers, load.files * load.pieces, load.service / load.pieces
     square = load.variation * load.variation
     if load.variation == 0 and stall == 0:
@@ -189,54 +195,11 @@ def _finish(load: Load, calls: float, per_key: float, stall: float, last_key: fl
     forced = max(0.0, calls - load.tokens) / load.quota if math.isfinite(load.quota) else 0.0
     quota_seconds = forced + load.latency + last_key if forced > 0 else 0.0
     seconds = max(worker_seconds, quota_seconds)
-    if load.sharing == "shared":  # the parent asks one question at a time
-        fastest = 1 / load.latency if load.latency > 0 else calls
-    else:
-        fastest = workers / load.latency if load.latency > 0 else calls
-    peak = min(calls, fastest, load.tokens + load.quota) if math.isfinite(load.quota) else min(calls, fastest)
+    # The parent asks one question at a time; so does every worker with a cache of its own.
+    askers = 1 if load.sharing == "shared" else workers
+    fastest = askers * math.ceil(1 / load.latency) if load.latency > 0 else calls
+    peak = min(calls, fastest, load.tokens + load.quota, in_a_second)
     return Outcome(seconds, calls, per_key, worker_seconds, stall, quota_seconds, peak)
-
-
-def _prepared(load: Load) -> Outcome:
-    """The first files' keys one after the other with no work beside them, then the others as ever."""
-    first = min(load.prepared, load.files)
-    instant = dataclasses.replace(load, service=1e-9, variation=0.0, prepared=0, prefetch=load.files)
-    keys = _shared(dataclasses.replace(instant, files=first)).calls
-    wait = max(keys * load.latency, max(0.0, keys - load.tokens) / load.quota + load.latency)
-    if first == load.files:
-        # Every key was there before the work began: the quota has had its say.
-        rest = _finish(dataclasses.replace(load, quota=math.inf), keys, first / keys, 0.0, 0.0)
-    else:
-        share = max(1, round(load.data_keys * (1 - first / load.files))) if load.data_keys else 0
-        later = dataclasses.replace(load, files=load.files - first, data_keys=share, prepared=0)
-        queue = _shared(later)
-        # While the first files are worked on, the keys of the next ones are asked for: their wait is
-        # hidden as long as there is work, and shows when the calls alone take longer.
-        work = load.files * load.service / load.workers
-        waits = max(0.0, queue.stall_seconds - first * load.service / load.workers)
-        tail = queue.worker_seconds - queue.stall_seconds - later.files * load.service / load.workers
-        ends = work + max(0.0, tail) + waits
-        # A key begun among the first files goes on among the others; never fewer than limits alone need.
-        least = _shared(instant).calls
-        calls = max(least, keys + queue.calls - (0 if load.data_keys else 1))
-        forced = max(0.0, calls - load.tokens) / load.quota if math.isfinite(load.quota) else 0.0
-        rest = dataclasses.replace(
-            queue,
-            seconds=max(ends, forced - wait),
-            calls=calls,
-            messages_per_key=load.files / calls,
-            worker_seconds=ends,
-            stall_seconds=waits,
-            quota_seconds=forced,
-        )
-    return dataclasses.replace(
-        rest,
-        seconds=rest.seconds + wait,
-        worker_seconds=rest.worker_seconds + wait,
-        stall_seconds=rest.stall_seconds + min(wait, keys * load.latency),
-        quota_seconds=max(rest.quota_seconds, wait if wait > keys * load.latency * 1.01 else 0.0),
-        peak_per_second=min(keys, 1 / load.latency if load.latency > 0 else keys, load.tokens + load.quota),
-    )
 
 
 def _shared(load: Load) -> Outcome:
@@ -267,14 +230,41 @@ def _shared(load: Load) -> Outcome:
             per_key, before = _by_age(load, life_rate, rate, most, interleaved, ahead), per_key
             if abs(per_key - before) < 1e-3 * before:
                 break
-    if per_key < most and not load.data_keys:
-        exact = False
-    calls = min(float(n), runs * _keys(run, per_key, exact=exact, scattered=interleaved))
+    aged = per_key < most and not load.data_keys
+    last = 0.0  # the wait for the key of a manifest, which nothing hides
+    if aged and interleaved == 1 and s > 0:
+        calls, last = _renewed(load, rate, per_key, ahead)
+    else:
+        calls = runs * _keys(run, per_key, exact=exact and not aged, scattered=interleaved)
+    calls = min(float(n), calls)
     per_fetch = n / calls
-    wait = max(0.0, _cycle(load, per_fetch) - per_fetch * s / workers)
+    cycle = _cycle(load, per_fetch)
+    wait = max(0.0, cycle - per_fetch * s / workers)
     first = latency * (interleaved if interleaved > 1 else 1.0)
-    stall = first + max(0.0, calls - interleaved) * wait
-    return _finish(load, calls, per_key, stall, min(per_fetch, n) * s / workers)
+    stall = first + max(0.0, calls - last - interleaved) * wait + last * latency
+    # The busiest second is the first one, in which the workers' lists are filled, or any other.
+    begun = min(float(n), ahead + rate)
+    per_start = most if interleaved == 1 else per_key
+    started = float(math.ceil(begun / per_start - 1e-9))
+    if interleaved > 1:
+        started = groups * _keys(begun / groups, per_start, exact=False, scattered=interleaved)
+    later = math.ceil(1 / max(cycle, per_key / rate)) if s > 0 and calls > interleaved else 1
+    return _finish(load, calls, per_key, stall, min(per_fetch, n) * s / workers, max(started, later))
+
+
+def _renewed(load: Load, rate: float, per_key: float, ahead: int) -> tuple[float, float]:
+    """Calls where age ends the one key in use, and how many of them (0 or 1) a closing manifest makes.
+
+    The first lists are handed out at once, while the workers start; a key is asked for by the first file
+    that finds the one before too old, and the last file is handed out long before the last one is done.
+    """
+    files = load.files - load.closing
+    waited = min(ahead - 1.0, rate * load.latency)
+    drawn = max(0.0, files - ahead + load.idle * rate)  # that go by from the first draw to the last
+    renewals = (drawn + waited) // per_key if drawn > per_key - waited else 0.0
+    since = files + (load.idle + load.latency) * rate - renewals * per_key
+    late = float(load.closing and since > waited + load.max_age * rate)
+    return 1.0 + renewals + late, late
 
 
 def _by_age(load: Load, life_rate: float, rate: float, most: float, groups: float, ahead: int) -> float:
@@ -282,13 +272,22 @@ def _by_age(load: Load, life_rate: float, rate: float, most: float, groups: floa
     if math.isinf(load.max_age):
         return most
     waited = min(ahead - 1.0, rate * load.latency)
-    return max(1.0, min(most, 1 + (waited + life_rate * load.max_age) / groups))
+    if groups > 1:
+        return max(1.0, min(most, 1 + (waited + life_rate * load.max_age) / groups))
+    # Lists are asked for at nearly equal intervals, and the key grows too old between two of them: a whole
+    # number of intervals, the less sharply the more of them and the less equal they are.
+    lists = (waited + life_rate * load.max_age) / load.batch
+    unequal = load.variation * load.variation / load.batch + (1 - 1 / load.workers) / load.batch**2
+    sharp = math.exp(-2 * math.pi * math.pi * unequal * lists)
+    lists += sharp * (math.ceil(lists) - lists) + (1 - sharp) * (1 + unequal) / 2
+    return max(1.0, min(most, load.batch * lists))
 
 
 def _cycle(load: Load, per_fetch: float) -> float:
     """Seconds from one KMS answer to the next in steady state."""
     busy = per_fetch * load.service / load.workers
-    wait = load.latency - min(float(load.prefetch), per_fetch) * load.service / load.workers
+    left = load.prefetch + 1 - load.batch  # in the workers' hands when a list is asked for
+    wait = load.latency - min(float(left), per_fetch) * load.service / load.workers
     stall = _stall(wait, load.service, load.variation)
     if load.prefetch == 0:  # the worker whose end asked for the file has nothing left in hand
         stall += (wait - stall) / load.workers
@@ -326,12 +325,16 @@ def _private(load: Load) -> Outcome:
         calls = workers * groups * _keys(per_group, per_key, exact=exact, scattered=float(groups))
     calls = min(calls, float(n))
     stall = calls / workers * load.latency
+    # All workers ask at the start, and each again when its key is used up.
+    cycle = per_key * s + load.latency
+    often = math.ceil(1 / cycle) if cycle > 0 else each
+    at_once = workers * min(each, max(float(groups > 1) * min(groups, 1 / s), often))
     if calls > workers * 1.01:
-        return _finish(load, calls, per_key, stall, min(per_key, each) * s)
+        return _finish(load, calls, per_key, stall, min(per_key, each) * s, at_once)
     # Only the first keys: workers that get theirs later leave their files to the others.
     late = max(0.0, calls - load.tokens)
     stall += late * late / (2 * load.quota * calls)
-    return _finish(load, calls, per_key, stall, s)
+    return _finish(load, calls, per_key, stall, s, at_once)
 
 
 def _scattered(load: Load) -> Outcome:
@@ -394,4 +397,8 @@ def _scattered(load: Load) -> Outcome:
         forced = max(0.0, per_cache * caches - load.tokens) / load.quota
         seconds = (seconds + max(worked, forced)) / 2
     calls = per_cache * caches
-    return _finish(load, calls, n / calls, max(0.0, worked - n / rate), min(per_key, n / calls) * s)
+    met = (load.workers + load.prefetch + rate if caches == 1 else 1 + 1 / s) if s > 0 else n
+    first = keys * -math.expm1(min(met, seen) * math.log1p(-1 / keys)) if keys > 1 else 1.0
+    return _finish(
+        load, calls, n / calls, max(0.0, worked - n / rate), min(per_key, n / calls) * s, caches * first
+    )

@@ -6,42 +6,100 @@ plan needs.  A plan says which figures it used and from when they are.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import re
+import tomllib
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
 from streamcrypt.kms import cost
 
 
+class PricesError(ValueError):
+    """A file of prices that is none; the message says what is wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
-    """USD for one unit, with date and source."""
+    """USD for ``per`` units, with date and source."""
 
     usd: float
+    per: int
     unit: str
     date: str
     source: str
 
+    @property
+    def each(self) -> float:
+        return self.usd / self.per
 
-# A general-purpose virtual CPU; the planner multiplies by cores.  An x86 one costs up to a quarter more.
-CPU_HOUR: Final = Price(
-    0.0408,
-    "vCPU hour",
-    "2026-06",
-    "half an m7g.large, Linux on demand, us-east-1, by a public study of 2026-06-17",
-)
-PUT_REQUEST: Final = Price(
-    0.005 / 1000,
-    "PUT",
-    "2023",
-    "S3 Standard, public pricing as quoted in secondary sources; check before quoting",
-)
-GET_REQUEST: Final = Price(
-    0.0004 / 1000,
-    "GET",
-    "2023",
-    "S3 Standard, public pricing as quoted in secondary sources; check before quoting",
-)
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a plan counts; the KMS's own table is that of ``streamcrypt kms cost``."""
+
+    vcpu_hour: Price = Price(
+        0.0408,
+        1,
+        "hour of a virtual CPU",
+        "2026-06",
+        "half an m7g.large, Linux on demand, us-east-1, by a public study of 2026-06-17; x86 up to a quarter more",
+    )
+    put_requests: Price = Price(
+        0.005,
+        1000,
+        "PUT requests",
+        "2023",
+        "S3 Standard, public pricing as quoted in secondary sources; check before quoting",
+    )
+    get_requests: Price = Price(
+        0.0004,
+        1000,
+        "GET requests",
+        "2023",
+        "S3 Standard, public pricing as quoted in secondary sources; check before quoting",
+    )
+    kms: cost.Prices = cost.PRICES
+
+    @classmethod
+    def read(cls, path: Path) -> Prices:
+        """Ours, with what a TOML or JSON file says instead; PricesError when it is no such file.
+
+        ``vcpu_hour``, ``put_requests`` and ``get_requests`` (of 1000) in USD, ``date`` and ``source`` of
+        them, and a table ``kms`` with fields of the KMS's prices.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            given = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        except (OSError, ValueError) as error:
+            raise PricesError(f"{path}: {error}; prices are a TOML or JSON file") from error
+        if not isinstance(given, dict):
+            raise PricesError(f"{path}: prices are a table of names and USD")
+        told = {name: given.pop(name, "given") for name in ("date", "source")}
+        table = given.pop("kms", {})
+        if not isinstance(table, dict):
+            raise PricesError(f"{path}: kms is a table, with prices of `streamcrypt kms cost`")
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "kms"]
+        ours, changed = cls(), {}
+        for name, usd in given.items():
+            if name not in names:
+                raise PricesError(
+                    f"{path}: no price {name!r}; there are {', '.join(names)} and the table kms"
+                )
+            if isinstance(usd, bool) or not isinstance(usd, float | int) or not 0 <= usd < math.inf:
+                raise PricesError(f"{path}: {name} is {usd!r}; a price is a number of USD, 0 or more")
+            changed[name] = dataclasses.replace(getattr(ours, name), usd=float(usd), **told)
+        try:
+            kms = cost.Prices.from_json({**told, **table} if table else {})
+        except ValueError as error:
+            raise PricesError(f"{path}: {error}") from error
+        return dataclasses.replace(ours, kms=kms, **changed)
+
+
+PRICES: Final = Prices()
 
 # The quota is shared by everything the account does in a Region, AWS services included.
 QUOTA_SHARE: Final = 0.5
@@ -79,25 +137,11 @@ def kms_quota(operation: str, region: str | None = None, share: float = QUOTA_SH
     )
 
 
-def kms_cost(operation: str, calls: float, keys: int, seconds: float) -> dict[str, Any]:
-    """USD for the calls and for the keys' share of a month, with the date of the prices."""
+def kms_cost(operation: str, calls: float, keys: int, seconds: float, prices: Prices) -> tuple[float, float]:
+    """USD for the calls, and for the keys' share of a month."""
     bill = cost.bill(
         [cost.Calls(operation, round(calls))],
         [cost.KeyUse("", max(seconds / 3600, 1.0) / HOURS_PER_MONTH)] * keys,
+        prices.kms,
     )
-    return {
-        "kms_requests": bill["kms_requests"],
-        "kms_keys": bill["kms_keys"],
-        "kms_prices": bill["prices"],
-    }
-
-
-def kms_prices() -> dict[str, float]:
-    """The figures behind ``kms_cost``, for the report's page."""
-    prices = cost.PRICES
-    return {
-        "request_price": prices.symmetric / prices.per,
-        "free_requests": prices.free_requests,
-        "key_month": prices.key_month,
-        "hours_per_month": HOURS_PER_MONTH,
-    }
+    return bill["kms_requests"], bill["kms_keys"]

@@ -83,8 +83,14 @@ class Work:
 
     @property
     def batch(self) -> int:
-        """Small files that travel to a worker together; engine.run makes them fewer where there are few."""
+        """Most files that travel to a worker together; engine.run makes them fewer where there are few."""
         return int(max(1, min(BATCH_FILES, self.files // (4 * self.workers))))
+
+    @property
+    def list_files(self) -> int:
+        """Files of a list that a worker gets: a batch, or as many as have the bytes of one."""
+        size = self.bytes / max(self.files, 1)
+        return max(1, min(self.batch, int(BATCH_BYTES / size))) if size else self.batch
 
     @property
     def parallel(self) -> float:

@@ -23,10 +23,11 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from streamcrypt.bench.records import Records
+from streamcrypt.engine.manifest import HELD_LENGTH
 from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, interpreter_seconds
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
 from streamcrypt.plan import cluster, limits
-from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form
+from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form, messages_by_bytes
 from streamcrypt.plan.model import CPU_TERMS, TERMS, Fit, Vector, Work, describe, fit
 from streamcrypt.plan.simulate import simulate
 from streamcrypt.units import format_size
@@ -171,6 +172,7 @@ class Job:
     network_bandwidth: float | None = None
     deadline: float | None = None
     price_host_hour: float | None = None
+    prices: limits.Prices = limits.PRICES
     object_store: bool = False
     engine: Literal["local", "ray"] = "local"
 
@@ -228,6 +230,7 @@ class Estimate:
     messages_per_key: float
     peak_per_second: float
     parts: dict[str, float]  # seconds that each resource alone would need
+    cost: dict[str, float]  # USD, by what it is for, and their total
     worker_calls: float = 0.0  # of ``calls``: what the workers of a cluster unwrap for themselves
 
     @property
@@ -264,7 +267,9 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         """The object of ``plan --json`` (INTERFACE.md), and every figure on the way to it."""
         job, estimate = self.job, self.estimate
-        inputs = {name: getattr(job, name) for name in Job.__dataclass_fields__ if name != "sizes"}
+        inputs = {
+            name: getattr(job, name) for name in Job.__dataclass_fields__ if name not in ("sizes", "prices")
+        }
         return {
             "operation": job.operation,
             "bytes": job.bytes,
@@ -300,7 +305,7 @@ class Prediction:
 
     def _page(self) -> dict[str, Any]:
         """What the report's page needs to compute the closed form again."""
-        job = self.job
+        job, prices = self.job, self.job.prices
         sizes = job.size_points
         start = {name: getattr(job, name) for name in _MOVABLE} | {
             "workers": self.workers,
@@ -331,7 +336,8 @@ class Prediction:
             "read_bandwidth": job.read_bandwidth,
             "write_bandwidth": job.write_bandwidth,
             "network_bandwidth": job.network_bandwidth,
-            "prepared": PREPARED,
+            "manifest_line": MANIFEST_LINE,
+            "manifest_held": HELD_LENGTH,
             "lists_held": LISTS_HELD,
             "batch_files": BATCH_FILES,
             "batch_bytes": BATCH_BYTES,
@@ -340,26 +346,35 @@ class Prediction:
             "header": HEADER,
             "knee": KNEE,
             "host_hour": host_hour(job, self.cores),
-            "store_requests": self.cost["store_requests"],
-            **limits.kms_prices(),
+            "object_store": job.object_store,
+            "put_request": prices.put_requests.each,
+            "get_request": prices.get_requests.each,
+            "request_price": prices.kms.request(job.kms_operation),
+            "free_requests": prices.kms.free_requests,
+            "key_month": prices.kms.key_month,
+            "hours_per_month": limits.HOURS_PER_MONTH,
         }
 
 
-def _load(job: Job, work: Work, work_seconds: float, per_key: float, quota: float, variation: float) -> Load:
-    """One host's queue; ``per_key`` seconds are what a data key costs besides the KMS's latency."""
-    workers, files, batch = max(1, round(work.parallel)), round(work.files), work.batch
+def _load(
+    job: Job, work: Work, work_seconds: float, per_key: float, quota: float, variation: float, idle: float
+) -> Load:
+    """One host's queue; ``per_key`` seconds are what a data key costs besides the KMS's latency, ``idle``
+    those in which workers are started."""
+    lanes, files, batch = max(1, round(work.parallel)), round(work.files), work.list_files
     sizes = job.size_points
     pieces = 1 if job.signed else max(1, round(sizes.spans()))
     encrypting = job.operation in ("encrypt", "rekey")
     questions = _questions(job)
     data_keys = 0
     if not encrypting:
-        data_keys = max(1, round(job.data_keys / job.hosts)) if job.data_keys else _made_keys(job, files + 1)
-    messages = files + 1  # the manifest is a message too
+        data_keys = max(1, round(job.data_keys / job.hosts)) if job.data_keys else _made_keys(job, files)
+    apart = encrypting and _manifest_apart(files)
+    messages = files + (not apart)  # the manifest is a message too
     return Load(
         files=messages,
-        workers=workers,
-        service=work_seconds * workers / messages,
+        workers=lanes,
+        service=work_seconds * lanes / messages,
         variation=0.0 if pieces > 1 else variation,
         latency=job.kms_latency * questions + per_key,
         quota=quota / job.hosts / questions,
@@ -370,8 +385,10 @@ def _load(job: Job, work: Work, work_seconds: float, per_key: float, quota: floa
         size_variation=sizes.variation,
         sharing=job.sharing,
         groups=min(job.contexts, files),
-        prefetch=(LISTS_HELD * batch - 1) * workers,
-        prepared=PREPARED if job.sharing == "shared" else 0,
+        prefetch=max(0, LISTS_HELD * batch * min(work.workers, files) - lanes),
+        batch=batch,
+        idle=idle,
+        closing=encrypting and not apart,
         data_keys=data_keys if job.cache else (messages if data_keys else 0),
         order=job.order,
         capacity=job.capacity,
@@ -396,17 +413,21 @@ def _questions(job: Job) -> int:
 
 # engine.pool: the lists of files that a worker holds, the one it works on included.
 LISTS_HELD: Final = 2
-# engine.run: the pool is chosen by names and sizes, so no file waits for the keys of others.
-PREPARED: Final = 0
+MANIFEST_LINE: Final = 200  # bytes of the manifest for a file, with a name of middling length
+
+
+def _manifest_apart(files: int) -> bool:
+    """Whether the manifest of so many files is longer than what is held back of it: then its length is
+    not known when its data key is asked for, and the key serves nothing else."""
+    return files * MANIFEST_LINE > HELD_LENGTH
 
 
 def _made_keys(job: Job, files: int) -> int:
     """Data keys that this job's cache would have made when the files were encrypted."""
     sizes = job.size_points
-    from streamcrypt.plan.closed import messages_by_bytes
-
     per_key = min(job.cache_max_messages, messages_by_bytes(job.cache_max_bytes, sizes.mean, sizes.variation))
-    return max(job.contexts, math.ceil(files / per_key))
+    apart = _manifest_apart(files)
+    return max(job.contexts, math.ceil((files + (not apart)) / per_key)) + apart
 
 
 def _work(job: Job, files: int, workers: int, cores: int) -> Work:
@@ -456,9 +477,9 @@ def _estimate(
     busy = max(sum(product.values()) - overhead, 1e-9)
     by_size = sum(product[term] for term in _BY_SIZE) / busy
     if job.engine == "ray":
-        return _on_cluster(job, work, product, quota, job.size_points.variation * by_size)
+        return _on_cluster(job, work, product, quota, job.size_points.variation * by_size, cores)
     per_key = float(coefficients[TERMS.index("key")])
-    load = _load(job, work, busy, per_key, quota, job.size_points.variation * by_size)
+    load = _load(job, work, busy, per_key, quota, job.size_points.variation * by_size, product["process"])
     outcome = _outcome(load, exact=exact)
 
     bounds = _bounds(job, files / job.files)
@@ -480,12 +501,16 @@ def _estimate(
     }
     if outcome.quota_seconds and outcome.quota_seconds >= 0.97 * outcome.seconds:
         parts = {name: 0.0 if name == "kms-latency" else value for name, value in parts.items()}
+    apart = job.operation in ("encrypt", "rekey") and _manifest_apart(files)
+    seconds, calls = overhead + joined, (outcome.calls + apart) * job.hosts
+    questions = _questions(job)
     return Estimate(
-        seconds=overhead + joined,
-        calls=outcome.calls * job.hosts,
+        seconds=seconds,
+        calls=calls,
         messages_per_key=outcome.messages_per_key,
-        peak_per_second=min(outcome.peak_per_second * job.hosts, quota * 2),
+        peak_per_second=min(outcome.peak_per_second * job.hosts * questions, quota * 2, calls * questions),
         parts=parts,
+        cost=_cost(job, calls, seconds, cores),
     )
 
 
@@ -549,7 +574,9 @@ def _cluster_load(
     )
 
 
-def _on_cluster(job: Job, work: Work, products: dict[str, float], quota: float, variation: float) -> Estimate:
+def _on_cluster(
+    job: Job, work: Work, products: dict[str, float], quota: float, variation: float, cores: int
+) -> Estimate:
     """The model of one driver and many nodes, at one point."""
     load = _cluster_load(job, work, products, quota, variation)
     outcome = cluster.closed_form(load)
@@ -557,9 +584,10 @@ def _on_cluster(job: Job, work: Work, products: dict[str, float], quota: float, 
     stored = sum(products[term] for term in ("byte_serial", "sync_serial", "sync", "sync_byte"))
     reads_only = job.operation == "verify"
     quota_decides = outcome.quota_seconds >= 0.97 * outcome.seconds
+    seconds, calls = cluster.START + _joined(outcome.seconds, bounds), outcome.calls / load.questions
     return Estimate(
-        seconds=cluster.START + _joined(outcome.seconds, bounds),
-        calls=outcome.calls / load.questions,
+        seconds=seconds,
+        calls=calls,
         messages_per_key=load.files * load.questions / outcome.driver_calls,
         peak_per_second=outcome.peak_per_second,
         parts={
@@ -572,6 +600,7 @@ def _on_cluster(job: Job, work: Work, products: dict[str, float], quota: float, 
             "kms-quota": outcome.quota_seconds,
             "start-up": cluster.START,
         },
+        cost=_cost(job, calls, seconds, cores),
         worker_calls=outcome.worker_calls / load.questions,
     )
 
@@ -741,7 +770,7 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
         meets_deadline=meets,
         quota=quota,
         bytes_out=_bytes_out(job),
-        cost=_cost(job, estimate, cores),
+        cost=_costs(job, estimate),
         sensitivity=_sensitivity(job, point, workers),
         what_if=what_if,
         notes=notes,
@@ -757,31 +786,42 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
 
 def host_hour(job: Job, cores: int) -> float:
     """USD for an hour of one host."""
-    return job.price_host_hour if job.price_host_hour is not None else limits.CPU_HOUR.usd * cores
+    return job.price_host_hour if job.price_host_hour is not None else job.prices.vcpu_hour.each * cores
 
 
-def _cost(job: Job, estimate: Estimate, cores: int) -> dict[str, Any]:
-    questions = _questions(job)
-    kms = limits.kms_cost(job.kms_operation, estimate.calls * questions, job.keys, estimate.seconds)
-    compute = host_hour(job, cores) * job.hosts * estimate.seconds / 3600
-    requests = 0.0
+def _cost(job: Job, calls: float, seconds: float, cores: int) -> dict[str, float]:
+    """USD, by what it is for; ``calls`` are questions for data keys."""
+    requests, keys = limits.kms_cost(
+        job.kms_operation, calls * _questions(job), job.keys, seconds, job.prices
+    )
+    compute = host_hour(job, cores) * job.hosts * seconds / 3600
+    store = 0.0
     if job.object_store:
         writes = 0 if job.operation == "verify" else job.files
-        requests = writes * limits.PUT_REQUEST.usd + job.files * limits.GET_REQUEST.usd
+        store = writes * job.prices.put_requests.each + job.files * job.prices.get_requests.each
     return {
-        "currency": "USD",
-        "kms_requests": kms["kms_requests"],
-        "kms_keys": kms["kms_keys"],
+        "kms_requests": requests,
+        "kms_keys": keys,
         "compute": compute,
-        "store_requests": requests,
-        "total": kms["kms_requests"] + kms["kms_keys"] + compute + requests,
-        "prices": {
-            "kms": kms["kms_prices"],
-            "compute": {"date": limits.CPU_HOUR.date, "source": limits.CPU_HOUR.source}
-            if job.price_host_hour is None
-            else {"source": "given"},
-        },
+        "store_requests": store,
+        "total": requests + keys + compute + store,
     }
+
+
+def _costs(job: Job, estimate: Estimate) -> dict[str, Any]:
+    """The cost, and where its prices are from."""
+    prices = job.prices
+
+    def origin(price: limits.Price) -> dict[str, str]:
+        return {"date": price.date, "source": price.source}
+
+    sources = {
+        "kms": {"date": prices.kms.date, "source": prices.kms.source},
+        "compute": origin(prices.vcpu_hour) if job.price_host_hour is None else {"source": "given"},
+    }
+    if job.object_store:
+        sources["store_requests"] = origin(prices.put_requests)
+    return {"currency": "USD", **estimate.cost, "prices": sources}
 
 
 def _within(job: Job, records: Records) -> Prediction | None:

@@ -8,7 +8,6 @@ variation, sizes likewise.  About a million files take a few seconds.
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -124,24 +123,19 @@ def simulate(load: Load, seed: int = 0) -> Outcome:
 
 
 def _play_shared(load: Load, kms: _Kms, files: Iterator[tuple[float, float, int]]) -> tuple[float, float]:
-    """The parent hands out files in order and blocks while it asks for a key."""
+    """The parent hands out files in order, a list at a time, and blocks while it asks for a key."""
     cache = _Cache(load)
-    free = [0.0] * load.workers
+    free = [load.idle] * load.workers
     in_flight: list[float] = []
     ahead = load.workers + load.prefetch
     now = end = work = 0.0
-    waiting = list(itertools.islice(files, load.prepared))
-    for _, size, key in waiting:
-        if not cache.usable(key, size, now):
-            now = kms.call(now)
-            cache.put(key, size, now)
-    ready = len(waiting)
-    for service, size, key in itertools.chain(waiting, files):
+    for number, (service, size, key) in enumerate(files, 1):
         if len(in_flight) == ahead:
-            now = max(now, heapq.heappop(in_flight))
-        if ready > 0:
-            ready -= 1
-        elif not cache.usable(key, size, now):
+            for _ in range(min(load.batch, ahead)):
+                now = max(now, heapq.heappop(in_flight))
+        if load.closing and number == load.files:
+            now = end
+        if not cache.usable(key, size, now):
             now = kms.call(now)
             cache.put(key, size, now)
         for _ in range(load.pieces):

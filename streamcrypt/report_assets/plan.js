@@ -60,7 +60,8 @@ function finish(load, calls, perKey, stall, lastKey) {
 
 function cycleOf(load, perFetch) {
   const busy = perFetch * load.service / load.workers;
-  const wait = load.latency - Math.min(load.prefetch, perFetch) * load.service / load.workers;
+  const left = load.prefetch + 1 - load.batch;
+  const wait = load.latency - Math.min(left, perFetch) * load.service / load.workers;
   let stall = stallOf(wait, load.service, load.variation);
   if (load.prefetch === 0) stall += (wait - stall) / load.workers;
   return Math.max(load.latency, busy + stall);
@@ -69,7 +70,22 @@ function cycleOf(load, perFetch) {
 function byAge(load, lifeRate, rate, most, groups, ahead) {
   if (load.maxAge === Infinity) return most;
   const waited = Math.min(ahead - 1, rate * load.latency);
-  return Math.max(1, Math.min(most, 1 + (waited + lifeRate * load.maxAge) / groups));
+  if (groups > 1) return Math.max(1, Math.min(most, 1 + (waited + lifeRate * load.maxAge) / groups));
+  let lists = (waited + lifeRate * load.maxAge) / load.batch;
+  const unequal = load.variation * load.variation / load.batch + (1 - 1 / load.workers) / load.batch ** 2;
+  const sharp = Math.exp(-2 * Math.PI * Math.PI * unequal * lists);
+  lists += sharp * (Math.ceil(lists) - lists) + (1 - sharp) * (1 + unequal) / 2;
+  return Math.max(1, Math.min(most, load.batch * lists));
+}
+
+function renewed(load, rate, perKey, ahead) {
+  const files = load.files - (load.closing ? 1 : 0);
+  const waited = Math.min(ahead - 1, rate * load.latency);
+  const drawn = Math.max(0, files - ahead + load.idle * rate);
+  const renewals = drawn > perKey - waited ? Math.floor((drawn + waited) / perKey) : 0;
+  const since = files + (load.idle + load.latency) * rate - renewals * perKey;
+  const late = load.closing && since > waited + load.maxAge * rate ? 1 : 0;
+  return [1 + renewals + late, late];
 }
 
 function sharedOf(load) {
@@ -96,12 +112,15 @@ function sharedOf(load) {
       if (Math.abs(perKey - before) < 1e-3 * before) break;
     }
   }
-  if (perKey < most && !load.dataKeys) exact = false;
-  const calls = Math.min(n, runs * keysFor(run, perKey, exact, interleaved));
+  const aged = perKey < most && !load.dataKeys;
+  let calls, last = 0;
+  if (aged && interleaved === 1 && s > 0) [calls, last] = renewed(load, rate, perKey, ahead);
+  else calls = runs * keysFor(run, perKey, exact && !aged, interleaved);
+  calls = Math.min(n, calls);
   const perFetch = n / calls;
   const wait = Math.max(0, cycleOf(load, perFetch) - perFetch * s / workers);
   const first = latency * (interleaved > 1 ? interleaved : 1);
-  const stall = first + Math.max(0, calls - interleaved) * wait;
+  const stall = first + Math.max(0, calls - last - interleaved) * wait + last * latency;
   return finish(load, calls, perKey, stall, Math.min(perFetch, n) * s / workers);
 }
 
@@ -110,33 +129,6 @@ function roundEven(value) {
   const floor = Math.floor(value), rest = value - floor;
   if (rest !== 0.5) return Math.round(value);
   return floor % 2 === 0 ? floor : floor + 1;
-}
-
-function closedForm(load) {
-  if (!load.prepared) return sharedOf(load);
-  const first = Math.min(load.prepared, load.files);
-  const instant = { ...load, service: 1e-9, variation: 0, prepared: 0, prefetch: load.files };
-  const keys = sharedOf({ ...instant, files: first }).calls;
-  const wait = Math.max(keys * load.latency, Math.max(0, keys - tokensOf(load)) / load.quota + load.latency);
-  let rest;
-  if (first === load.files) {
-    rest = finish({ ...load, quota: Infinity }, keys, first / keys, 0, 0);
-  } else {
-    const share = load.dataKeys ? Math.max(1, roundEven(load.dataKeys * (1 - first / load.files))) : 0;
-    const later = { ...load, files: load.files - first, dataKeys: share, prepared: 0 };
-    const queue = sharedOf(later);
-    const work = load.files * load.service / load.workers;
-    const waits = Math.max(0, queue.stallSeconds - first * load.service / load.workers);
-    const tail = queue.workerSeconds - queue.stallSeconds - later.files * load.service / load.workers;
-    const ends = work + Math.max(0, tail) + waits;
-    const calls = Math.max(sharedOf(instant).calls, keys + queue.calls - (load.dataKeys ? 0 : 1));
-    const forced = Math.max(0, calls - tokensOf(load)) / load.quota;
-    rest = { seconds: Math.max(ends, forced - wait), calls, messagesPerKey: load.files / calls,
-      workerSeconds: ends, stallSeconds: waits, quotaSeconds: forced };
-  }
-  return { ...rest, seconds: rest.seconds + wait, workerSeconds: rest.workerSeconds + wait,
-    stallSeconds: rest.stallSeconds + Math.min(wait, keys * load.latency),
-    quotaSeconds: Math.max(rest.quotaSeconds, wait > keys * load.latency * 1.01 ? wait : 0) };
 }
 
 function estimate(job) {
@@ -154,15 +146,16 @@ function estimate(job) {
   const cores = Math.max(page.cores, workers !== page.workers ? workers : page.cores);
   const size = bytes / Math.max(files, 1);
   const batch = Math.trunc(Math.max(1, Math.min(page.batch_files, Math.floor(files / (4 * workers)))));
+  const listFiles = size ? Math.max(1, Math.min(batch, Math.trunc(page.batch_bytes / size))) : batch;
   const sample = Math.min(files, page.sample);
   const interpreter = (n, m) => n * page.interpreter[0] + m * page.interpreter[1];
-  const apart = workers > 1 && interpreter(sample, frames * sample / Math.max(files, 1)) > page.processes_pay;
+  const processes = workers > 1 && interpreter(sample, frames * sample / Math.max(files, 1)) > page.processes_pay;
   let tasks = Math.min(files, Math.max(files / batch, bytes / page.batch_bytes));
   if (size > page.split && !page.signed) tasks = Math.max(files, bytes / page.span);
   const usable = Math.max(1, Math.min(workers, cores));
   const whole = Math.max(1, roundEven(tasks));
   const p = whole < 4 * usable ? whole / Math.ceil(whole / usable) : usable;
-  const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = apart ? 0 : 1, free = 1 - lock;
+  const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = processes ? 0 : 1, free = 1 - lock;
   const features = { start: 1, process: free * workers, file_lock: lock * files,
     file_contended: lock * files * (1 - 1 / workers), file_serial: free * files, file: free * files / p,
     frame: frames * (lock + free / p), byte_serial: bytes, byte: bytes / p,
@@ -173,7 +166,8 @@ function estimate(job) {
   for (const [name, value] of Object.entries(page.coefficients)) total += product[name] = value * features[name];
   const overhead = product.start + product.process, busy = Math.max(total - overhead, 1e-9);
   const bySize = page.by_size.reduce((sum, name) => sum + product[name], 0) / busy;
-  const lanes = Math.max(1, roundEven(p)), messages = files + 1;
+  const apart = files * page.manifest_line > page.manifest_held, own = apart && !page.reading ? 1 : 0;
+  const lanes = Math.max(1, roundEven(p)), messages = files + 1 - own;
   const pieces = page.signed ? 1 : Math.max(1, roundEven(spans));
   const cacheMessages = job.cache ? job.cache_max_messages : 1;
   const cacheBytes = job.cache ? job.cache_max_bytes : Infinity;
@@ -181,7 +175,7 @@ function estimate(job) {
   if (page.reading) {
     const perKey = Math.min(job.cache_max_messages, messagesByBytes(job.cache_max_bytes, middle, variation));
     dataKeys = page.data_keys ? Math.max(1, roundEven(page.data_keys / job.hosts))
-      : Math.max(page.contexts, Math.ceil(messages / perKey));
+      : Math.max(page.contexts, Math.ceil((files + (apart ? 0 : 1)) / perKey)) + (apart ? 1 : 0);
     if (!job.cache) dataKeys = messages;
   }
   const load = { files: messages, workers: lanes, service: busy * lanes / messages,
@@ -189,9 +183,9 @@ function estimate(job) {
     quota: job.kms_quota / job.hosts / page.questions, maxMessages: cacheMessages,
     maxAge: job.cache ? job.cache_max_age : Infinity, maxBytes: cacheBytes, size: middle,
     sizeVariation: variation, groups: Math.min(page.contexts, files),
-    prefetch: (page.lists_held * batch - 1) * lanes, prepared: page.prepared, dataKeys,
-    capacity: page.capacity, pieces };
-  const outcome = closedForm(load);
+    prefetch: Math.max(0, page.lists_held * listFiles * Math.min(workers, files) - lanes), dataKeys,
+    capacity: page.capacity, pieces, batch: listFiles, idle: product.process, closing: !page.reading && !own };
+  const outcome = sharedOf(load);
   const overheadBytes = job.files * (page.header + 8 + (page.signed ? 105 : 0)) + 32 * framesOf * job.files;
   const out = page.writing === "message" ? job.bytes + overheadBytes : page.writing === "plain" ? job.bytes : 0;
   const bounds = [page.read_bandwidth ? job.bytes * share / page.read_bandwidth : 0,
@@ -206,7 +200,7 @@ function estimate(job) {
   let cpuSeconds = 0;
   for (const [name, value] of Object.entries(page.cpu_coefficients)) cpuSeconds += value * cpuFeatures[name];
   const alone = cpuSeconds > 0 ? Math.min(1, interpreter(files, frames) / cpuSeconds) : 0;
-  const coresBusy = apart ? p : 1 + (p - 1) * (1 - alone), worked = overhead + busy;
+  const coresBusy = processes ? p : 1 + (p - 1) * (1 - alone), worked = overhead + busy;
   const cpu = Object.values(page.cpu_coefficients).some((value) => value) ? Math.min(worked, cpuSeconds / coresBusy) : worked;
   const stored = worked - cpu, readsOnly = page.writing === "nothing";
   const quotaBound = outcome.quotaSeconds && outcome.quotaSeconds >= 0.97 * outcome.seconds;
@@ -216,11 +210,15 @@ function estimate(job) {
     "kms-latency": !quotaBound && outcome.quotaSeconds <= outcome.workerSeconds ? outcome.stallSeconds : 0,
     "kms-quota": outcome.quotaSeconds };
   const limit = Object.keys(parts).reduce((best, name) => parts[name] > parts[best] ? name : best);
-  const seconds = overhead + joined, calls = outcome.calls * job.hosts;
-  const requests = Math.max(0, roundEven(calls * page.questions) - page.free_requests) * page.request_price;
-  const keys = page.keys * page.key_month * Math.max(seconds / 3600, 1) / page.hours_per_month;
-  const compute = page.host_hour * job.hosts * seconds / 3600;
-  return { seconds, calls, limit, parts, cost: requests + keys + compute + page.store_requests };
+  const seconds = overhead + joined, calls = (outcome.calls + own) * job.hosts;
+  const writes = readsOnly ? 0 : job.files;
+  const cost = {
+    kms_requests: Math.max(0, roundEven(calls * page.questions) - page.free_requests) * page.request_price,
+    kms_keys: page.keys * page.key_month * Math.max(seconds / 3600, 1) / page.hours_per_month,
+    compute: page.host_hour * job.hosts * seconds / 3600,
+    store_requests: page.object_store ? writes * page.put_request + job.files * page.get_request : 0 };
+  cost.total = cost.kms_requests + cost.kms_keys + cost.compute + cost.store_requests;
+  return { seconds, calls, limit, parts, cost };
 }
 
 const size = (value) => {
@@ -232,6 +230,11 @@ const size = (value) => {
 const duration = (seconds) => seconds < 120 ? `${Number(seconds.toPrecision(3))} s`
   : seconds < 7200 ? `${Number((seconds / 60).toPrecision(3))} min`
   : seconds < 259200 ? `${Number((seconds / 3600).toPrecision(3))} h` : `${Number((seconds / 86400).toPrecision(3))} days`;
+// As report._cost_note.
+const costNote = (cost) => {
+  const store = cost.store_requests ? `, store ${cost.store_requests.toFixed(2)}` : "";
+  return `compute ${cost.compute.toFixed(2)}, KMS ${(cost.kms_requests + cost.kms_keys).toFixed(2)}${store}`;
+};
 const whole = (value) => Math.round(value).toLocaleString("en");
 
 // name, label, format, lowest and highest factor of the plan's value, whole numbers only
@@ -252,14 +255,15 @@ function show() {
   document.getElementById("seconds").textContent = duration(now.seconds);
   document.getElementById("limit").textContent = now.limit;
   document.getElementById("calls").textContent = whole(now.calls);
-  document.getElementById("cost").textContent = `${now.cost.toFixed(2)} USD`;
+  document.getElementById("cost").textContent = `${now.cost.total.toFixed(2)} USD`;
+  document.getElementById("cost-note").textContent = costNote(now.cost);
   const most = Math.max(...Object.values(now.parts)) || 1;
   for (const bar of document.querySelectorAll("#parts .bar")) {
     const value = now.parts[bar.dataset.name] || 0;
     bar.querySelector("i").style.width = `${value / most * 100}%`;
     bar.querySelector(".figure").textContent = duration(value);
   }
-  for (const [key, value] of [["seconds", now.seconds], ["calls", now.calls], ["limit", now.limit], ["cost", now.cost]])
+  for (const [key, value] of [["seconds", now.seconds], ["calls", now.calls], ["limit", now.limit], ["cost", now.cost.total]])
     document.body.dataset[key] = value;
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 from families.measured import synthetic_records
@@ -87,12 +88,52 @@ BAD = {
         "met in 0%",
     ),
     "deadline of zero": (["--bytes", "5TB", "--files", "100", "--deadline", "0s"], 2, "above 0"),
-    "no listing": (["--listing", "no-such-folder"], 2, "no such folder"),
+    "no listing": (["--listing", "no-such-folder"], 2, "does not exist"),
     "negative price": (["--bytes", "5TB", "--files", "9", "--price-host-hour=-3"], 2, "negative"),
     "no such region": (["--bytes", "5TB", "--files", "9", "--region", "mars-1"], 2, "mars-1"),
     "share of the quota": (["--bytes", "5TB", "--files", "9", "--kms-quota-share", "7"], 2, "share"),
     "solve without deadline": (["--bytes", "5TB", "--files", "9", "--solve", "hosts"], 2, "--deadline"),
 }
+
+
+BAD_PRICES = {
+    "no such file": (None, "No such file"),
+    "not TOML": ("vcpu_hour = ", "TOML"),
+    "unknown price": ("coffee = 3", "coffee"),
+    "negative": ("vcpu_hour = -1", "0 or more"),
+    "no number": ('put_requests = "cheap"', "number of USD"),
+    "unknown price of KMS": ("[kms]\ncoffee = 3", "coffee"),
+    "KMS is no table": ("kms = 3", "table"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD_PRICES.values(), ids=BAD_PRICES)
+def test_prices_that_are_none_are_one_line(capsys, tmp_path, records, text, said):
+    if text is not None:
+        (tmp_path / "prices.toml").write_text(text)
+    words = ("plan", "--bytes", "1TB", "--files", "9", "--records", records)
+    code, _, err = run(capsys, *words, "--prices", tmp_path / "prices.toml")
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_bucket_is_listed_by_our_own_stores(capsys, monkeypatch, records, bucket):
+    """Without fsspec or s3fs, by the walk of a job: our own folder and what consoles make are left out."""
+    for name in ("fsspec", "s3fs"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, length in (("a", 10), ("deep/er/b", 2000), ("_streamcrypt/manifest", 7), ("empty/", 0)):
+        bucket.put(f"data/{name}", bytes(length))
+    code, out, err = run(capsys, "plan", "--listing", f"{bucket.url}/data", "--records", records, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert (plan["files"], plan["bytes"]) == (2, 2010)
+    assert plan["cost"]["store_requests"] > 0
+    for source, said in ((f"{bucket.url}/nothing", "does not exist"), ("ftp://host/data", "s3://")):
+        code, _, err = run(capsys, "plan", "--listing", source, "--records", records)
+        assert code == 2
+        assert said in err
+        assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("words", "code", "said"), BAD.values(), ids=BAD)

@@ -8,8 +8,10 @@ import random
 import pytest
 from families.measured import LAW, law_seconds, synthetic_records, synthetic_run, work_of_cell
 
+import streamcrypt as sc
 from streamcrypt.bench.records import Cell, Records
 from streamcrypt.bench.sweep import held_out
+from streamcrypt.engine import manifest
 from streamcrypt.plan import limits, validate
 from streamcrypt.plan import predict as planner
 from streamcrypt.plan.model import ModelError, Work, best_workers, fit, scalability
@@ -125,10 +127,43 @@ def test_the_limiting_resource_is_named(limit, change):
 
 
 def test_calls_are_exact_where_a_message_limit_decides():
-    for files, per_key in [(1000, 7), (1000, 1000), (100_000, 64), (5000, 1)]:
+    for files, per_key in [(1000, 7), (1000, 1000), (40_000, 64), (5000, 1)]:
         job = planner.Job(bytes=files * 1000, files=files, cache_max_messages=per_key)
         # The manifest is a message too.
         assert round(planner.evaluate(job, RECORDS).calls) == math.ceil((files + 1) / per_key)
+
+
+@pytest.mark.parametrize("per_key", [1, 20, 60, 1000])
+@pytest.mark.parametrize("held", [1_000, 1_000_000])
+def test_calls_are_those_of_the_engine(held, per_key, home, tmp_path, monkeypatch):
+    """A manifest too long to be held in memory has a data key of its own, and is opened with it."""
+    monkeypatch.setattr(manifest, "HELD_LENGTH", held)
+    monkeypatch.setattr(planner, "HELD_LENGTH", held)
+    (tmp_path / "plain").mkdir()
+    for number in range(60):
+        (tmp_path / "plain" / f"{number}").write_bytes(bytes(100))
+    key = f"local:{sc.kms_client('local').create_key()['KeyMetadata']['KeyId']}"
+    cache = sc.DataKeyCache(max_messages=per_key)
+    done = sc.encrypt(tmp_path / "plain", tmp_path / "out", keys=key, cache=cache, workers=2, fsync=False)
+    job = planner.Job(bytes=6000, files=60, cache_max_messages=per_key)
+    assert round(planner.evaluate(job, RECORDS).calls) == done.to_json()["kms"]["calls"]["GenerateDataKey"]
+    done = sc.verify(tmp_path / "out", keys=key, workers=2)
+    job = dataclasses.replace(job, operation="verify")
+    assert round(planner.evaluate(job, RECORDS).calls) == done.to_json()["kms"]["calls"]["Decrypt"]
+
+
+def test_the_peak_is_that_of_the_busiest_second():
+    """Of a job that asks for a key now and then, not what the KMS could answer in a second."""
+    days = planner.Job(bytes=100 << 40, files=1_000_000, cache_max_messages=1_000, contexts=1)
+    assert planner.evaluate(days, RECORDS).peak_per_second == 1
+    rekey = dataclasses.replace(days, operation="rekey")  # opens the old key, then asks for a new one
+    assert planner.evaluate(rekey, RECORDS).peak_per_second == 2
+    # Every host begins with a key.
+    assert planner.evaluate(dataclasses.replace(days, hosts=50), RECORDS).peak_per_second == 50
+    # A file a call, each worth a millisecond: as many as one caller can ask one after the other.
+    uncached = planner.Job(bytes=10_000_000, files=100_000, cache=False, kms_latency=0.02, fsync=False)
+    assert planner.evaluate(uncached, RECORDS).peak_per_second == 50
+    assert planner.evaluate(dataclasses.replace(uncached, kms_quota=10), RECORDS).peak_per_second <= 20
 
 
 def test_every_host_has_its_own_keys():
@@ -199,6 +234,26 @@ def test_quotas_are_dated_and_the_smallest_is_assumed():
     assert "20" in assumed.source
     with pytest.raises(ValueError, match="share"):
         limits.kms_quota("GenerateDataKey", share=0)
+
+
+def test_prices_come_from_a_file(tmp_path):
+    ours = planner.evaluate(dataclasses.replace(JOB, object_store=True, cache=False), RECORDS).cost
+    file = tmp_path / "prices.toml"
+    file.write_text('date = "2027-01"\nsource = "our contract"\nvcpu_hour = 0.0816\nput_requests = 0.01\n'
+                    "[kms]\nsymmetric = 0.06\nfree_requests = 0\n")  # fmt: skip
+    job = dataclasses.replace(JOB, object_store=True, cache=False, prices=limits.Prices.read(file))
+    found = planner.predict(job, RECORDS, trials=10).cost
+    assert found["compute"] == pytest.approx(2 * ours["compute"])
+    assert found["kms_requests"] == pytest.approx(20_001 * 0.06 / 10_000)
+    assert found["store_requests"] == pytest.approx(20_000 * (0.01 + 0.0004) / 1000)
+    assert found["prices"]["compute"] == {"date": "2027-01", "source": "our contract"}
+    assert found["prices"]["kms"] == {"date": "2027-01", "source": "our contract"}
+    assert found["total"] == pytest.approx(
+        sum(planner.evaluate(job, RECORDS).cost[name] for name in ours) / 2
+    )
+    (tmp_path / "prices.json").write_text('{"vcpu_hour": 1}')
+    assert limits.Prices.read(tmp_path / "prices.json").vcpu_hour.usd == 1
+    assert limits.Prices.read(tmp_path / "prices.json").put_requests == limits.PRICES.put_requests
 
 
 def test_intervals_cover_what_the_law_does():
