@@ -327,17 +327,19 @@ def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[C
         # Long enough to mean something, short enough for a KMS that takes one call at a time.
         slowest = max(cell.kms_latency, 1 / cell.kms_quota if cell.kms_quota else 0.0)
         per_key = cell.cache_max_messages or 1
-        files = min(800, max(60, int(6 / slowest * per_key)))
+        files = min(800, max(60, int(4 / slowest * per_key)))
         cells.append(dataclasses.replace(cell, files=files, seed=seed + 1000 + number, storage=storages[0]))
-    # Encrypting only: how many data keys an age limit made of a dataset, the dataset alone can tell.
+    # Encrypting only: how many data keys an age limit made of a dataset, the dataset alone can tell.  Ages are
+    # short because jobs are: some forty renewals, of which one more or less is no more than chance.
     aged: dict[str, Sequence[Any]] = {
-        "workers": [1, 2, 4],
-        "file_size": [200 * KIB, 1200 * KIB, 5 * MIB],
-        "cache_max_age": [0.05, 0.15, 0.4],
+        "workers": [1, 2, 3],
+        "file_size": [24 * KIB, 200 * KIB, 1200 * KIB],
+        "cache_max_age": [0.015, 0.025, 0.04],
         "kms_latency": [0.004, 0.02],
     }
     for number, cell in enumerate(latin_hypercube(aged, 6, seed + 2000)):
-        files = 512 * MIB // cell.file_size
+        total = 2048 * MIB if cell.file_size > 64 * KIB else 384 * MIB
+        files = total // cell.file_size
         cells.append(dataclasses.replace(cell, files=files, seed=seed + 2000 + number, storage=storages[0]))
     return _distinct(cells)
 

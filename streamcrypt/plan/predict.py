@@ -674,6 +674,26 @@ def evaluate(job: Job, records: Records, *, workers: int | None = None) -> Estim
     return _estimate(job, rates, rates.coefficients, used, cores, quota.per_second)
 
 
+def calls_within(job: Job, records: Records, seconds: float) -> float:
+    """KMS calls of the job if its work takes so long that the job takes ``seconds``.
+
+    Where age ends data keys, calls follow the time: this tells an error of theirs from one of its.
+    """
+    rates, _ = _rates(job, records)
+    cores = job.cores or max(records.machine.cores, job.workers or 0)
+
+    def at(factor: float) -> Estimate:
+        return _estimate(
+            job, rates, rates.coefficients * factor, job.workers or cores, cores, _quota(job).per_second
+        )
+
+    low, high = 0.01, 100.0
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if at(middle).seconds < seconds else (low, middle)
+    return at(high).calls
+
+
 # The fits of the records used last: a search for the least number of hosts plans many times.
 _fits: list[tuple[Records, tuple[str, bool, str], Fit]] = []
 

@@ -217,6 +217,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     def share(held: list[bool]) -> float | None:
         return sum(held) / len(held) if held else None
 
+    aged = [row for row in rows if not row["exact_calls"]]
     return {
         "plan": errors("error"),
         "by_best_rate": errors("by_best_rate"),
@@ -232,15 +233,17 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "calls_exact": share(
             [row["calls_predicted"] == row["calls_measured"] for row in rows if row["exact_calls"]]
         ),
-        "calls_by_age": share(
-            [
-                abs(row["calls_predicted"] / max(row["calls_measured"], 1) - 1) <= BY_AGE
-                for row in rows
-                if not row["exact_calls"]
-            ]
+        "calls_by_age": share([_near(row["calls_predicted"], row["calls_measured"]) for row in aged]),
+        "calls_by_age_at_measured": share(
+            [_near(row["calls_at_measured"], row["calls_measured"]) for row in aged]
         ),
+        "aged": len(aged),
         "noisy": sum(row["noisy"] > 0 for row in rows),
     }
+
+
+def _near(calls: int, measured: int) -> bool:
+    return abs(calls / max(measured, 1) - 1) <= BY_AGE
 
 
 def _percent(share: float | None) -> str:
@@ -279,7 +282,9 @@ def table(result: dict[str, Any]) -> str:
         f"{summary['coverage_80']:.0%} of runs, {summary['coverage_80_medians']:.0%} of medians. "
         f"Limiting resource right: {summary['limit_right']:.0%}. "
         f"KMS calls exact where messages or bytes limit a key: {_percent(summary['calls_exact'])}; within 5 % where "
-        f"its age does: {_percent(summary['calls_by_age'])}. Configurations with a noisy run: {summary['noisy']}.",
+        f"its age does ({summary['aged']} configurations): {_percent(summary['calls_by_age'])}, and "
+        f"{_percent(summary['calls_by_age_at_measured'])} of the calls of a plan that is told the time. "
+        f"Configurations with a noisy run: {summary['noisy']}.",
         "",
         "| configuration | measured s | predicted s | error | 80 % interval "
         "| limit: predicted, measured | KMS calls: predicted, measured |",

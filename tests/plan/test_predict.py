@@ -152,6 +152,15 @@ def test_calls_are_those_of_the_engine(held, per_key, home, tmp_path, monkeypatc
     assert round(planner.evaluate(job, RECORDS).calls) == done.to_json()["kms"]["calls"]["Decrypt"]
 
 
+def test_calls_under_an_age_limit_follow_the_time():
+    job = dataclasses.replace(JOB, cache_max_age=0.1)
+    found = planner.evaluate(job, RECORDS)
+    assert found.calls > 100
+    assert planner.calls_within(job, RECORDS, found.seconds) == pytest.approx(found.calls, abs=1)
+    assert planner.calls_within(job, RECORDS, 2 * found.seconds) == pytest.approx(2 * found.calls, rel=0.05)
+    assert planner.calls_within(JOB, RECORDS, 2 * found.seconds) == 1
+
+
 def test_the_peak_is_that_of_the_busiest_second():
     """Of a job that asks for a key now and then, not what the KMS could answer in a second."""
     days = planner.Job(bytes=100 << 40, files=1_000_000, cache_max_messages=1_000, contexts=1)
