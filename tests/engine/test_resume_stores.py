@@ -205,7 +205,6 @@ def test_open_uploads_of_the_resumed_job_are_aborted_from_another_machine(
         return None
 
     bucket.proxy.fault = never_completed
-    monkeypatch.setenv("STREAMCRYPT_STORE_RETRY_SECONDS", "60")
     interrupt("encrypt", source, url, key, after=FILES + 1)
     bucket.proxy.fault = lambda method, path: None
     assert bucket.uploads() == ["enc/large"]

@@ -194,6 +194,7 @@ def test_metadata_have_names_that_every_store_takes(bucket: Bucket, key: str) ->
         assert name.isidentifier()
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("request_", [FAULTS["a part"], FAULTS["completion"]], ids=["part", "completion"])
 def test_an_upload_that_keeps_failing_is_aborted(
     bucket: Bucket, key: str, tmp_path: Path, request_: tuple[str, str]
@@ -208,11 +209,8 @@ def test_an_upload_that_keeps_failing_is_aborted(
 
 
 @pytest.mark.parametrize("kind", [503, "drop"])
-def test_an_outage_is_waited_out(
-    bucket: Bucket, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int | str
-) -> None:
+def test_an_outage_is_waited_out(bucket: Bucket, key: str, tmp_path: Path, kind: int | str) -> None:
     """Three seconds here, a minute in campaigns/test_stores.py."""
-    monkeypatch.setenv(stores.RETRY_VARIABLE, "60")
     source = tmp_path / "source"
     source.mkdir()
     for number in range(10):
@@ -453,6 +451,7 @@ def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.Monke
         sc.open(f"{bucket.url}/m")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_exit_codes(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def decrypt(url: str) -> tuple[int, bytes]:
         done = run(["-m", "streamcrypt", "decrypt", url, str(tmp_path / "out")])

@@ -1,6 +1,6 @@
 """moto's S3 server over HTTP behind a proxy of ours that counts requests and makes some of them fail.
 
-from families.s3 import bucket, client, key, server      in a conftest.py: the fixtures
+from families.s3 import bucket, client, impatient, key, server      in a conftest.py: the fixtures
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def set_store_environment(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv(stores.RETRY_VARIABLE, "1")
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "60")  # a loaded machine fails a request more than once
 
 
 @pytest.fixture
@@ -248,3 +248,11 @@ def bucket(server: Proxy, client: Any, home: Path, monkeypatch: pytest.MonkeyPat
 def key(home: Path) -> str:
     kms = sc.kms_client("local")
     return "local:" + str(kms.create_key()["KeyMetadata"]["KeyId"])
+
+
+@pytest.fixture
+def impatient(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a store that never answers well: given up after a second."""
+    from streamcrypt import stores
+
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "1")
