@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import IO, Any, Final, cast
@@ -65,6 +66,7 @@ from streamcrypt.units import parse_size
 _SPAN_LENGTH: Final = 8 * 2**20
 # One ranged request to an object store.
 _REMOTE_SPAN_LENGTH: Final = 8 * 2**20
+_REQUESTS_AT_ONCE: Final = 16
 _MESSAGES_AT_ONCE: Final = 64
 _REMEMBERED_SIZES: Final = 100_000
 
@@ -462,7 +464,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
                 for begin, stop, members in _runs(message, bounds):
                     run = memoryview(bytearray(stop - begin))
                     cuts += [(index, run, start - begin, end - begin) for index, start, end in members]
-                    for fill in self._spans(message, begin, run):
+                    for fill in self._spans(message, begin, run, len(run)):
                         tasks.append((pool().submit(fill), [index for index, _, _ in members]))
             wait([task for task, _ in tasks])
         for index, run, start, end in cuts:
@@ -472,37 +474,51 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             for index in indices if failure is not None else ():
                 results[index] = failure
 
-    def fill(self, message: DecryptingFile, offset: int, view: memoryview) -> None:
-        """Open plaintext straight into memory that only the caller sees, in threads if it is much."""
-        spans = list(self._spans(message, offset, view))
-        if len(spans) == 1:
-            spans[0]()
-            return
-        tasks = [pool().submit(span) for span in spans]
-        wait(tasks)  # all of them, also when one fails: no thread may write into the memory after this
-        for task in tasks:
-            task.result()
+    def fill(self, message: SourceOfFile, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Open plaintext straight into memory that only the caller sees, in threads if it is much.
 
-    def _spans(self, message: DecryptingFile, offset: int, view: memoryview) -> Iterator[Callable[[], None]]:
-        """Calls that together fill ``view``; each may run in a thread of its own."""
+        Each run is an offset and the memory for what is there.
+        """
+        total = sum(len(view) for _, view in runs)
+        todo = deque(span for offset, view in runs for span in self._spans(message, offset, view, total))
+
+        def work() -> None:
+            try:
+                while (span := _next(todo)) is not None:
+                    span()
+            except BaseException:
+                todo.clear()  # the others need not go on
+                raise
+
+        threads = self.threads if self.is_local else _REQUESTS_AT_ONCE
+        helpers = [pool().submit(work) for _ in range(min(len(todo), threads) - 1)]
+        try:
+            work()
+        finally:
+            wait(helpers)  # also when one fails: no thread may write into the memory after this
+        for helper in helpers:
+            helper.result()
+
+    def _spans(
+        self, message: SourceOfFile, offset: int, view: memoryview, total: int
+    ) -> Iterator[Callable[[], None]]:
+        """Calls that together fill ``view``, each in any thread; ``total``: what is filled at the same time."""
         reader = message.frame_reader()
         local = self.is_local
-        if reader is None or len(view) < PARALLEL_LENGTH or (local and self.threads == 1):
+        if reader is None or total < PARALLEL_LENGTH or (local and self.threads == 1):
             yield lambda: message.fill(offset, view)
             return
         frame_length = reader.geometry.frame_length
-        # In equal parts where there are few, so that no thread waits for the last one.
-        span = min(_SPAN_LENGTH, -(-len(view) // self.threads)) if local else _REMOTE_SPAN_LENGTH
+        # Local ones so short that no thread waits long for the last one.
+        span = min(_SPAN_LENGTH, -(-total // (4 * self.threads))) if local else _REMOTE_SPAN_LENGTH
         span = -(-span // frame_length) * frame_length
-        source = cast(SourceOfFile, message).source
         position, end = offset, offset + len(view)
         while position < end:
             stop = min(position - position % frame_length + span, end)
-            part = view[position - offset : stop - offset]
-            yield Span(source, message, position, part)
+            yield Span(message, position, view[position - offset : stop - offset])
             position = stop
 
-    def _open_message(self, path: str) -> DecryptingFile:
+    def _open_message(self, path: str) -> SourceOfFile:
         """The message at ``path``, its header, final frame and place in the manifest checked."""
         self.check_caller()
         source = self._source(path)
@@ -787,6 +803,14 @@ def _plaintext_size(source: Source) -> int:
     if len(start) < UNFRAMED_PREFIX:
         raise IntegrityError("the body is cut short: the message is truncated")
     return unframed_length(start)
+
+
+def _next(todo: deque[Callable[[], None]]) -> Callable[[], None] | None:
+    """One of what several threads take from; None when nothing is left."""
+    try:
+        return todo.popleft()
+    except IndexError:
+        return None
 
 
 def _bounds(start: int | None, end: int | None, size: int) -> tuple[int, int]:

@@ -7,15 +7,18 @@ TargetFile          writes what encrypts itself, as it is
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from streamcrypt.fs.below import RemoteSource
 from streamcrypt.keys.materials import Materials
 from streamcrypt.storage import Buffer, Source, Target
-from streamcrypt.streams import DecryptingFile, EncryptingFile, ReadingRules
+from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules
+from streamcrypt.system import prefer_huge_pages
 
 if TYPE_CHECKING:
     from streamcrypt.fs.crypt import CryptFileSystem
@@ -34,25 +37,46 @@ class SourceOfFile(DecryptingFile):
 
     def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str) -> None:
         self.source = source
+        self._idle: deque[FrameReader] = deque()
         super().__init__(source, materials, rules, name=name)
+
+    @contextlib.contextmanager
+    def lent_reader(self) -> Iterator[FrameReader]:
+        """A reader for this thread, with its memory: one that another is done with, where there is one."""
+        try:
+            reader = self._idle.pop()
+        except IndexError:
+            found = self.frame_reader()
+            assert found is not None
+            reader = found
+        yield reader
+        self._idle.append(reader)
 
 
 class Span:
     """A part of the plaintext that one thread opens."""
 
-    __slots__ = ("_message", "_offset", "_source", "_view")
+    __slots__ = ("_message", "_offset", "_view")
 
-    def __init__(self, source: Source, message: DecryptingFile, offset: int, view: memoryview) -> None:
-        self._source, self._message, self._offset, self._view = source, message, offset, view
+    def __init__(self, message: SourceOfFile, offset: int, view: memoryview) -> None:
+        self._message, self._offset, self._view = message, offset, view
 
     def __call__(self) -> None:
-        reader = self._message.frame_reader()
-        assert reader is not None
-        if isinstance(self._source, RemoteSource):
-            first, stop = reader.geometry.frames_covering(self._offset, self._offset + len(self._view))
-            begin = reader.geometry.frame_offset(first)
-            self._source.prefetch(begin, reader.geometry.frames_end(stop) - begin)
-        reader.read_into(self._offset, self._view)
+        with self._message.lent_reader() as reader:
+            source, geometry = self._message.source, reader.geometry
+            if isinstance(source, RemoteSource):
+                first, stop = geometry.frames_covering(self._offset, self._offset + len(self._view))
+                begin = geometry.frame_offset(first)
+                source.prefetch(begin, geometry.frames_end(stop) - begin)
+            reader.read_into(self._offset, self._view)
+
+
+class Held(NamedTuple):
+    """Plaintext from ``start`` to ``stop`` (excluded) that has been opened already: a pyarrow.Buffer."""
+
+    start: int
+    stop: int
+    buffer: Any
 
 
 class CryptFile(io.BufferedIOBase):
@@ -63,13 +87,14 @@ class CryptFile(io.BufferedIOBase):
 
     mode = "rb"
 
-    def __init__(self, fs: CryptFileSystem, path: str, message: DecryptingFile) -> None:
+    def __init__(self, fs: CryptFileSystem, path: str, message: SourceOfFile) -> None:
         super().__init__()
         self.fs = fs
         self.path = path
         self.size = message.size
         self.header = message.header
         self._message = message
+        self._held: list[Held] = []
         self._lock = threading.Lock()
         self._position = 0
         self._seeks = threading.local()
@@ -158,12 +183,16 @@ class CryptFile(io.BufferedIOBase):
     def read_at(self, offset: int, length: int) -> bytes:
         """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
         length = max(0, min(length, self.size - offset))
+        held = self._held_at(offset, length)
+        if held is not None:
+            return bytes(memoryview(held))
         if length < PARALLEL_LENGTH:
             return self._message.read_at(offset, length)
         # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
         room = io.BytesIO(bytes(length))
         with room.getbuffer() as view:
-            self.fs.fill(self._message, offset, view)
+            prefer_huge_pages(view)
+            self.fs.fill(self._message, [(offset, view)])
         return room.getvalue()
 
     def read_buffer(self, size: int | None = -1, /) -> Any:
@@ -174,16 +203,54 @@ class CryptFile(io.BufferedIOBase):
         """``length`` bytes from ``offset`` on as a ``pyarrow.Buffer``; nothing is copied."""
         import pyarrow
 
-        buffer = pyarrow.allocate_buffer(max(0, min(length, self.size - offset)))
+        length = max(0, min(length, self.size - offset))
+        held = self._held_at(offset, length)
+        if held is not None:
+            return held
+        buffer = pyarrow.allocate_buffer(length)
         with memoryview(buffer) as view, view.cast("B") as octets:
             if len(octets):
-                self.fs.fill(self._message, offset, octets)
+                self.fs.fill(self._message, [(offset, octets)])
         return buffer
+
+    def hold(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Open what these ranges (offset, length) cover now, in threads, and answer later reads from it.
+
+        For a reader that says beforehand what it will read.  Whole frames are held, so that none is
+        opened twice or copied; what was held before is given up.
+        """
+        import pyarrow
+
+        self._check_open()
+        reader = self._message.frame_reader()
+        if reader is None:
+            return  # unframed content is in memory as it is
+        frame_length = reader.geometry.frame_length
+        runs: list[tuple[int, int]] = []
+        for offset, length in sorted(ranges):
+            start = offset - offset % frame_length
+            stop = min(-(-(offset + length) // frame_length) * frame_length, self.size)
+            if runs and start <= runs[-1][1]:
+                last = runs.pop()
+                start, stop = last[0], max(stop, last[1])
+            runs.append((start, stop))
+        buffers = [pyarrow.allocate_buffer(stop - start) for start, stop in runs]
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        self.fs.fill(self._message, [(start, view) for (start, _), view in zip(runs, views, strict=True)])
+        self._held = [Held(*run, buffer) for run, buffer in zip(runs, buffers, strict=True)]
+
+    def _held_at(self, offset: int, length: int) -> Any:
+        """The plaintext there as a pyarrow.Buffer, where it is held; else None."""
+        for start, stop, buffer in self._held:
+            if start <= offset and offset + length <= stop:
+                return buffer.slice(offset - start, length)
+        return None
 
     def verify_signature(self) -> None:
         self._message.verify_signature()
 
     def close(self) -> None:
+        self._held = []
         self._message.close()
         super().close()
 

@@ -96,9 +96,42 @@ def read_table(
         if columns is None and filters is None and file.size <= WHOLE_FILE_LENGTH:
             whole = pa.BufferReader(file.buffer_at(0, file.size))
             return pq.read_table(whole, **{"pre_buffer": False, **options})
-        # Read when needed and no more than that: a local file gains nothing from reading ahead.
+        # What will be read is opened beforehand, all at once; reading ahead only helps where that is too much.
+        reading = {name: options.pop(name) for name in _READ_OPTIONS & options.keys()}
         options = {"pre_buffer": not fs.is_local, **options}
-        return pq.read_table(file, columns=columns, filters=filters, **options)
+        opened = pq.ParquetDataset(file, filters=filters, **options)
+        chunks = list(_chunks(opened, columns, filters))
+        if sum(length for _, length in chunks) <= WHOLE_FILE_LENGTH:
+            file.hold(chunks)
+        return opened.read(columns=columns, **reading)
+
+
+_READ_OPTIONS: Final = {"use_threads", "use_pandas_metadata"}
+
+
+def _chunks(
+    dataset: pq.ParquetDataset, columns: Sequence[str] | None, filters: Any
+) -> Iterator[tuple[int, int]]:
+    """Where the column chunks of these columns lie, in the row groups that the filters leave: offset, length.
+
+    Those of columns that only a filter names are not among them.
+    """
+    for fragment in dataset.fragments:
+        wanted = None
+        if filters is not None:
+            fragment = fragment.subset(pq.filters_to_expression(filters), schema=dataset.schema)
+        for group in fragment.row_groups:
+            metadata = fragment.metadata.row_group(group.id)
+            if wanted is None:
+                paths = [metadata.column(index).path_in_schema for index in range(metadata.num_columns)]
+                wanted = [
+                    index for index, path in enumerate(paths)
+                    if columns is None or any(path == name or path.startswith(f"{name}.") for name in columns)
+                ]  # fmt: skip
+            for index in wanted:
+                chunk = metadata.column(index)
+                start = chunk.dictionary_page_offset or chunk.data_page_offset
+                yield min(start, chunk.data_page_offset), chunk.total_compressed_size
 
 
 def dataset(

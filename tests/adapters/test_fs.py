@@ -22,6 +22,7 @@ from families.datasets import KEY, flip, kms_calls, make_key
 
 import streamcrypt as sc
 from streamcrypt.fs import CryptFileSystem, PlaintextOnDiskWarning
+from streamcrypt.message.frames import FrameCipher
 from streamcrypt.storage import LocalSource
 
 F = 4096
@@ -284,6 +285,46 @@ def test_read_buffer_is_filled_in_threads(fs: CryptFileSystem, tmp_path: Path) -
             places, pool.map(lambda p: file.buffer_at(*p), places), strict=True
         ):
             assert buffer.to_pybytes() == data[offset : offset + length]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ranges_that_are_held_are_opened_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    make_key()
+    fs = CryptFileSystem(keys=KEY, frame_size=F, fsync=False, threads=threads)
+    path, data = f"{tmp_path}/a.bin", bytes_of(900 * F + 5)
+    fs.pipe_file(path, data)
+    ranges = [(0, 10), (3, F), (10 * F + 7, 600 * F), (700 * F, 1), (len(data) - 3, 3), (800 * F, 0)]
+    with fs.open(path) as file:
+        opened = frames_opened(monkeypatch)
+        file.hold(ranges)
+        assert sorted(opened) == [0, 1, *range(10, 611), 700]  # and the last, when the file was opened
+        for start, length in ranges:
+            assert file.read_at(start, length) == data[start : start + length]
+            assert file.buffer_at(start, length).to_pybytes() == data[start : start + length]
+        file.seek(11 * F)
+        assert file.read(3 * 2**20) == data[11 * F : 11 * F + 3 * 2**20]
+        assert file.read_at(650 * F, 5 * F) == data[650 * F : 655 * F]  # what is not held is read as ever
+        file.hold([])
+        assert file.read_at(5, 5) == data[5:10]
+    flip(tmp_path / "a.bin", 300 * F)
+    with fs.open(path) as file, pytest.raises(sc.IntegrityError):
+        file.hold(ranges)
+
+
+def frames_opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the regular frames that are opened from now on."""
+    opened: list[int] = []
+    open_regular = FrameCipher.open_regular
+
+    def watched(self: Any, frames: Any, index: int, frame_length: int, plaintext: Any) -> int:
+        found = open_regular(self, frames, index, frame_length, plaintext)
+        opened.extend(range(index, index + found // frame_length))
+        return found
+
+    monkeypatch.setattr(FrameCipher, "open_regular", watched)
+    return opened
 
 
 def test_threads_that_seek_and_read_share_one_file(fs: CryptFileSystem, tmp_path: Path) -> None:
