@@ -112,9 +112,11 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
             raise ValueError("--from-key belongs to --for rekey")
         if arguments.form != "identity" and not arguments.principal:
             raise ValueError(f"--form {arguments.form} needs --principal")
-        if arguments.form == "grants" and ("sagemaker" in arguments.roles or arguments.via_service):
+        by_service = {"sagemaker", "sagemaker-output"} & set(arguments.roles)
+        if arguments.form == "grants" and (by_service or arguments.via_service):
             raise ValueError(
-                "a grant has no conditions on services; use a policy for sagemaker and --via-service"
+                "a grant has no conditions on services; use a policy for sagemaker, sagemaker-output and "
+                "--via-service"
             )
         needed = permissions.permissions(
             arguments.roles,
@@ -232,7 +234,8 @@ def _add_doctor(subparsers: Any) -> None:
         type=_roles,
         default=["encrypt", "decrypt"],
         metavar="ROLE,…",
-        help="what the job does: encrypt, decrypt, rekey, loader (default encrypt,decrypt)",
+        help=f"what the job does: {', '.join(permissions.ROLES)} (default encrypt,decrypt)",
+
     )
     parser.add_argument(
         "--context",

@@ -120,13 +120,13 @@ def check_key(
         roles, first=first, symmetric=not metadata or metadata["KeySpec"] == "SYMMETRIC_DEFAULT"
     ):
         checks.append(_check_permission(client, operation, reference, arn, metadata, context, caller))
-    if "sagemaker" in roles:
-        found = (
-            "only SageMaker itself can try kms:CreateGrant, which the policy allows for AWS resources alone"
-        )
-        checks.append(
-            Check("kms:CreateGrant", "skipped", found, f"streamcrypt iam-policy --key {arn} --for sagemaker")
-        )
+    for role, action, found in (
+        ("sagemaker", "kms:CreateGrant", "only SageMaker itself can try it, for volumes: it is allowed for AWS resources"),
+        ("sagemaker-output", "the artefact", "only S3 itself can try kms:GenerateDataKey and kms:Decrypt for it"),
+    ):  # fmt: skip
+        if role in roles:
+            mend = f"streamcrypt iam-policy --key {arn} --for {role}"
+            checks.append(Check(action, "skipped", found, mend))
     region = calls.region
     checks.append(_check_quota(region, roles))
     return checks
@@ -137,7 +137,7 @@ def _operations(roles: Collection[str], *, first: bool, symmetric: bool) -> list
     operations = []
     if {"encrypt", "rekey"} & set(roles):
         operations.append("GenerateDataKey" if first else "Encrypt")
-    if {"decrypt", "loader", "rekey"} & set(roles):
+    if {"decrypt", "loader", "rekey"} & set(roles) or (first and {"resume", "ray"} & set(roles)):
         operations.append("Decrypt")
     return operations if symmetric else []
 

@@ -5,8 +5,15 @@
     decrypt      –                    –                      Decrypt, on every --key
     loader       –                    –                      Decrypt, on every --key
     rekey        GenerateDataKey      Encrypt                Decrypt
+    resume       –                    –                      Decrypt, on the first --key: an interrupted
+                 encrypt or rekey opens what it finds in its destination before it takes it over
+    ray          –                    –                      Decrypt, on the first --key: the nodes of a
+                 cluster get the data keys of encrypt and rekey wrapped, and unwrap them themselves
     sagemaker    CreateGrant, for AWS resources only, and DescribeKey, on every --key: what SageMaker
-                 asks of the caller and of the execution role for encrypted volumes
+                 asks of the caller and of the execution role for encrypted volumes (VolumeKmsKeyId)
+    sagemaker-output  GenerateDataKey and Decrypt, through S3 only, on every --key: what the execution
+                 role needs so that the artefact is stored under the key (OutputDataConfig.KmsKeyId).
+                 S3 names its own encryption context (aws:s3:arn), so --context says nothing about it
     branch-keys  Decrypt, GenerateDataKeyWithoutPlaintext, ReEncryptFrom and ReEncryptTo on the KMS key
                  of a hierarchy: key: to make and rotate branch keys
 
@@ -17,7 +24,8 @@ the role; branch-keys also takes dynamodb:PutItem.  --sign-manifest takes Sign a
 are the calls that the commands make; tests run every command under exactly these policies, and under
 one action less.
 
-Sources: Amazon SageMaker AI Developer Guide, "Use AWS KMS permissions" (the SageMaker rows); Amazon
+Sources: Amazon SageMaker AI Developer Guide, "Use AWS KMS permissions" (the SageMaker rows); Amazon S3
+User Guide, "Multipart upload API and permissions" (a multipart upload under a KMS key takes Decrypt); Amazon
 DynamoDB Developer Guide, "Using IAM with DynamoDB transactions" and "Using IAM policy conditions for
 fine-grained access control".
 """
@@ -32,8 +40,17 @@ from typing import Any, Final, Literal
 
 from streamcrypt.kms.policy import GRANT_OPERATIONS, default_key_policy
 
-Role = Literal["encrypt", "decrypt", "rekey", "loader", "sagemaker", "branch-keys"]
-ROLES: Final[tuple[Role, ...]] = ("encrypt", "decrypt", "rekey", "loader", "sagemaker", "branch-keys")
+Role = Literal[
+    "encrypt", "decrypt", "rekey", "loader", "resume", "ray", "sagemaker", "sagemaker-output", "branch-keys"
+]
+ROLES: Final[tuple[Role, ...]] = (
+    "encrypt", "decrypt", "rekey", "loader", "resume", "ray", "sagemaker", "sagemaker-output", "branch-keys",
+)  # fmt: skip
+# Of jobs that other roles name: alone they would let nothing be done.
+_ADDED: Final[Mapping[str, frozenset[str]]] = {
+    "resume": frozenset({"encrypt", "rekey"}),
+    "ray": frozenset({"encrypt", "decrypt", "rekey"}),
+}
 
 # Operations whose permissions may be bound to an encryption context.
 _WITH_CONTEXT: Final = frozenset(
@@ -43,6 +60,7 @@ _WITH_CONTEXT: Final = frozenset(
     }
 )  # fmt: skip
 _SAGEMAKER: Final = ("kms:CreateGrant", "kms:DescribeKey")
+_SAGEMAKER_OUTPUT: Final = ("kms:Decrypt", "kms:GenerateDataKey")
 _BRANCH_KEYS: Final = (
     "kms:Decrypt", "kms:GenerateDataKeyWithoutPlaintext", "kms:ReEncryptFrom", "kms:ReEncryptTo",
 )  # fmt: skip
@@ -98,6 +116,9 @@ def permissions(
             found = _bound(key, action, dict(context or {}), exact=exact_context)
             needed[action, found.resource, json.dumps(found.condition)] = found
 
+    for role, jobs in _ADDED.items():
+        if role in roles and not jobs & set(roles):
+            raise ValueError(f"{role} is an addition to a job; write --for {sorted(jobs)[0]},{role}")
     for role in roles:
         if role in ("encrypt", "rekey"):
             for number, key in enumerate(keys):
@@ -106,9 +127,16 @@ def permissions(
             for key in (from_keys or keys) if role == "rekey" else keys:
                 named = role != "loader" and (role == "decrypt" or bool(from_keys))
                 need(key, *_to_unwrap(key, named=named))
+        if role in ("resume", "ray") and {"encrypt", "rekey"} & set(roles):
+            need(keys[0], *_to_unwrap(keys[0], named=True))
         if role == "sagemaker":
             for key in keys:
                 need(key, *_SAGEMAKER)
+        if role == "sagemaker-output":
+            for key in keys:
+                for action in _SAGEMAKER_OUTPUT:
+                    service = {"StringEquals": {"kms:ViaService": f"s3.{key.arn.split(':')[3]}.amazonaws.com"}}
+                    needed[action, key.arn, json.dumps(service)] = Permission(action, key.arn, service)
         if role == "branch-keys":
             for key in keys:
                 if key.branch_key is None:
@@ -192,7 +220,8 @@ def statements(needed: Sequence[Permission], *, via_service: Sequence[str] = ())
     made = []
     for (names, text), arns in sorted(together.items()):
         condition: dict[str, Any] = json.loads(text)
-        if via_service and names[0].startswith("kms:"):
+        own_service = "kms:ViaService" in condition.get("StringEquals", {})
+        if via_service and names[0].startswith("kms:") and not own_service:
             services = list(via_service) if len(via_service) > 1 else via_service[0]
             condition.setdefault("StringEquals", {})["kms:ViaService"] = services
         statement: dict[str, Any] = {
@@ -214,6 +243,8 @@ def _sid(actions: Sequence[str], condition: str) -> str:
         return "StreamcryptBranchKeys"
     if actions[0] == "kms:CreateGrant":
         return "StreamcryptGrantsForAWSResources"
+    if "kms:ViaService" in condition:
+        return "StreamcryptArtefacts"
     return "StreamcryptData" if "kms:EncryptionContext" in condition else "StreamcryptKeys"
 
 

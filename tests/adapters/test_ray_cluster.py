@@ -453,6 +453,43 @@ def test_a_key_that_no_node_may_use_is_exit_code_4(nodes, tmp_path, capsys):
         sc.encrypt(tmp_path / "in", tmp_path / "out", keys=private, engine="ray", overwrite=True)
 
 
+def test_the_printed_policy_is_the_least_for_a_cluster(nodes, tmp_path, monkeypatch, capsys):
+    """Of the driver and the nodes, which are one user here."""
+    make_tree(tmp_path / "in", sizes(8, 1_000))
+    for name, value in nodes.worker.items():
+        monkeypatch.setenv(name, value)
+    arn = nodes.service.describe_key(KeyId="alias/ml")["KeyMetadata"]["Arn"]
+    capsys.readouterr()
+    assert main(["iam-policy", "--key", arn, "--for", "encrypt,ray", "--quiet"]) == 0
+    (statement,) = json.loads(capsys.readouterr().out)["Statement"]
+    needed = statement["Action"]
+    assert set(needed) == {"kms:GenerateDataKey", "kms:Decrypt"}
+
+    def encrypt(actions):
+        credentials(nodes.service, "worker", *(action.removeprefix("kms:") for action in actions))
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        return main(
+            [
+                "encrypt",
+                str(tmp_path / "in"),
+                str(out),
+                "--key",
+                f"local:{arn}@{nodes.url}",
+                "--engine",
+                "ray",
+                "--quiet",
+            ]
+        )
+
+    try:
+        assert encrypt(needed) == 0
+        for action in needed:
+            assert encrypt([other for other in needed if other != action]) == 4
+            assert action in capsys.readouterr().err
+    finally:
+        credentials(nodes.service, "worker", "Decrypt", "DescribeKey")
+
+
 def test_a_kms_that_is_away_for_a_moment_costs_no_node(nodes, tmp_path):
     setup = Setup(LocalTree(str(tmp_path)), None)
     pool = RayPool(ray, setup, remote.Access(None, None), KmsStats(), lambda *_: None)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from families.s3 import bucket, client, server
+
+__all__ = ["bucket", "client", "server"]
 
 
 @pytest.fixture(autouse=True, scope="session")

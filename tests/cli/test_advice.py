@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource as limits
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from families.s3 import Bucket
 
 from streamcrypt import api
 from streamcrypt.cli import diagnosis, main
-from streamcrypt.errors import KeyAccessError
+from streamcrypt.errors import KeyAccessError, SourceError
 from streamcrypt.keys.calls import KmsCalls
 from streamcrypt.keys.ecdh import KmsEcdhKeyring
 from streamcrypt.keys.hierarchy import (
@@ -105,6 +107,40 @@ def rekey(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[
     )
 
 
+def begin(work: Callable[..., Any], *places: Any, **options: Any) -> None:
+    """The owner's job, which does what it can of two files and keeps its journal."""
+    with pytest.raises(SourceError, match="gone"):
+        work(*places, files=["a", "gone"], **options)
+
+
+def resume(client: Any, keys: list[str], dataset: Path, out: Any, context: dict[str, str]) -> None:
+    out = f"{out}-{os.urandom(8).hex()}"
+    owner, plain = open_service(), dataset.parent / "plain"
+    begin(api.encrypt, plain, out, keys=[KmsKeyring(owner, arn) for arn in keys[:2]], context=context)
+    mine = [KmsKeyring(client, arn) for arn in keys[:2]]
+    report = api.encrypt(plain, out, keys=mine, context=context, resume=True)
+    assert (report.skipped, report.files) == (1, 1)
+
+
+def resume_by_alias(client: Any, keys: list[str], dataset: Path, out: Any, context: dict[str, str]) -> None:
+    out = f"{out}-{os.urandom(8).hex()}"
+    begin(api.encrypt, dataset.parent / "plain", out, keys="local:alias/ml", context=context)
+    mine = KmsKeyring(client, "alias/ml", resolve=True)
+    api.encrypt(dataset.parent / "plain", out, keys=mine, context=context, resume=True)
+
+
+def resume_rekey(client: Any, keys: list[str], dataset: Path, out: Any, context: dict[str, str]) -> None:
+    out = f"{out}-{os.urandom(8).hex()}"
+    shutil.rmtree(dataset / "_streamcrypt", ignore_errors=True)  # to which "gone" would have been added
+
+    def rings(client: Any) -> dict[str, Any]:
+        return {"from_keys": KmsKeyring(client, keys[0]), "keys": KmsKeyring(client, keys[1])}
+
+    begin(api.rekey, dataset, out, context=context, **rings(open_service()))
+    report = api.rekey(dataset, out, context=context, resume=True, **rings(client))
+    assert (report.skipped, report.files) == (1, 1)
+
+
 def encrypt_by_rsa(client: Any, keys: list[str], dataset: Path, out: Path, context: dict[str, str]) -> None:
     api.encrypt(dataset.parent / "plain", out, keys=KmsRsaKeyring(keys[2], client=client), context=context)
 
@@ -140,6 +176,21 @@ JOBS: dict[str, tuple[Callable[..., None], Callable[[list[str]], list[str]], dic
         rekey,
         lambda k: ["--for", "rekey", "--from-key", k[0], "--key", k[1], "--key", k[0]],
         {0: {"Decrypt", "Encrypt"}, 1: {"GenerateDataKey"}},
+    ),
+    "encrypt --resume": (
+        resume,
+        lambda k: ["--for", "encrypt,resume", "--key", k[0], "--key", k[1]],
+        {0: {"GenerateDataKey", "Decrypt"}, 1: {"Encrypt"}},
+    ),
+    "encrypt --resume by alias": (
+        resume_by_alias,
+        lambda k: ["--for", "encrypt,resume", "--key", "local:alias/ml"],
+        {0: {"GenerateDataKey", "Decrypt", "DescribeKey"}},
+    ),
+    "rekey --resume": (
+        resume_rekey,
+        lambda k: ["--for", "rekey,resume", "--from-key", k[0], "--key", k[1]],
+        {0: {"Decrypt"}, 1: {"Decrypt", "GenerateDataKey"}},
     ),
     "encrypt for an RSA key": (
         encrypt_by_rsa,
@@ -213,6 +264,19 @@ def test_identity_policy_is_the_least(
             assert action in str(refused.value)
     with pytest.raises(KeyAccessError):
         job(as_user(service), keys, dataset, tmp_path / "none", CONTEXT)
+
+
+def test_resuming_in_a_store_takes_the_same(
+    service: Service, keys: list[str], dataset: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There the journal itself is under the job's key."""
+    policy = printed(capsys, "--for", "encrypt,resume", "--key", keys[0], "--key", keys[1], *WORDS)
+    resume(as_user(service, policy), keys, dataset, f"{bucket.url}/done", CONTEXT)
+    for action, arn in (("kms:Decrypt", keys[0]), ("kms:GenerateDataKey", keys[0]), ("kms:Encrypt", keys[1])):
+        with pytest.raises(KeyAccessError, match=action):
+            resume(
+                as_user(service, without(policy, action, arn)), keys, dataset, f"{bucket.url}/not", CONTEXT
+            )
 
 
 def test_a_policy_with_a_context_serves_that_dataset_only(
@@ -361,6 +425,41 @@ def test_sagemaker_may_make_grants_for_volumes_and_nothing_else(
         service.call("CreateGrant", grant, caller=Caller(USER, policies=(less,), via_service=via.via_service))
 
 
+def test_the_artefact_is_stored_under_the_key_by_s3_for_the_role(
+    service: Service, keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What S3 asks of KMS in the role's name for an upload in one request, and in parts."""
+    policy = printed(capsys, "--for", "sagemaker-output", "--key", keys[0], *WORDS)
+    context = {"aws:s3:arn": "arn:aws:s3:::bucket/models/churn-1/output/model.tar.gz"}
+
+    def store(*policies: Any, service_name: str | None = "s3") -> None:
+        via = service_name and f"{service_name}.local.amazonaws.com"
+        role = Caller(SESSION, policies=tuple(json.dumps(one) for one in policies), via_service=via)
+        request = {"KeyId": keys[0], "NumberOfBytes": 32, "EncryptionContext": context}
+        blob = service.call("GenerateDataKey", request, caller=role)["CiphertextBlob"]
+        service.call("Decrypt", {"CiphertextBlob": blob, "EncryptionContext": context}, caller=role)
+
+    store(policy)
+    for action in ("kms:GenerateDataKey", "kms:Decrypt"):
+        with pytest.raises(Exception, match=action):
+            store(without(policy, action, keys[0]))
+    for other in (None, "sagemaker"):
+        with pytest.raises(Exception, match="AccessDenied"):
+            store(policy, service_name=other)
+    # The rest of SageMaker's needs does not do, and both together are what a request with one key takes.
+    with pytest.raises(Exception, match="kms:GenerateDataKey"):
+        store(printed(capsys, "--for", "sagemaker", "--key", keys[0]))
+    both = printed(capsys, "--for", "sagemaker,sagemaker-output", "--key", keys[0])
+    assert both["Statement"] == [
+        *printed(capsys, "--for", "sagemaker", "--key", keys[0])["Statement"][:1],
+        *policy["Statement"],
+        *printed(capsys, "--for", "sagemaker", "--key", keys[0])["Statement"][1:],
+    ]
+    # Another service for the data does not change that of the artefact.
+    words = ["--for", "sagemaker-output", "--key", keys[0], "--via-service", "fsx.local.amazonaws.com"]
+    assert printed(capsys, *words) == policy
+
+
 def test_via_service(service: Service, keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--for", "encrypt", "--key", keys[0], "--via-service", "s3.local.amazonaws.com"]
     text = json.dumps(printed(capsys, *words))
@@ -379,6 +478,10 @@ MISUSE: dict[str, list[str]] = {
         "--key", "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab",
         "--key", "arn:aws:kms:us-east-1:111122223333:key/0987dcba-09fe-87dc-65ba-ab0987654321",
         "--form", "key-policy", "--principal", ROLE],
+    "an artefact by grants": [
+        "--key", "local:alias/ml", "--for", "sagemaker-output", "--form", "grants", "--principal", ROLE],
+    "resume of nothing": ["--key", "local:alias/ml", "--for", "decrypt,resume"],
+    "a cluster that does nothing": ["--key", "local:alias/ml", "--for", "ray"],
     "sagemaker by grants": ["--key", "local:alias/ml", "--for", "sagemaker", "--form", "grants", "--principal", ROLE],
     "exact without a context": ["--key", "local:alias/ml", "--exact-context"],
     "branch keys of a KMS key": ["--key", "local:alias/ml", "--for", "branch-keys"],
@@ -495,6 +598,17 @@ def test_all_is_well(keys: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert checks["identity"]["found"] == "arn:aws:iam::000000000000:root"
     for name in ("endpoint", "kms:GenerateDataKey", "kms:Decrypt", "interop", "cache", "quota"):
         assert checks[name]["status"] == "ok", checks[name]
+
+
+@pytest.mark.parametrize("role", ["resume", "ray"])
+def test_what_a_job_asks_besides(
+    keys: list[str], url: str, become: Callable[..., None], capsys: pytest.CaptureFixture[str], role: str
+) -> None:
+    become(LOOK, allow("kms:GenerateDataKey"))
+    words = ["--key", f"local:{keys[0]}@{url}", "--for"]
+    assert diagnosed(capsys, *words, "encrypt")[0] == 0
+    code, checks = diagnosed(capsys, *words, f"encrypt,{role}")
+    assert (code, checks["kms:Decrypt"]["status"]) == (4, "failed")
 
 
 def test_dry_runs_use_nothing(service: Service, keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -863,9 +977,14 @@ def test_interop_without_the_sdk_and_without_the_right(
 
 
 def test_what_only_sagemaker_can_try(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, checks = diagnosed(capsys, "--key", "local:alias/ml", "--for", "sagemaker")
-    assert (code, checks["kms:CreateGrant"]["status"]) == (0, "skipped")
-    assert "--for sagemaker" in checks["kms:CreateGrant"]["mend"]
+    code, checks = diagnosed(capsys, "--key", "local:alias/ml", "--for", "sagemaker,sagemaker-output")
+    assert (code, checks["kms:CreateGrant"]["status"], checks["the artefact"]["status"]) == (
+        0,
+        "skipped",
+        "skipped",
+    )
+    assert checks["kms:CreateGrant"]["mend"].endswith("--for sagemaker")
+    assert checks["the artefact"]["mend"].endswith("--for sagemaker-output")
 
 
 # --- branch keys --------------------------------------------------------------------------------------
