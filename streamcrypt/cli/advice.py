@@ -47,7 +47,7 @@ def _add_iam_policy(subparsers: Any) -> None:
     parser.add_argument(
         "--key",
         action="append",
-        required=True,
+        default=[],
         metavar="REF",
         help="the job's keys: the first makes data keys",
     )
@@ -100,6 +100,8 @@ def _add_iam_policy(subparsers: Any) -> None:
 
 def _iam_policy(arguments: argparse.Namespace) -> int:
     context = dict(arguments.context)
+    if not (arguments.key or arguments.sign_manifest):
+        raise output.UsageError("iam-policy: name the job's keys: --key REF, or --sign-manifest REF")
     try:
         keys = [_key_use(reference) for reference in arguments.key]
         from_keys = [_key_use(reference) for reference in arguments.from_key]
@@ -235,7 +237,6 @@ def _add_doctor(subparsers: Any) -> None:
         default=["encrypt", "decrypt"],
         metavar="ROLE,…",
         help=f"what the job does: {', '.join(permissions.ROLES)} (default encrypt,decrypt)",
-
     )
     parser.add_argument(
         "--context",

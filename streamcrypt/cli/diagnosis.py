@@ -24,7 +24,7 @@ from streamcrypt.cli import output
 from streamcrypt.engine.journal import is_interrupted
 from streamcrypt.errors import KeyAccessError, StreamcryptError, TemporaryError
 from streamcrypt.keys.calls import KmsCalls, classify, error_code
-from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring, reach_kms
+from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring, kms_options, reach_kms
 from streamcrypt.kms import ROOT, cost, kms_client
 from streamcrypt.kms.policy import (
     Caller,
@@ -85,7 +85,7 @@ def check_key(
 ) -> list[Check]:
     """Everything about one key; ValueError for what is no key reference."""
     if reference.partition(":")[0] not in ("local", "aws", "arn"):
-        return [_check_wrapping(reference, context)]
+        return [_check_wrapping(reference, roles, context)]
     calls, key_id = reach_kms(reference)
     try:
         client = calls.client
@@ -121,12 +121,11 @@ def check_key(
     ):
         checks.append(_check_permission(client, operation, reference, arn, metadata, context, caller))
     for role, action, found in (
-        ("sagemaker", "kms:CreateGrant", "only SageMaker itself can try it, for volumes: it is allowed for AWS resources"),
+        ("sagemaker", "kms:CreateGrant", "only SageMaker itself can try it: it is for AWS resources alone"),
         ("sagemaker-output", "the artefact", "only S3 itself can try kms:GenerateDataKey and kms:Decrypt for it"),
     ):  # fmt: skip
         if role in roles:
-            mend = f"streamcrypt iam-policy --key {arn} --for {role}"
-            checks.append(Check(action, "skipped", found, mend))
+            checks.append(Check(action, "skipped", found, f"its least policy: {_iam_policy(arn, role)}"))
     region = calls.region
     checks.append(_check_quota(region, roles))
     return checks
@@ -142,18 +141,30 @@ def _operations(roles: Collection[str], *, first: bool, symmetric: bool) -> list
     return operations if symmetric else []
 
 
-def _check_wrapping(reference: str, context: Mapping[str, str]) -> Check:
+def _check_wrapping(reference: str, roles: Collection[str], context: Mapping[str, str]) -> Check:
     """A key without a KMS, or with one behind another form: wrap a random data key and unwrap it."""
     suite = UNSIGNED
+    wraps_alone = set(roles) <= {"encrypt", "wrap"}
     try:
         data_key, wrapped = encrypting_keyring(reference).generate(suite, context)
-        opened = decrypting_keyring(reference).unwrap(suite, context, wrapped)
+        opened = data_key if wraps_alone else decrypting_keyring(reference).unwrap(suite, context, wrapped)
     except StreamcryptError as error:
         code = output.TEMPORARY if isinstance(error, TemporaryError) else output.NO_KEY
-        return Check("key", "failed", str(error), code=code)
+        mend = ""
+        if isinstance(error, KeyAccessError) and error.code == "AccessDeniedException":
+            # To look, doctor itself wraps before it unwraps.
+            tried = "encrypt" if wraps_alone else "encrypt,decrypt"
+            mend = f"attach the least policy: {_iam_policy(reference, tried, context)}"
+        return Check("key", "failed", str(error), mend, code=code)
     if opened != data_key:
         raise RuntimeError("internal error: a keyring unwrapped another data key")
-    return Check("key", "ok", f"{reference}: wraps and unwraps")
+    return Check("key", "ok", f"{reference}: wraps{'' if wraps_alone else ' and unwraps'}")
+
+
+def _iam_policy(key: str, role: str, context: Mapping[str, str] | None = None) -> str:
+    """The command that prints the least policy."""
+    words = [word for name, value in (context or {}).items() for word in ("--context", f"{name}={value}")]
+    return shlex.join(["streamcrypt", "iam-policy", "--key", key, "--for", role, *words])
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,20 +280,26 @@ def _check_state(
     found = f"{named}{metadata['KeySpec']}, {metadata.get('KeyUsage', 'usage not told')}, {state}"
     if state == "Enabled" and usable:
         return Check("key state", "ok", found)
+    where = kms_options(reference, arn.split(":")[3])
     if state == "Enabled":
-        kind = "kms-rsa:" if metadata["KeySpec"].startswith("RSA") else "ecdh:"
-        mend = f"data keys are made by a symmetric key; an asymmetric one is written {kind}{arn}"
+        forms = {"ENCRYPT_DECRYPT": f"kms-rsa:{arn}", "KEY_AGREEMENT": f"ecdh:{arn}&recipient=FILE.pem"}
+        form = forms.get(metadata.get("KeyUsage", ""))
+        mend = "data keys are made by a symmetric key: streamcrypt kms create-key --alias alias/NAME" + where
+        if form:
+            mend = f"data keys are made by a symmetric key; this one is written {form}"
         return Check("key state", "failed", found, mend, "key state", output.NO_KEY)
+    enable = f"streamcrypt kms enable-key --key-id {arn}{where}"
+    cancel = f"streamcrypt kms cancel-key-deletion --key-id {arn}{where}"
     mends = {
-        "Disabled": "streamcrypt kms enable-key --key-id KEY",
-        "PendingDeletion": "streamcrypt kms cancel-key-deletion --key-id KEY, then kms enable-key",
+        "Disabled": enable,
+        "PendingDeletion": f"{cancel} && {enable}",
         "PendingImport": "import the key material (ImportKeyMaterial)",
     }
     if "DeletionDate" in metadata:
         found += (
             f"; it will be deleted on {metadata['DeletionDate']:%Y-%m-%d}, and what it wrapped is lost then"
         )
-    mend = mends.get(state, "wait until the key is Enabled").replace("KEY", arn)
+    mend = mends.get(state, "wait until the key is Enabled")
     return Check("key state", "failed", found, mend, "key state", output.NO_KEY)
 
 
@@ -343,7 +360,8 @@ def _explain(
     action = f"kms:{operation}"
     named = _USER.search(said)
     who = named[1] if named else caller or "the caller"
-    allow = f"streamcrypt iam-policy --key {arn} --for {'decrypt' if operation == 'Decrypt' else 'encrypt'}"
+    role = {"Decrypt": "decrypt", "Encrypt": "wrap"}.get(operation, "encrypt")
+    allow = _iam_policy(arn, role, context)
     if "explicit deny" in said:
         cause: Cause = "key policy" if "resource-based" in said else "identity policy"
         return (
@@ -364,7 +382,8 @@ def _explain(
         return (
             cause,
             "; ".join(constraints),
-            "use the grant's encryption context (--context), or create another grant",
+            f"use the grant's encryption context (--context), or create another one: {allow} --form grants "
+            f"--principal {who}",
         )
     if unmet:
         cause = "context" if all("kms:EncryptionContext" in reason for reason in unmet) else "key policy"
@@ -378,7 +397,7 @@ def _explain(
         return (
             "grant",
             "; ".join(lacking),
-            f"create a grant that lists {operation} too: {allow} --form grants --principal {who}",
+            f"create a grant of {operation} as well: {allow} --form grants --principal {who}",
         )
     if "identity-based" in said:
         found = f"the key policy leaves it to IAM, and no policy of {who} allows {action}"
@@ -387,9 +406,10 @@ def _explain(
         return "identity policy", found, f"attach the least policy: {allow}"
     if "resource-based policies allow" in said:
         found = "the key is of another account: it does not exist there, or its key policy does not allow this account"
-        return "key policy", found, f"its owner must allow it: {allow} --form key-policy --principal {who}"
+        return "key policy", found, f"its owner must allow it: {allow} --form grants --principal {who}"
     found = f"the key policy names neither {who} nor its account, and no grant does"
-    return "key policy", found, f"{allow} --form key-policy --principal {who}, or --form grants"
+    mend = f"add the last statement of this to the key policy: {allow} --form key-policy --principal {who}"
+    return "key policy", found, f"{mend}; or create a grant: {allow} --form grants --principal {who}"
 
 
 def _unmet(
@@ -462,17 +482,18 @@ def check_signing(reference: str) -> Check:
     """Whether a key can sign manifests: its kind, and kms:GetPublicKey and kms:Sign by a dry run."""
     from streamcrypt.keys.signing import SigningKey
 
+    key = SigningKey(reference)
     try:
-        key = SigningKey(reference)
         key.prepare()
     except StreamcryptError as error:
         code = output.TEMPORARY if isinstance(error, TemporaryError) else output.NO_KEY
         action = (
             f"kms:{error.operation}" if isinstance(error, KeyAccessError) and error.operation else "kms:Sign"
         )
-        mend = (
-            f"streamcrypt iam-policy --key KEY --sign-manifest {reference}" if "Denied" in str(error) else ""
-        )
+        denied = isinstance(error, KeyAccessError) and error.code == "AccessDeniedException"
+        # By its ARN where that is known: who is denied may not look it up.
+        named = shlex.quote(key.arn or reference)
+        mend = f"attach the least policy: streamcrypt iam-policy --sign-manifest {named}" if denied else ""
         return Check(action, "failed", str(error), mend, code=code)
     return Check("kms:Sign", "ok", f"{reference}: signs by {key.algorithm} (dry run)")
 
@@ -573,7 +594,7 @@ def check_cache(
     too_large = sum(size * 2 > max_bytes for size in sizes)
     if sizes and too_large:
         found = f"{too_large} of {len(sizes)} files are over half of --cache-max-bytes: no two of them share a data key"
-        return [Check("cache", "warning", found, "raise --cache-max-bytes")]
+        return [Check("cache", "warning", found, f"raise --cache-max-bytes to {2 * max(sizes)}")]
     return [Check("cache", "ok", f"{len(sizes)} files may share data keys")]
 
 

@@ -5,6 +5,7 @@
     decrypt      –                    –                      Decrypt, on every --key
     loader       –                    –                      Decrypt, on every --key
     rekey        GenerateDataKey      Encrypt                Decrypt
+    wrap         Encrypt              Encrypt                –: a further key of encrypt or rekey, by itself
     resume       –                    –                      Decrypt, on the first --key: an interrupted
                  encrypt or rekey opens what it finds in its destination before it takes it over
     ray          –                    –                      Decrypt, on the first --key: the nodes of a
@@ -41,10 +42,19 @@ from typing import Any, Final, Literal
 from streamcrypt.kms.policy import GRANT_OPERATIONS, default_key_policy
 
 Role = Literal[
-    "encrypt", "decrypt", "rekey", "loader", "resume", "ray", "sagemaker", "sagemaker-output", "branch-keys"
+    "encrypt",
+    "wrap",
+    "decrypt",
+    "rekey",
+    "loader",
+    "resume",
+    "ray",
+    "sagemaker",
+    "sagemaker-output",
+    "branch-keys",
 ]
 ROLES: Final[tuple[Role, ...]] = (
-    "encrypt", "decrypt", "rekey", "loader", "resume", "ray", "sagemaker", "sagemaker-output", "branch-keys",
+    "encrypt", "wrap", "decrypt", "rekey", "loader", "resume", "ray", "sagemaker", "sagemaker-output", "branch-keys",
 )  # fmt: skip
 # Of jobs that other roles name: alone they would let nothing be done.
 _ADDED: Final[Mapping[str, frozenset[str]]] = {
@@ -120,14 +130,14 @@ def permissions(
         if role in roles and not jobs & set(roles):
             raise ValueError(f"{role} is an addition to a job; write --for {sorted(jobs)[0]},{role}")
     for role in roles:
-        if role in ("encrypt", "rekey"):
+        if role in ("encrypt", "rekey", "wrap"):
             for number, key in enumerate(keys):
-                need(key, *_to_wrap(key, first=number == 0))
+                need(key, *_to_wrap(key, first=number == 0 and role != "wrap"))
         if role in ("decrypt", "loader", "rekey"):
             for key in (from_keys or keys) if role == "rekey" else keys:
                 named = role != "loader" and (role == "decrypt" or bool(from_keys))
                 need(key, *_to_unwrap(key, named=named))
-        if role in ("resume", "ray") and {"encrypt", "rekey"} & set(roles):
+        if role in ("resume", "ray") and keys and {"encrypt", "rekey"} & set(roles):
             need(keys[0], *_to_unwrap(keys[0], named=True))
         if role == "sagemaker":
             for key in keys:
@@ -135,7 +145,9 @@ def permissions(
         if role == "sagemaker-output":
             for key in keys:
                 for action in _SAGEMAKER_OUTPUT:
-                    service = {"StringEquals": {"kms:ViaService": f"s3.{key.arn.split(':')[3]}.amazonaws.com"}}
+                    service = {
+                        "StringEquals": {"kms:ViaService": f"s3.{key.arn.split(':')[3]}.amazonaws.com"}
+                    }
                     needed[action, key.arn, json.dumps(service)] = Permission(action, key.arn, service)
         if role == "branch-keys":
             for key in keys:

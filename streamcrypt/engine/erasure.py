@@ -34,6 +34,7 @@ from streamcrypt.keys.keyring import (
 )
 from streamcrypt.keys.kms import KeyArn, KmsKeyring, KmsRsaKeyring
 from streamcrypt.keys.materials import Materials
+from streamcrypt.keys.reference import kms_options
 from streamcrypt.message.header import EncryptedDataKey, Header
 from streamcrypt.storage import Tree
 from streamcrypt.streams import ReadingRules, source_header, unlock
@@ -312,10 +313,8 @@ class Erasure:
     @property
     def cancel(self) -> str:
         """The command that takes the deletion back."""
-        kms, at, url = self.key.label.rpartition("@")
-        where = f" --kms local@{url}" if at and kms else "" if self.key.is_local else " --kms aws"
-        region = "" if self.key.is_local else f" --region {self.key.arn.region}"
-        return f"streamcrypt kms cancel-key-deletion --key-id {self.key.arn}{where}{region}"
+        where = kms_options(self.key.label, self.key.arn.region)
+        return f"streamcrypt kms cancel-key-deletion --key-id {self.key.arn}{where}"
 
     def to_json(self) -> dict[str, Any]:
         return {

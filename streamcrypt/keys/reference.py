@@ -184,6 +184,14 @@ def _reach(text: str, options: Mapping[str, str], stats: KmsStats | None) -> tup
     return (local_calls(stats) if local else aws_calls(region, stats)), key_id
 
 
+def kms_options(reference: str, region: str) -> str:
+    """What sends a ``streamcrypt kms …`` command to the KMS of a ``local:``, ``aws:`` or ``arn:`` reference."""
+    endpoint = _split_options(reference, ("allow-plaintext-http",))[0].partition("@")[2]
+    if endpoint:
+        return f" --kms local@{endpoint}"
+    return "" if region == LOCAL_REGION else f" --kms aws --region {region}"
+
+
 def _discovery(where: str, stats: KmsStats | None, options: Mapping[str, str]) -> Keyring:
     accounts = [account for account in options.get("accounts", "").split(",") if account]
     partition = options.get("partition", "aws" if accounts else None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource as limits
+import shlex
 import shutil
 import sys
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from families.s3 import Bucket
 
 from streamcrypt import api
@@ -28,7 +31,7 @@ from streamcrypt.keys.hierarchy import (
     SqliteBranchKeyTable,
 )
 from streamcrypt.keys.kms import KmsDiscoveryKeyring, KmsKeyring, KmsRsaKeyring
-from streamcrypt.kms import Caller, Service, kms_client, open_service, principals
+from streamcrypt.kms import ROOT, Caller, Service, kms_client, open_service, principals
 from streamcrypt.kms.server import Server
 from streamcrypt.message.suites import UNSIGNED
 
@@ -712,6 +715,99 @@ def test_doctor_names_the_cause(
         assert check["mend"]
 
 
+OTHER_ADMIN = {**ADMIN, "Principal": {"AWS": "arn:aws:iam::000000000000:user/admin"}}
+ALPHA = ["--context", "Project=Alpha"]
+
+# What keeps the worker from it -> words of doctor ({0} … are the keys, {url} the server's), the check that
+# fails, and how many ways out it prints.
+MENDS: dict[str, tuple[Callable[[Service, list[str]], Any], list[Any], list[str], str, int]] = {
+    "no identity policy": (lambda s, k: None, [LOOK], ["--for", "decrypt"], "kms:Decrypt", 1),
+    "none to make data keys, with a context": (
+        lambda s, k: None, [LOOK], ["--for", "encrypt", *WORDS], "kms:GenerateDataKey", 1),
+    "none to wrap with the second key": (
+        lambda s, k: None, [LOOK, allow("kms:GenerateDataKey")], ["--for", "encrypt", "--key", "local:{1}@{url}"],
+        "kms:Encrypt", 1),
+    "a key policy without the account": (
+        lambda s, k: s.put_key_policy(
+            KeyId=k[0], Policy=json.dumps({"Version": "2012-10-17", "Statement": [OTHER_ADMIN]}),
+            BypassPolicyLockoutSafetyCheck=True),
+        [LOOK], ["--for", "decrypt", *ALPHA], "kms:Decrypt", 2),
+    "a grant of something else": (
+        lambda s, k: s.create_grant(KeyId=k[0], GranteePrincipal=USER, Operations=["Encrypt"]),
+        [LOOK], ["--for", "decrypt"], "kms:Decrypt", 1),
+    "a grant for another context": (
+        lambda s, k: s.create_grant(
+            KeyId=k[0], GranteePrincipal=USER, Operations=["Decrypt"],
+            Constraints={"EncryptionContextEquals": {"Project": "Beta"}}),
+        [LOOK], ["--for", "decrypt", *ALPHA], "kms:Decrypt", 1),
+    "a key that is disabled": (
+        lambda s, k: s.disable_key(KeyId=k[0]), [allow("kms:*")], ["--for", "decrypt"], "key state", 1),
+    "a key that is to be deleted": (
+        lambda s, k: s.schedule_key_deletion(KeyId=k[0]), [allow("kms:*")], ["--for", "decrypt"], "key state", 1),
+    "no right to sign": (lambda s, k: None, [LOOK], ["--sign-manifest", "local:{4}@{url}"], "kms:Sign", 1),
+    "no right to sign with a public key": (
+        lambda s, k: None, [LOOK, allow("kms:GetPublicKey")], ["--sign-manifest", "local:{4}@{url}"], "kms:Sign", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cause", "own", "words", "name", "ways", "way"),
+    [
+        pytest.param(*mend, way, id=f"{about}-{way + 1}")
+        for about, mend in MENDS.items()
+        for way in range(mend[-1])
+    ],
+)
+def test_every_way_out_that_doctor_prints_is_one(
+    service: Service,
+    keys: list[str],
+    url: str,
+    become: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    cause: Callable[[Service, list[str]], Any],
+    own: list[Any],
+    words: list[str],
+    name: str,
+    ways: int,
+    way: int,
+) -> None:
+    """The commands are run as printed, what they print is applied, and the finding is gone."""
+    keys.append(service.create_key(KeySpec="ECC_NIST_P256", KeyUsage="SIGN_VERIFY")["KeyMetadata"]["Arn"])
+    cause(service, keys)
+    admin = Caller(OTHER_ADMIN["Principal"]["AWS"]) if name == "kms:Decrypt" and ways == 2 else ROOT
+    become(*own)
+    words = [word.format(*keys, url=url) if "{url}" in word else word for word in words]
+    if "--sign-manifest" not in words:
+        words = ["--key", f"local:{keys[0]}@{url}", *words]
+
+    def found() -> dict[str, Any]:
+        _, checks = diagnosed(capsys, *words)
+        return checks["kms:GetPublicKey"] if name == "kms:Sign" and name not in checks else checks[name]
+
+    before = found()
+    assert before["status"] == "failed", before
+    mends = re.findall(r"streamcrypt (?:[^;&]|&& )*", before["mend"])
+    assert len(mends) == ways, mends
+    for command in mends[way].split("&&"):
+        program, *arguments = shlex.split(command)
+        assert program == "streamcrypt"
+        if arguments[0] == "kms":
+            assert main(arguments) == 0, command
+            continue
+        document = printed(capsys, *arguments[1:])
+        form = arguments[arguments.index("--form") + 1] if "--form" in arguments else "identity"
+        if form == "identity":
+            become(*own, document)
+        elif form == "grants":
+            for one in document:
+                service.call("CreateGrant", one, caller=admin)
+        else:
+            policy = json.loads(service.call("GetKeyPolicy", {"KeyId": keys[0]}, caller=admin)["Policy"])
+            policy["Statement"].append(document["Statement"][-1])
+            service.call("PutKeyPolicy", {"KeyId": keys[0], "Policy": json.dumps(policy)}, caller=admin)
+    assert found()["status"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("operation", "request_", "finding", "mend"),
     [
@@ -739,7 +835,16 @@ def test_an_asymmetric_key_is_named_as_such(service: Service, capsys: pytest.Cap
     arn = service.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]["Arn"]
     code, checks = diagnosed(capsys, "--key", f"local:{arn}")
     assert code == 4
-    assert f"kms-rsa:{arn}" in checks["key state"]["mend"]
+    written = checks["key state"]["mend"].rpartition(" ")[2]
+    assert written == f"kms-rsa:{arn}"
+    assert diagnosed(capsys, "--key", written)[1]["key"]["status"] == "ok"
+    # Keys that wrap nothing have no other form.
+    for spec, usage in (("ECC_NIST_P256", "SIGN_VERIFY"), ("HMAC_256", "GENERATE_VERIFY_MAC")):
+        arn = service.create_key(KeySpec=spec, KeyUsage=usage)["KeyMetadata"]["Arn"]
+        mend = diagnosed(capsys, "--key", f"local:{arn}")[1]["key state"]["mend"]
+        command = shlex.split(mend[mend.index("streamcrypt ") :].replace("NAME", spec))
+        assert main(command[1:]) == 0
+        assert diagnosed(capsys, "--key", f"local:alias/{spec}")[0] == 0
 
 
 def test_an_absent_alias(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -787,6 +892,7 @@ def test_cache_settings_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureF
         code, checks = diagnosed(capsys, *base, *words)
         assert (code, checks["cache"]["status"]) == (0, "warning")
         assert word in checks["cache"]["found"]
+    assert checks["cache"]["mend"] == "raise --cache-max-bytes to 2000"
     assert diagnosed(capsys, *base, "--cache-max-bytes", "2000")[1]["cache"]["status"] == "ok"
 
 
@@ -807,8 +913,11 @@ def test_caches_outside_crypt(
     monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     code, checks = diagnosed(capsys, "--url", url)
     assert code == (1 if leaks else 0)
+    if leaks:
+        mended = checks["plaintext leak"]["mend"].removeprefix("put the cache below crypt: ")
+        assert diagnosed(capsys, "--url", mended)[0] == 0
     if url == "filecache::crypt::s3://bucket/x":
-        assert "crypt::filecache::s3://bucket/x" in checks["plaintext leak"]["mend"]
+        assert mended == "crypt::filecache::s3://bucket/x"
 
 
 def test_a_configured_cache_outside_crypt(
@@ -838,6 +947,21 @@ def test_a_key_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (code, checks["key"]["status"]) == (0, "ok")
     path.write_bytes(bytes(31))
     assert diagnosed(capsys, "--key", f"raw-aes:n/k@{path}")[0] == 4
+
+
+def test_a_key_of_another_form_that_may_not_be_used(
+    keys: list[str], url: str, become: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    public = ec.generate_private_key(ec.SECP256R1()).public_key()
+    path = tmp_path / "other.pem"
+    path.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    reference = f"ecdh:local:{keys[3]}@{url}&recipient={path}"
+    become(LOOK, allow("kms:GetPublicKey"))
+    code, checks = diagnosed(capsys, "--key", reference)
+    assert (code, checks["key"]["status"]) == (4, "failed")
+    mend = checks["key"]["mend"]
+    become(LOOK, printed(capsys, *shlex.split(mend[mend.index("streamcrypt iam-policy") :])[2:]))
+    assert diagnosed(capsys, "--key", reference)[1]["key"]["status"] == "ok"
 
 
 def test_text_for_people(keys: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -894,8 +1018,10 @@ def test_an_alias_that_may_not_be_looked_up(
     become(allow(["kms:Decrypt", "kms:GenerateDataKey"]))
     code, checks = diagnosed(capsys, "--key", f"local:alias/ml@{url}")
     assert (code, checks["key state"]["status"]) == (0, "warning")
-    assert "kms:DescribeKey" in checks["key state"]["mend"]
+    assert "kms:DescribeKey, or name the key by its ARN" in checks["key state"]["mend"]
     assert checks["kms:Decrypt"]["status"] == "ok"
+    become(allow(["kms:Decrypt", "kms:GenerateDataKey", "kms:DescribeKey"]))
+    assert diagnosed(capsys, "--key", f"local:alias/ml@{url}")[1]["key state"]["status"] == "ok"
 
 
 def test_a_kms_of_aws(
