@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/test_stores.py -s
 
-The store is tests/families/s3server.py in a process of its own, in memory: without latency, the hardest case for
+The store is streamcrypt/bench/s3server.py in a process of its own, in memory: without latency, the hardest case for
 the ratio, because nothing but work is waited for; and with 10 ms before each answer.  obstore alone moves the
 sealed objects with as many threads as a job has workers.  Variants are taken in turns in an order that is
 shuffled each round; a ratio is that of medians.  The last rows are the share of a whole job that a resumed one
@@ -35,14 +35,13 @@ pytest.importorskip("obstore", reason="STORES ARE NOT MEASURED: obstore is missi
 pytestmark = pytest.mark.timeout(0)
 
 ROUNDS = int(os.environ.get("STREAMCRYPT_STORE_ROUNDS", "5"))
-SERVER = Path(__file__).parent.parent / "tests" / "families" / "s3server.py"
 KINDS = {"large": (12, 64 * MiB), "middle": (768, MiB), "small": (4000, 16 * KiB)}
 
 
 @pytest.fixture(scope="module", params=[0, 10], ids=lambda latency: f"{latency} ms")
 def store(request: pytest.FixtureRequest) -> Iterator[Any]:
     """obstore's own client of the bucket, for what obstore alone does."""
-    command = [sys.executable, str(SERVER), "--delay", str(request.param / 1000)]
+    command = [sys.executable, "-m", "streamcrypt.bench.s3server", "--latency", f"{request.param}ms"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout is not None
     port = json.loads(server.stdout.readline())["port"]

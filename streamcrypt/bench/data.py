@@ -12,6 +12,10 @@ from typing import Final
 
 import numpy as np
 
+from streamcrypt.bench.records import Cell
+from streamcrypt.units import parse_size
+
+_MOST_SIZES: Final = 1000
 _POOL: Final = 64 << 20  # bytes of random data; files begin at different places in it
 
 
@@ -38,12 +42,95 @@ def sizes(files: int, mean: int, distribution: str, spread: float, seed: int) ->
     return found
 
 
-def write(folder: Path, lengths: list[int], seed: int) -> int:
-    """Make ``folder`` with one file for each length; the bytes written.  OSError when there is no room."""
-    total = sum(lengths)
+def sizes_of(cell: Cell) -> list[int]:
+    """Sizes of a cell's files, in a seeded order."""
+    if cell.sizes is None:
+        return sizes(cell.files, cell.file_size, cell.distribution, cell.spread, cell.seed)
+    ordered = sorted(cell.sizes)
+    spread = [ordered[(2 * number + 1) * len(ordered) // (2 * cell.files)] for number in range(cell.files)]
+    found: list[int] = np.random.default_rng(cell.seed).permutation(spread).tolist()
+    return found
+
+
+def own_sizes(given: str | list[str | int]) -> dict[str, object]:
+    """The fields of a Cell that ``given`` says, or ValueError.
+
+    ``64KiB+1MiB+1MiB`` or a list: these sizes; ``lognormal:4MiB:1.2``, ``pareto:4MiB:2.5`` and
+    ``constant:4MiB``: a distribution, its mean and its spread; ``@FOLDER``, ``@URL`` and ``@FILE`` (a size
+    on each line): the sizes found there.
+    """
+    if isinstance(given, str) and given.partition(":")[0] in ("constant", "lognormal", "pareto"):
+        distribution, mean, *spread = given.split(":")
+        if len(spread) != (distribution != "constant"):
+            raise ValueError(f"{given!r}: write constant:MEAN, lognormal:MEAN:SIGMA or pareto:MEAN:SHAPE")
+        found = {"distribution": distribution, "file_size": parse_size(mean), "sizes": None}
+        return {**found, "spread": float(spread[0]) if spread else 0.0}
+    if isinstance(given, str) and given.startswith("@"):
+        listed = _listed(given[1:])
+    else:
+        listed = [parse_size(size) for size in (given.split("+") if isinstance(given, str) else given)]
+    if not listed:
+        raise ValueError(f"{given!r}: no sizes")
+    if min(listed) < 0:
+        raise ValueError(f"{given!r}: a size below 0")
+    listed.sort()
+    if len(listed) > _MOST_SIZES:  # as many as a record can carry
+        listed = [listed[(2 * n + 1) * len(listed) // (2 * _MOST_SIZES)] for n in range(_MOST_SIZES)]
+    mean_size = round(sum(listed) / len(listed))
+    return {"distribution": "own", "file_size": mean_size, "spread": 0.0, "sizes": tuple(listed)}
+
+
+def _listed(source: str) -> list[int]:
+    if "://" in source:
+        try:
+            import fsspec
+        except ImportError as error:
+            raise ValueError(
+                f"{source}: a listing of a URL needs fsspec: pip install 'streamcrypt[fsspec]'"
+            ) from error
+        try:
+            filesystem, root = fsspec.core.url_to_fs(source)
+            return [int(entry["size"] or 0) for entry in filesystem.find(root, detail=True).values()]
+        except (OSError, ImportError) as error:
+            raise ValueError(f"{source}: {error}") from error
+    path = Path(source)
+    try:
+        if path.is_dir():
+            return [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{source}: neither a folder nor a file with a size on each line ({error})"
+        ) from error
+    return [parse_size(line.strip()) for line in lines if line.strip()]
+
+
+def write_tables(folder: Path, lengths: list[int], seed: int) -> int:
+    """Make ``folder`` with a Parquet file of about each length: eight columns of random floats, uncompressed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    _make_room(folder, sum(lengths))
+    random, written = np.random.default_rng(seed), 0
+    for number, length in enumerate(lengths):
+        rows = max(1, length // 64)
+        table = pa.table({f"x{column}": random.random(rows) for column in range(8)})
+        path = folder / f"{number:06d}.parquet"
+        pq.write_table(table, path, compression="none", use_dictionary=False, row_group_size=1 << 16)
+        written += path.stat().st_size
+    return written
+
+
+def _make_room(folder: Path, total: int) -> None:
     folder.mkdir(parents=True)
     if shutil.disk_usage(folder).free < total + (64 << 20):
         raise OSError(f"no room for {total} bytes of test data; choose another --work folder")
+
+
+def write(folder: Path, lengths: list[int], seed: int) -> int:
+    """Make ``folder`` with one file for each length; the bytes written.  OSError when there is no room."""
+    total = sum(lengths)
+    _make_room(folder, total)
     pool = memoryview(np.random.default_rng(seed).bytes(min(_POOL, max(1 << 16, max(lengths, default=0)))))
     for number, length in enumerate(lengths):
         with (folder / f"{number:06d}.bin").open("wb") as file:

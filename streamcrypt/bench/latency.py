@@ -38,7 +38,9 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def target(kms: str, *, key: str | None, latency: float, quota: float | None) -> Iterator[Callable[[], Any]]:
+def target(
+    kms: str, *, key: str | None, latency: float = 0.0, quota: float | None = None, errors: float = 0.0
+) -> Iterator[Callable[[], Any]]:
     """One GenerateDataKey of the KMS that ``kms`` names, as a function."""
     from streamcrypt.kms import kms_client, open_service
 
@@ -51,7 +53,7 @@ def target(kms: str, *, key: str | None, latency: float, quota: float | None) ->
             if kms == "local":
                 from streamcrypt.bench.shaped import ShapedKms
 
-                client = ShapedKms(client, latency=latency, quota=quota)
+                client = ShapedKms(client, latency=latency, quota=quota, errors=errors)
             else:
                 client = kms_client("local", home=home)
         elif kms == "moto":
@@ -107,7 +109,7 @@ class _Series:
     def __init__(self, most: int | None) -> None:
         self._lock = threading.Lock()
         self._most = most
-        self._started = 0
+        self.started = 0
         self.service: list[float] = []
         self.response: list[float] = []
         self.throttled = 0
@@ -117,9 +119,9 @@ class _Series:
     def begin(self) -> bool:
         """Whether one more call may be made."""
         with self._lock:
-            if self._most is not None and self._started >= self._most:
+            if self._most is not None and self.started >= self._most:
                 return False
-            self._started += 1
+            self.started += 1
             return True
 
     def call(self, one: Callable[[], Any], due: float, clock: Callable[[], float]) -> None:
@@ -147,6 +149,7 @@ def measure(
     key: str | None = None,
     latency: float = 0.0,
     quota: float | None = None,
+    errors: float = 0.0,
     threads: int = 4,
     rate: float | None = None,
     seconds: float = 5.0,
@@ -156,7 +159,7 @@ def measure(
 
     LatencyError when it is not there or refuses the first call.
     """
-    with target(kms, key=key, latency=latency, quota=quota) as one:
+    with target(kms, key=key, latency=latency, quota=quota, errors=errors) as one:
         found = drive(one, threads=threads, rate=rate, seconds=seconds, max_calls=max_calls)
     return {"kms": kms, **found}
 
@@ -203,6 +206,7 @@ def drive(
                     break
                 pool.submit(series.call, one, due, clock)
     elapsed = clock() - started
+    refused = series.throttled + series.failed
     return {
         "loop": "open" if rate is not None else "closed",
         "rate": rate,
@@ -210,8 +214,10 @@ def drive(
         "calls": len(series.service),
         "seconds": elapsed,
         "per_second": len(series.service) / elapsed if elapsed else 0.0,
+        "started": series.started,
         "throttled": series.throttled,
         "failed": series.failed,
+        "refused_share": refused / (refused + len(series.service)) if refused else 0.0,
         "late_starts": late,
         "service_ms": _percentiles(series.service),
         "response_ms": _percentiles(series.response),

@@ -1,15 +1,16 @@
 """One cell, measured: a job of its own in a fresh process, with the yardsticks of the same minute.
 
-    Bench.run(cell)     in the sweep's process: makes the files, starts the child, watches it
-    python -m …         in the child: one sc.encrypt, decrypt, verify, rekey or random read, timed
+    refusal(cell)       why it cannot be measured here, by the name of what is missing
+    Bench.run(cell)     in the sweep's process: makes the files, starts the child and its store, watches them
+    python -m …         in the child: one encrypt, decrypt, verify, rekey, random reads or epoch, timed
 
 The child is stopped with all its workers when it exceeds its time limit, and a child that dies is a
 record with an error, never a wait.  Seconds count the call alone: no interpreter start, no import, no
 making of files; workers started by the call are in it.
 
 Yardsticks: ``copy`` moves the same bytes the same way without a cipher, ``cipher`` seals them in
-memory, ``read`` only reads.  They say what the machine could give at that moment, and their spread
-is the session's noise.
+memory, ``read`` only reads; an epoch has ``plain``, the same loader over the same data in plain.  They
+say what the machine could give at that moment, and their spread is the session's noise.
 """
 
 from __future__ import annotations
@@ -28,19 +29,49 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from streamcrypt.bench import data
-from streamcrypt.bench.records import Cell, Record, now, usable_cores
+from streamcrypt.bench import data, peers
+from streamcrypt.bench.records import OURS, Cell, Record, now, usable_cores
 
-_BATCH: Final = 1 << 20
 _POLL: Final = 0.1  # seconds between looks at the child's memory
 _KEEP: Final = 4 << 30  # bytes of test data kept between cells
 RANDOM_READS: Final = 200
 RANDOM_LENGTH: Final = 64 << 10
-CONTEXT: Final = {"purpose": "benchmark"}
+STORAGES: Final = ("memory", "disk", "store")
+OPERATIONS: Final = ("encrypt", "decrypt", "verify", "rekey", "read", "epoch")
+READERS: Final = ("parquet", "open")
+_DECRYPTED: Final = "SELECT count(*) FROM audit WHERE operation = 'Decrypt' AND error IS NULL"
+
+
+def refusal(cell: Cell) -> str | None:
+    """Why ``cell`` cannot be measured here, in one line; None where it can."""
+    if cell.operation not in OPERATIONS:
+        return f"{cell.operation!r} cannot be measured; choose {', '.join(OPERATIONS)}"
+    if cell.storage not in STORAGES:
+        return f"{cell.storage!r} is not a storage; choose {', '.join(STORAGES)}"
+    if cell.engine != OURS:
+        return peers.refusal(cell)
+    if cell.storage == "store":
+        if cell.operation == "epoch":
+            return "an epoch is read from storage memory or disk"
+        if find_spec("obstore") is None:
+            return "storage store needs obstore: pip install 'streamcrypt[stores]'"
+    if cell.operation == "epoch":
+        if cell.reader not in READERS:
+            return f"{cell.reader!r} is not a reader; choose {', '.join(READERS)}"
+        if cell.reader == "parquet":
+            for module in ("torch", "pyarrow", "fsspec"):
+                if find_spec(module) is None:
+                    return (
+                        f"an epoch by torch.ParquetDataset needs {module}: pip install 'streamcrypt[torch]'"
+                    )
+            if cell.kms_latency or cell.kms_quota or cell.kms_errors:
+                return "the loader's workers ask a KMS of their own: its latency, quota and errors are not shaped"
+    return None
 
 
 class MeasureError(RuntimeError):
@@ -116,19 +147,20 @@ class Bench:
                     raise MeasureError(
                         "there is no memory file system at /dev/shm; measure with storage disk"
                     )
-            elif storage == "disk":
+            elif storage in STORAGES:  # the store keeps its objects in its own memory
                 base = self._work or Path(tempfile.gettempdir())
             else:
-                raise MeasureError(f"{storage!r} is not a storage; choose memory or disk")
+                raise MeasureError(f"{storage!r} is not a storage; choose {', '.join(STORAGES)}")
             made = tempfile.TemporaryDirectory(prefix="streamcrypt-bench-", dir=base)
             self._places[storage] = Path(self._stack.enter_context(made))
         return self._places[storage]
 
     def _dataset(self, cell: Cell) -> Path:
         """The cell's plain files; made once and kept while there is room."""
-        key = (cell.files, cell.file_size, cell.distribution, cell.spread, cell.seed, cell.storage)
+        tables = cell.operation == "epoch" and cell.reader == "parquet"
+        lengths = tuple(data.sizes_of(cell))
+        key = (lengths, cell.seed, cell.storage, tables)
         if key not in self._datasets:
-            lengths = data.sizes(cell.files, cell.file_size, cell.distribution, cell.spread, cell.seed)
             need = sum(lengths)
             while self._datasets and sum(size for _, size in self._datasets.values()) + need > _KEEP:
                 folder, _ = self._datasets.pop(next(iter(self._datasets)))
@@ -136,7 +168,8 @@ class Bench:
             folder = self._place(cell.storage) / f"plain-{cell.hash}"
             if folder.exists():
                 shutil.rmtree(folder)
-            self._datasets[key] = (folder, data.write(folder, lengths, cell.seed))
+            write = data.write_tables if tables else data.write
+            self._datasets[key] = (folder, write(folder, list(lengths), cell.seed))
             if cell.storage == "disk":
                 os.sync()  # else the run pays for flushing its own source
         return self._datasets[key][0]
@@ -154,7 +187,8 @@ class Bench:
             noise = busy()
             before = _Weather.now()
             started = now()
-            answer, peak = self._child(cell, source, folder, tree)
+            with _store(cell, source) as store:
+                answer, peak = self._child(cell, source, folder, tree, store)
             noise += _Weather.now().noise(before)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -163,16 +197,21 @@ class Bench:
         answer["peak_rss"] = max(peak, answer.get("peak_rss", 0))
         return Record(session=session, round=round_number, cell=cell, started=started, noise=noise, **answer)
 
-    def _child(self, cell: Cell, source: Path, folder: Path, tree: Path | None) -> tuple[dict[str, Any], int]:
-        from dataclasses import asdict
-
+    def _child(
+        self, cell: Cell, source: Path, folder: Path, tree: Path | None, store: dict[str, str]
+    ) -> tuple[dict[str, Any], int]:
+        usual = asdict(Cell())
         question = {
-            "cell": asdict(cell),
+            # What is as usual is left out: another version may not know the newer fields.
+            "cell": {name: value for name, value in asdict(cell).items() if value != usual[name]},
             "source": str(source),
             "folder": str(folder),
             "yardsticks": self._yardsticks,
         }
         environment = {**os.environ, "STREAMCRYPT_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
+        if store:
+            environment = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
+            environment |= store
         if tree is not None:
             environment["PYTHONPATH"] = str(tree)
         process = subprocess.Popen(
@@ -205,6 +244,32 @@ class Bench:
             return {"error": f"exit {process.returncode}: {lines[-1]}"}, peak
         answer: dict[str, Any] = json.loads(output)
         return answer, peak
+
+
+@contextlib.contextmanager
+def _store(cell: Cell, source: Path) -> Iterator[dict[str, str]]:
+    """The environment of an object store that holds the cell's plain files, in a process of its own."""
+    if cell.storage != "store":
+        yield {}
+        return
+    command = [sys.executable, "-m", "streamcrypt.bench.s3server", "--load", str(source)]
+    command += ["--latency", f"{cell.store_latency:.9f}s"]
+    if cell.store_bandwidth:
+        command += ["--bandwidth", str(cell.store_bandwidth)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            if not line:
+                raise MeasureError("the store of a cell did not start")
+            yield {
+                "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{json.loads(line)['port']}",
+                "AWS_ACCESS_KEY_ID": "benchmark",
+                "AWS_SECRET_ACCESS_KEY": "benchmark",
+                "AWS_REGION": "us-east-1",
+            }
+        finally:
+            server.kill()
 
 
 class _PeakMemory:
@@ -251,6 +316,49 @@ def main() -> int:
 
 def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[str, Any]:
     """Prepare, time the one call, and say what it did: the fields of a Record."""
+    prepared = (peers.prepare if cell.engine != OURS else prepare)(cell, source, folder)
+    _settle(cell, source)
+    parent, workers = _cpu_seconds()
+    start = time.perf_counter()
+    report = prepared.call()
+    wall = time.perf_counter() - start
+    parent_after, workers_after = _cpu_seconds()
+    outcome = report if isinstance(report, dict) else report.to_json()
+    if outcome.get("failed"):
+        raise RuntimeError(f"{len(outcome['failed'])} files failed, first: {outcome['failed'][0]['error']}")
+    lengths = [path.stat().st_size for path in source.iterdir()]
+    found = outcome.get("cache") or {"hits": 0, "misses": 0, "evictions": {}}
+    answer: dict[str, Any] = {
+        "wall_s": wall,
+        "cpu_s": parent_after - parent + workers_after - workers,
+        "parent_cpu_s": parent_after - parent,
+        "bytes_in": outcome.get("plain", sum(lengths)),
+        "bytes_out": outcome.get("bytes_out", 0),
+        "files": len(lengths),
+        "frames": sum(length // cell.frame_size + 1 for length in lengths) if prepared.seals else 0,
+        **prepared.asked(),
+        "cache_hits": found["hits"],
+        "cache_misses": found["misses"],
+        "evictions": found["evictions"],
+        "peak_rss": _own_peak(),
+    }
+    if yardsticks:
+        shutil.rmtree(folder / "target", ignore_errors=True)
+        if prepared.plain is not None:
+            answer["yardstick_s"] = {"plain": _seconds(prepared.plain)}
+        else:
+            answer["yardstick_s"] = run_yardsticks(cell, source, folder / "copy")
+    return answer
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def prepare(cell: Cell, source: Path, folder: Path) -> peers.Prepared:
+    """Our own engine, everything but the one call done."""
     import streamcrypt as sc
     from streamcrypt.bench.shaped import ShapedKms
     from streamcrypt.keys.kms import KmsKeyring
@@ -258,71 +366,93 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
 
     service = open_service(folder / "home")
     arn = service.create_key(Description="benchmark")["KeyMetadata"]["Arn"]
-    kms = ShapedKms(service, latency=cell.kms_latency, quota=cell.kms_quota, seed=cell.seed)
+    kms = ShapedKms(
+        service, latency=cell.kms_latency, quota=cell.kms_quota, errors=cell.kms_errors, seed=cell.seed
+    )
     keyring = KmsKeyring(kms, arn)
-    fast = KmsKeyring(service, arn)
 
-    encrypted, target = folder / "encrypted", folder / "target"
+    plain: Any = source
+    encrypted: Any = folder / "encrypted"
+    target: Any = folder / "target"
+    if cell.storage == "store":
+        plain, encrypted, target = (f"s3://bench/{name}" for name in ("plain", "encrypted", "target"))
     common: dict[str, Any] = {"workers": cell.workers, "fsync": cell.fsync}
-    sealing: dict[str, Any] = {"context": CONTEXT, "sign": cell.signed, "frame_size": cell.frame_size}
+    sealing: dict[str, Any] = {
+        "context": peers.CONTEXT, "sign": cell.signed, "frame_size": cell.frame_size,
+    }  # fmt: skip
     if cell.operation != "encrypt":
-        # The keys of what is read follow the cell's own cache limits.
-        report = sc.encrypt(source, encrypted, keys=fast, cache=_cache(cell), **common, **sealing)
+        # The keys of what is read follow the cell's own cache limits; they come from a KMS in no hurry.
+        fast = KmsKeyring(service, arn)
+        sc.encrypt(plain, encrypted, keys=fast, cache=_cache(cell), **common, **sealing)
 
-    def timed(call: Callable[[], Any]) -> tuple[Any, float, float, float]:
-        parent, workers = _cpu_seconds()
-        start = time.perf_counter()
-        result = call()
-        wall = time.perf_counter() - start
-        parent_after, workers_after = _cpu_seconds()
-        return result, wall, parent_after - parent, workers_after - workers
-
-    _settle(cell, source)
     cache = _cache(cell)
-    call: Callable[[], Any]
+    prepared = peers.Prepared(lambda: None, lambda: peers.asked_of(kms))
     if cell.operation == "encrypt":
-        call = lambda: sc.encrypt(source, target, keys=keyring, cache=cache, **common, **sealing)  # noqa: E731
+        prepared.call = lambda: sc.encrypt(plain, target, keys=keyring, cache=cache, **common, **sealing)
     elif cell.operation == "decrypt":
-        call = lambda: sc.decrypt(encrypted, target, keys=keyring, cache=cache, **common)  # noqa: E731
+        prepared.call = lambda: sc.decrypt(encrypted, target, keys=keyring, cache=cache, **common)
     elif cell.operation == "verify":
-        call = lambda: sc.verify(encrypted, keys=keyring, cache=cache, workers=cell.workers)  # noqa: E731
+        prepared.call = lambda: sc.verify(encrypted, keys=keyring, cache=cache, workers=cell.workers)
     elif cell.operation == "rekey":
         del sealing["context"]
-        call = lambda: sc.rekey(  # noqa: E731
+        prepared.call = lambda: sc.rekey(
             encrypted, target, keys=keyring, from_keys=keyring, cache=cache, **common, **sealing
         )
     elif cell.operation == "read":
-        call = lambda: _random_reads(encrypted, keyring, cache, cell)  # noqa: E731
+        names = sorted(path.name for path in source.iterdir())
+        prepared.call = lambda: _random_reads(f"{encrypted}", names, keyring, cache, cell)
+    elif cell.operation == "epoch" and cell.reader == "open":
+
+        def opened(path: Path) -> Any:
+            return sc.open(encrypted / path.name, keys=keyring, cache=cache)
+
+        paths = sorted(source.iterdir())
+        prepared.call = lambda: _read_all(paths, opened, cell.workers)
+        prepared.plain = lambda: _read_all(paths, lambda path: path.open("rb", buffering=0), cell.workers)
+    elif cell.operation == "epoch":
+        return _epoch(cell, source, encrypted, arn, service)
     else:
         raise ValueError(f"{cell.operation!r} cannot be measured")
-    report, wall, parent_cpu, workers_cpu = timed(call)
-    outcome = report if isinstance(report, dict) else report.to_json()
-    if outcome.get("failed"):
-        raise RuntimeError(f"{len(outcome['failed'])} files failed, first: {outcome['failed'][0]['error']}")
-    lengths = [path.stat().st_size for path in source.iterdir()]
-    plain = sum(lengths)
-    found = outcome.get("cache") or {"hits": 0, "misses": 0, "evictions": {}}
-    answer: dict[str, Any] = {
-        "wall_s": wall,
-        "cpu_s": parent_cpu + workers_cpu,
-        "parent_cpu_s": parent_cpu,
-        "bytes_in": outcome.get("plain", plain),
-        "bytes_out": outcome.get("bytes_out", 0),
-        "files": len(lengths),
-        "frames": sum(length // cell.frame_size + 1 for length in lengths),
-        "kms_calls": {_CAMEL.get(name, name): count for name, count in kms.calls.items()},
-        "kms_latency_ms": [round(sample * 1000, 4) for sample in kms.samples],
-        "kms_wait_s": kms.waited,
-        "throttled": kms.throttled,
-        "cache_hits": found["hits"],
-        "cache_misses": found["misses"],
-        "evictions": found["evictions"],
-        "peak_rss": _own_peak(),
-    }
-    if yardsticks:
-        shutil.rmtree(target, ignore_errors=True)
-        answer["yardstick_s"] = run_yardsticks(cell, source, folder / "copy")
-    return answer
+    return prepared
+
+
+def _epoch(cell: Cell, source: Path, encrypted: Path, arn: str, service: Any) -> peers.Prepared:
+    """A DataLoader's epoch over encrypted Parquet files; its workers ask the embedded KMS themselves."""
+    import fsspec
+    from torch.utils.data import DataLoader
+
+    from streamcrypt.torch import ParquetDataset
+
+    limits: dict[str, Any] = {} if cell.cache_max_age is None else {"cache_max_age": cell.cache_max_age}
+    ours = ParquetDataset(encrypted, keys=f"local:{arn}", context=peers.CONTEXT, **limits)
+    plain = ParquetDataset(source, filesystem=fsspec.filesystem("file"))
+    size = sum(path.stat().st_size for path in source.iterdir())
+
+    def rows(dataset: Any) -> int:
+        return sum(
+            len(batch["x0"]) for batch in DataLoader(dataset, batch_size=None, num_workers=cell.workers)
+        )
+
+    def epoch() -> dict[str, Any]:
+        rows(ours)
+        return {"plain": size, "bytes_out": size}
+
+    def asked() -> dict[str, Any]:
+        return {"kms_calls": {"Decrypt": service.store.query(_DECRYPTED)[0][0]}}
+
+    return peers.Prepared(epoch, asked, plain=lambda: rows(plain))
+
+
+def _read_all(paths: list[Path], opened: Callable[[Path], Any], workers: int) -> dict[str, Any]:
+    """Every file once, whole, by so many threads."""
+
+    def read(path: Path) -> int:
+        with opened(path) as file:
+            return len(file.read())
+
+    with ThreadPoolExecutor(workers) as threads:
+        total = sum(threads.map(read, paths))
+    return {"plain": total, "bytes_out": total}
 
 
 def _settle(cell: Cell, source: Path) -> None:
@@ -342,9 +472,6 @@ def _settle(cell: Cell, source: Path) -> None:
             os.posix_fallocate(memory, 0, max(room, 1))
         finally:
             os.close(memory)
-
-
-_CAMEL: Final = {"generate_data_key": "GenerateDataKey", "encrypt": "Encrypt", "decrypt": "Decrypt"}
 
 
 def _cache(cell: Cell) -> Any:
@@ -376,15 +503,14 @@ def _own_peak() -> int:
     return 0
 
 
-def _random_reads(folder: Path, keyring: Any, cache: Any, cell: Cell) -> dict[str, Any]:
+def _random_reads(folder: str, names: list[str], keyring: Any, cache: Any, cell: Cell) -> dict[str, Any]:
     """Ranges at seeded places of seeded files, each file opened anew."""
     import streamcrypt as sc
 
     rng = random.Random(cell.seed)  # noqa: S311 - places to read, no secret
-    paths = sorted(path for path in folder.glob("*.bin*") if path.is_file())
     read = 0
     for _ in range(RANDOM_READS):
-        with sc.open(rng.choice(paths), keys=keyring, cache=cache) as file:
+        with sc.open(f"{folder}/{rng.choice(names)}", keys=keyring, cache=cache) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(rng.randrange(max(1, size - RANDOM_LENGTH)))
             read += len(file.read(RANDOM_LENGTH))
@@ -403,38 +529,40 @@ def run_yardsticks(cell: Cell, source: Path, copy: Path) -> dict[str, float]:
                 pass
         return time.perf_counter() - start
 
-    local = threading.local()
-
-    def buffer() -> memoryview:
-        if not hasattr(local, "buffer"):
-            local.buffer = memoryview(bytearray(_BATCH))
-        found: memoryview = local.buffer
-        return found
+    def copy_one(path: Path) -> None:
+        peers.copy_file(path, copy / path.name, fsync=cell.fsync)
 
     def read_one(path: Path) -> None:
-        for _ in _chunks(path, buffer()):
-            pass
+        buffer = peers.buffer()
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
-    def copy_one(path: Path) -> None:
-        target = copy / path.name
-        temporary = copy / f".{path.name}.tmp"
-        with temporary.open("wb", buffering=0) as file:
-            for chunk in _chunks(path, buffer()):
-                file.write(chunk)
-            if cell.fsync:
-                os.fsync(file.fileno())
-        temporary.rename(target)
-
-    seconds = {"copy": spread_over_threads(copy_one), "read": spread_over_threads(read_one)}
+    copying, reading = _by_obstore() if cell.storage == "store" else (copy_one, read_one)
+    seconds = {"copy": spread_over_threads(copying), "read": spread_over_threads(reading)}
     shutil.rmtree(copy)
     seconds["cipher"] = _cipher_alone(paths, cell)
     return seconds
 
 
-def _chunks(path: Path, into: memoryview) -> Iterator[memoryview]:
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(into):
-            yield into[:count]
+def _by_obstore() -> tuple[Callable[[Path], None], Callable[[Path], None]]:
+    """The object of a plain file moved within the store, and fetched."""
+    import obstore
+    from obstore.store import S3Store
+
+    endpoint = os.environ["AWS_ENDPOINT_URL_S3"]
+    store = S3Store("bench", config={"endpoint": endpoint}, client_options={"allow_http": True})
+
+    def fetch(path: Path) -> Any:
+        return obstore.get(store, f"plain/{path.name}").bytes()
+
+    def copy_one(path: Path) -> None:
+        obstore.put(store, f"copy/{path.name}", fetch(path))
+
+    def read_one(path: Path) -> None:
+        fetch(path)
+
+    return copy_one, read_one
 
 
 def _cipher_alone(paths: list[Path], cell: Cell) -> float:

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 SCHEMA: Final = 1
 MIB: Final = 1 << 20
+OURS: Final = "streamcrypt"
 
 
 class RecordsError(ValueError):
@@ -34,23 +35,33 @@ class RecordsError(ValueError):
 class Cell:
     """One configuration.  Sizes in bytes, times in seconds, rates per second; None: no limit."""
 
-    operation: str = "encrypt"  # encrypt, decrypt, verify, rekey, read
+    operation: str = "encrypt"  # encrypt, decrypt, verify, rekey, read, epoch
+    engine: str = OURS  # or sdk, sdk-tuned, cp, copy (bench/peers.py)
     files: int = 16
     file_size: int = 4 * MIB  # mean
-    distribution: str = "constant"  # constant, lognormal, pareto
+    distribution: str = "constant"  # constant, lognormal, pareto, own
     spread: float = 0.0  # sigma of the lognormal, shape of the Pareto distribution
+    sizes: tuple[int, ...] | None = None  # of the distribution "own": spread evenly over the files
     frame_size: int = MIB
     workers: int = 1
     signed: bool = False
     fsync: bool = False
-    storage: str = "memory"  # memory, disk
+    storage: str = "memory"  # memory, disk, store
+    store_latency: float = 0.0  # of a request to the store
+    store_bandwidth: int | None = None  # bytes a second that one request moves
+    reader: str = "parquet"  # of an epoch: parquet (torch.ParquetDataset in a DataLoader), open (sc.open)
     cache: bool = True
     cache_max_age: float | None = None
     cache_max_messages: int | None = None
     cache_max_bytes: int | None = None
     kms_latency: float = 0.0
     kms_quota: float | None = None
+    kms_errors: float = 0.0  # share of the calls that the KMS refuses
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None:  # JSON and Parquet know lists only
+            object.__setattr__(self, "sizes", tuple(self.sizes))
 
     @property
     def hash(self) -> str:
@@ -63,15 +74,26 @@ class Cell:
         from streamcrypt.units import format_size
 
         parts = [
-            self.operation,
+            self.operation + (f" by {self.reader}" if self.operation == "epoch" else ""),
             f"{self.files} × {format_size(self.file_size)}",
             f"frame {format_size(self.frame_size)}",
             f"{self.workers} workers",
         ]
-        if self.distribution != "constant":
+        if self.engine != OURS:
+            parts.insert(0, self.engine)
+        if self.sizes is not None:
+            digest = hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()[:4]
+            parts.append(
+                f"own sizes {format_size(min(self.sizes))} to {format_size(max(self.sizes))} ({digest})"
+            )
+        elif self.distribution != "constant":
             parts.append(f"{self.distribution} {self.spread:g}")
         if self.storage != "memory":
             parts.append(self.storage + (" + fsync" if self.fsync else ""))
+        if self.storage == "store" and self.store_latency:
+            parts.append(f"requests {self.store_latency * 1000:g} ms")
+        if self.storage == "store" and self.store_bandwidth:
+            parts.append(f"requests {format_size(self.store_bandwidth)}/s")
         if self.signed:
             parts.append("signed")
         if not self.cache:
@@ -83,13 +105,16 @@ class Cell:
             parts.append(f"KMS {self.kms_latency * 1000:g} ms")
         if self.kms_quota:
             parts.append(f"quota {self.kms_quota:g}/s")
+        if self.kms_errors:
+            parts.append(f"{self.kms_errors:.2g} of the KMS calls fail")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One run of a cell.  ``yardstick_s`` holds the seconds of the same round's yardsticks:
-    ``copy`` (the same files without a cipher), ``cipher`` (the same bytes in memory), ``read``."""
+    ``copy`` (the same files without a cipher), ``cipher`` (the same bytes in memory), ``read``; of an
+    epoch ``plain`` (the same loader over the same data in plain)."""
 
     session: str
     round: int
@@ -106,6 +131,7 @@ class Record:
     kms_latency_ms: list[float] = field(default_factory=list)  # every sample
     kms_wait_s: float = 0.0
     throttled: int = 0
+    kms_failed: int = 0  # answers of the KMS's own faults
     cache_hits: int = 0
     cache_misses: int = 0
     evictions: dict[str, int] = field(default_factory=dict)
@@ -118,6 +144,11 @@ class Record:
     def rate(self) -> float:
         """Plaintext bytes per second."""
         return self.bytes_in / self.wall_s if self.wall_s > 0 else 0.0
+
+    @property
+    def yardstick(self) -> float:
+        """Seconds of the same work without a cipher, in the same round; 0 where it was not measured."""
+        return self.yardstick_s.get("plain") or self.yardstick_s.get("copy") or 0.0
 
     @property
     def calls(self) -> int:
@@ -237,6 +268,20 @@ class Records:
     def usable(self) -> list[Record]:
         """Runs that ended without an error."""
         return [run for run in self.runs if run.error is None]
+
+    def of_jobs(self) -> Records:
+        """The runs that a plan's model is about: our engine on files, a KMS that answers."""
+        return Records(
+            self.machine,
+            tuple(
+                run
+                for run in self.runs
+                if run.cell.engine == OURS
+                and run.cell.storage in ("memory", "disk")
+                and run.cell.operation != "epoch"
+                and not run.cell.kms_errors
+            ),
+        )
 
 
 def now() -> str:

@@ -1,28 +1,37 @@
-"""A KMS with the latency and the quota that a measurement asks for, in front of the embedded one.
+"""A KMS with the latency, the quota and the failures that a measurement asks for, in front of another one.
 
-It answers the calls that the keyrings make, by boto3's names, and remembers every latency.
+It answers the calls that keyrings make, by boto3's names, and remembers every latency.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from streamcrypt.kms.errors import KmsError
+from streamcrypt.kms.simulation import Simulation
 
 SPREAD: Final = 0.25  # sigma of the lognormal latency
+
+
+def simulation(
+    latency: float, quota: float | None, errors: float, *, seed: int | None, **hands: Any
+) -> Simulation:
+    """The embedded KMS's own, with a lognormal latency of this mean.  ``hands``: its clock and its sleep."""
+    # The mean of a lognormal distribution is exp(mu + sigma²/2).
+    mu = math.log(latency) - SPREAD * SPREAD / 2 if latency > 0 else 0.0
+    drawn = (lambda source: source.lognormvariate(mu, SPREAD)) if latency > 0 else None
+    return Simulation(latency=drawn, rate=quota, errors=errors, seed=seed, **hands)
 
 
 class ShapedKms:
     """``service`` behind a wait of mean ``latency`` seconds and a token bucket of ``quota`` calls a second.
 
     The bucket holds one second of quota and is full at the start; a call that finds it empty is
-    refused with ThrottlingException, as AWS KMS does.  ``samples`` are the seconds of the answered
-    calls, ``waited`` their sum with the refused ones'.
+    refused with ThrottlingException, as AWS KMS does.  The share ``errors`` of the calls is refused all
+    the same.  ``samples`` are the seconds of the answered calls, ``waited`` their sum.
     """
 
     def __init__(
@@ -31,49 +40,34 @@ class ShapedKms:
         *,
         latency: float = 0.0,
         quota: float | None = None,
+        errors: float = 0.0,
         seed: int = 1,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._service = service
-        self._latency = latency
-        self._quota = quota
-        self._random = random.Random(seed)  # noqa: S311 - latencies, no secret
+        self._simulation = simulation(latency, quota, errors, seed=seed, clock=clock)
         self._clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._tokens = quota or 0.0
-        self._updated = clock()
         self.samples: list[float] = []
         self.calls: dict[str, int] = {}
         self.throttled = 0
+        self.failed = 0
         self.waited = 0.0
-
-    def _admitted(self) -> bool:
-        if self._quota is None:
-            return True
-        now = self._clock()
-        self._tokens = min(max(self._quota, 1.0), self._tokens + (now - self._updated) * self._quota)
-        self._updated = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
 
     def _call(self, operation: str, request: dict[str, Any]) -> Any:
         started = self._clock()
-        with self._lock:
-            admitted = self._admitted()
-            delay = 0.0
-            if self._latency > 0:
-                # The mean of a lognormal distribution is exp(mu + sigma²/2).
-                mu = math.log(self._latency) - SPREAD * SPREAD / 2
-                delay = self._random.lognormvariate(mu, SPREAD)
-        if not admitted:
+        try:
+            self._simulation.admit(operation)
+            delay = self._simulation.draw()
+            answer = getattr(self._service, operation)(**request)
+        except Exception as error:
+            code = getattr(error, "response", {}).get("Error", {}).get("Code", "")
             with self._lock:
-                self.throttled += 1
-            raise KmsError("ThrottlingException", _THROTTLED)
-        answer = getattr(self._service, operation)(**request)
+                self.throttled += "hrottl" in code
+                self.failed += "hrottl" not in code
+            raise
         left = delay - (self._clock() - started)  # the service's own time is part of the latency
         if left > 0:
             self._sleep(left)
@@ -96,8 +90,3 @@ class ShapedKms:
     def describe_key(self, **request: Any) -> Any:
         """Not shaped: it is asked once, when a job starts."""
         return self._service.describe_key(**request)
-
-
-_THROTTLED: Final = (
-    "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls."
-)

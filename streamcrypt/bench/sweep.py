@@ -29,7 +29,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from streamcrypt.bench.measure import Bench
+from streamcrypt.bench.data import own_sizes
+from streamcrypt.bench.measure import Bench, refusal
+from streamcrypt.bench.peers import ENGINES
 from streamcrypt.bench.records import (
     SCHEMA,
     Cell,
@@ -53,8 +55,8 @@ MIB: Final = 1 << 20
 ATTEMPTS: Final = 3
 THRESHOLD: Final = 0.03  # a smaller change is no finding
 
-_SIZES: Final = frozenset({"file_size", "frame_size", "cache_max_bytes"})
-_DURATIONS: Final = frozenset({"cache_max_age", "kms_latency"})
+_SIZES: Final = frozenset({"file_size", "frame_size", "cache_max_bytes", "store_bandwidth"})
+_DURATIONS: Final = frozenset({"cache_max_age", "kms_latency", "store_latency"})
 _FIELDS: Final = {field.name: field for field in dataclasses.fields(Cell)}
 
 
@@ -72,11 +74,16 @@ class Sweep:
 
 
 def parse_value(axis: str, text: Any) -> Any:
-    """One value of an axis from a word or a TOML value; SweepError says what is wrong with it."""
+    """One value of an axis from a word or a TOML value; SweepError says what is wrong with it.
+
+    A value of ``sizes`` is the several fields of a Cell that a distribution is.
+    """
     field = _FIELDS.get(axis)
     if field is None:
         raise SweepError(f"{axis!r} is not an axis; the axes are {', '.join(_FIELDS)}")
     try:
+        if axis == "sizes":
+            return own_sizes(text)
         if isinstance(text, str) and text.lower() == "none":
             return None
         if axis in _SIZES:
@@ -99,7 +106,17 @@ def parse_value(axis: str, text: Any) -> Any:
         raise SweepError(f"axis {axis}: {text!r} is negative")
     if axis in ("files", "frame_size", "workers") and value < 1:
         raise SweepError(f"axis {axis}: {text!r} is not at least 1")
+    if axis == "kms_errors" and value >= 1:
+        raise SweepError(f"axis {axis}: {text!r} is not a share below 1; no job would finish")
     return value
+
+
+def with_fields(cell: Cell, values: Mapping[str, Any]) -> Cell:
+    """The cell with these values of axes."""
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        fields |= value if name == "sizes" and value is not None else {name: value}
+    return dataclasses.replace(cell, **fields)
 
 
 def grid(axes: Mapping[str, Sequence[Any]], base: Cell | None = None) -> tuple[Cell, ...]:
@@ -107,17 +124,13 @@ def grid(axes: Mapping[str, Sequence[Any]], base: Cell | None = None) -> tuple[C
     names = list(axes)
     start = base or Cell()
     combined = itertools.product(*(axes[name] for name in names))
-    return _distinct(
-        dataclasses.replace(start, **dict(zip(names, values, strict=True))) for values in combined
-    )
+    return _distinct(with_fields(start, dict(zip(names, values, strict=True))) for values in combined)
 
 
 def one_at_a_time(axes: Mapping[str, Sequence[Any]], base: Cell | None = None) -> tuple[Cell, ...]:
     """The first value of every axis, and each other value alone."""
-    start = dataclasses.replace(base or Cell(), **{name: values[0] for name, values in axes.items()})
-    singles = (
-        dataclasses.replace(start, **{name: value}) for name, values in axes.items() for value in values[1:]
-    )
+    start = with_fields(base or Cell(), {name: values[0] for name, values in axes.items()})
+    singles = (with_fields(start, {name: value}) for name, values in axes.items() for value in values[1:])
     return _distinct([start, *singles])
 
 
@@ -134,7 +147,7 @@ def latin_hypercube(
             name: values[min(len(values) - 1, int(place * len(values)))]
             for (name, values), place in zip(axes.items(), row, strict=True)
         }
-        cells.append(dataclasses.replace(base or Cell(), **chosen))
+        cells.append(with_fields(base or Cell(), chosen))
     return _distinct(cells)
 
 
@@ -170,7 +183,19 @@ def preset(name: str) -> Sweep:
         reads = grid(
             {"frame_size": [4 * KIB, 64 * KIB, MIB]}, Cell(operation="read", files=8, file_size=32 * MIB)
         )
-        return Sweep(large + small + keys + reads, 5)
+        engines = grid(
+            {"operation": ["encrypt", "decrypt"], "engine": ["streamcrypt", *ENGINES]},
+            Cell(files=16, file_size=16 * MIB, frame_size=64 * KIB, workers=2),
+        )
+        epochs = grid(
+            {"reader": ["parquet", "open"], "workers": [1, 2]},
+            Cell(operation="epoch", files=16, file_size=16 * MIB),
+        )
+        stores = grid(
+            {"operation": ["encrypt", "decrypt", "verify"], "store_latency": [0.0, 0.02]},
+            Cell(storage="store", files=16, file_size=8 * MIB, workers=8),
+        )
+        return Sweep(_distinct(large + small + keys + reads + engines + epochs + stores), 5)
     if name == "full":
         wide = grid(
             {
@@ -182,7 +207,20 @@ def preset(name: str) -> Sweep:
             },
             Cell(files=32, file_size=16 * MIB),
         )
-        return Sweep(_distinct(preset("standard").cells + wide), 5)
+        failing = grid(
+            {"kms_errors": [0.0, 0.05, 0.2], "cache_max_messages": [1, 10]},
+            Cell(files=200, file_size=MIB, workers=2, kms_latency=0.005),
+        )
+        skewed = grid(
+            {"distribution": ["lognormal"], "operation": ["encrypt", "decrypt"], "workers": [1, 2, 4]},
+            Cell(files=400, file_size=MIB, spread=1.2),
+        )
+        narrow = grid(
+            {"operation": ["encrypt", "decrypt", "verify"], "store_bandwidth": [20_000_000, 80_000_000]},
+            Cell(storage="store", files=16, file_size=8 * MIB, workers=8, store_latency=0.02),
+        )
+        cells = preset("standard").cells + wide + failing + skewed + narrow
+        return Sweep(_distinct(cells), 5)
     raise SweepError(f"{name!r} is not a preset; choose quick, standard or full")
 
 
@@ -209,16 +247,20 @@ def from_toml(path: Path) -> Sweep:
     if not given:
         raise SweepError(f"{path}: no [axes]")
     axes = {name: [parse_value(name, value) for value in _list(values)] for name, values in given.items()}
-    base = dataclasses.replace(
-        Cell(), **{name: parse_value(name, value) for name, value in document.get("base", {}).items()}
-    )
+    try:
+        rounds, seed, count = (
+            int(document.get(*word)) for word in (("rounds", 5), ("seed", 1), ("count", 40))
+        )
+    except (TypeError, ValueError) as error:
+        raise SweepError(f"{path}: rounds, seed and count are whole numbers: {error}") from error
+    shared = {name: parse_value(name, value) for name, value in document.get("base", {}).items()}
     return design(
         str(document.get("design", "grid")),
         axes,
-        base,
-        rounds=int(document.get("rounds", 5)),
-        seed=int(document.get("seed", 1)),
-        count=int(document.get("count", 40)),
+        with_fields(Cell(seed=seed), shared),
+        rounds=rounds,
+        seed=seed,
+        count=count,
     )
 
 
@@ -232,6 +274,8 @@ def design(
     """Axes into cells, by the name of a design."""
     if rounds < 1:
         raise SweepError(f"rounds is {rounds}: a sweep that measures nothing says nothing")
+    if "sizes" in axes and (twice := {"file_size", "distribution", "spread"} & set(axes)):
+        raise SweepError(f"sizes says {', '.join(sorted(twice))} already; leave one of them out")
     if name == "grid":
         return Sweep(grid(axes, base), rounds, seed)
     if name == "one-at-a-time":
@@ -239,6 +283,19 @@ def design(
     if name == "lhs":
         return Sweep(latin_hypercube(axes, count, seed, base), rounds, seed)
     raise SweepError(f"{name!r} is not a design; choose grid, one-at-a-time or lhs")
+
+
+def possible(sweep: Sweep) -> tuple[Sweep, list[tuple[Cell, str]]]:
+    """What of the sweep can be measured here, and the other cells with the reason.
+
+    SweepError where nothing can.
+    """
+    refused = [(cell, reason) for cell in sweep.cells if (reason := refusal(cell)) is not None]
+    without = {cell.hash for cell, _ in refused}
+    left = tuple(cell for cell in sweep.cells if cell.hash not in without)
+    if not left:
+        raise SweepError(refused[0][1] if refused else "the sweep has no cells")
+    return dataclasses.replace(sweep, cells=left), refused
 
 
 def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep:
@@ -567,9 +624,8 @@ class Comparison:
 
 
 def _relative(run: Record) -> float:
-    """Seconds in units of the same round's copy, so that a slower minute cancels; else plain seconds."""
-    yardstick = run.yardstick_s.get("copy", 0.0)
-    return run.wall_s / yardstick if yardstick > 0 else run.wall_s
+    """Seconds in units of the same round's yardstick, so that a slower minute cancels; else plain seconds."""
+    return run.wall_s / run.yardstick if run.yardstick > 0 else run.wall_s
 
 
 def bootstrap_median(values: Sequence[float], seed: int = 1) -> tuple[tuple[float, float], str]:
@@ -608,7 +664,7 @@ def compare(old: Records, new: Records, *, cross_machine: bool = False) -> list[
         pairs = [(others[run.round], run) for run in runs if run.round in others]
         if not pairs:
             continue
-        use_yardstick = all(a.yardstick_s.get("copy") and b.yardstick_s.get("copy") for a, b in pairs)
+        use_yardstick = all(a.yardstick and b.yardstick for a, b in pairs)
         ratios = [_relative(b) / _relative(a) if use_yardstick else b.wall_s / a.wall_s for a, b in pairs]
         interval, kind = bootstrap_median(ratios)
         ratio = median(ratios)
@@ -640,11 +696,14 @@ def compare_exit_code(comparisons: Sequence[Comparison]) -> int:
 
 
 def summary(records: Records) -> list[dict[str, Any]]:
-    """A row per cell: median seconds and rate, spread, KMS calls, memory, the yardsticks' rates."""
+    """A row per cell: median seconds and rate, spread, KMS calls, memory, share of the yardstick's rate.
+
+    ``of_copy`` is against a copy of the same files; of an epoch against the same loader over plain files.
+    """
     rows = []
     for runs in by_cell(records.usable()).values():
         wall = median([run.wall_s for run in runs])
-        copies = [run.yardstick_s["copy"] for run in runs if run.yardstick_s.get("copy")]
+        copies = [run.yardstick for run in runs if run.yardstick]
         rows.append(
             {
                 "cell": runs[0].cell.hash,
@@ -655,6 +714,7 @@ def summary(records: Records) -> list[dict[str, Any]]:
                 "bytes_per_second": median([run.rate for run in runs]),
                 "spread": spread([run.wall_s for run in runs]),
                 "of_copy": median(copies) / wall if copies and wall else math.nan,
+                "yardstick": "plain" if runs[0].yardstick_s.get("plain") else "copy",
                 "kms_calls": median([float(run.calls) for run in runs]),
                 "peak_rss": max(run.peak_rss for run in runs),
             }

@@ -528,7 +528,7 @@ def check_interop(reference: str, context: Mapping[str, str]) -> Check:
     name = "interop"
     try:
         # The SDK ships no types.
-        import aws_encryption_sdk  # type: ignore[import-untyped]
+        import aws_encryption_sdk
         from aws_cryptographic_material_providers.mpl import AwsCryptographicMaterialProviders  # type: ignore[import-untyped]
         from aws_cryptographic_material_providers.mpl.config import MaterialProvidersConfig  # type: ignore[import-untyped]
         from aws_cryptographic_material_providers.mpl.models import CreateAwsKmsKeyringInput  # type: ignore[import-untyped]

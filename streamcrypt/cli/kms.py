@@ -589,6 +589,9 @@ def _add_serve(commands: Any) -> None:
     )
     parser.add_argument("--throttle", type=float, metavar="N", help="refuse more than N calls a second")
     parser.add_argument(
+        "--errors", type=float, default=0.0, metavar="SHARE", help="refuse this share of the calls"
+    )
+    parser.add_argument(
         "--grant-delay", type=parse_duration, default=0.0, metavar="DURATION",
         help="a new grant works this late without its token, as on AWS (default: at once)",
     )  # fmt: skip
@@ -605,9 +608,9 @@ def _run_serve(args: argparse.Namespace) -> int:
     lock_process()
     service = open_service()
     try:
-        if args.latency or args.throttle:
+        if args.latency or args.throttle or args.errors:
             latency = parse_latency(args.latency) if args.latency else None
-            service.simulation = Simulation(latency=latency, rate=args.throttle)
+            service.simulation = Simulation(latency=latency, rate=args.throttle, errors=args.errors)
         service.grant_delay = args.grant_delay
         server = Server(
             service,

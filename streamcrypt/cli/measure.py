@@ -18,6 +18,12 @@ from typing import Any
 from streamcrypt.units import format_size, parse_duration, parse_size
 
 USAGE_ERROR = 2
+# The fields of bench.records.Cell, which is imported only where something is measured.
+AXES = (
+    "operation", "engine", "files", "file_size", "distribution", "spread", "sizes", "frame_size", "workers", "signed",
+    "fsync", "storage", "store_latency", "store_bandwidth", "reader", "cache", "cache_max_age", "cache_max_messages",
+    "cache_max_bytes", "kms_latency", "kms_quota", "kms_errors", "seed",
+)  # fmt: skip
 
 
 def add_measure_commands(subparsers: Any) -> None:
@@ -62,6 +68,18 @@ def _rate(text: str) -> float:
             if value == 0
             else f"{text} calls a second is not above 0"
         )
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a share; write 0.05 for one call in twenty"
+        ) from error
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share of the calls, from 0 to below 1")
     return value
 
 
@@ -185,6 +203,9 @@ def _add_bench(subparsers: Any) -> None:
         "--latency", type=DURATION, default=0.0, help="mean latency that --kms local answers with"
     )
     kms.add_argument("--quota", type=_rate, help="calls a second that --kms local lets through")
+    kms.add_argument(
+        "--error-rate", type=_share, default=0.0, help="share of the calls that --kms local refuses"
+    )
     kms.add_argument("--threads", type=_count, default=4, help="callers of the closed loop")
     kms.add_argument("--rate", type=_rate, help="open loop: calls a second, whatever the answers")
     kms.add_argument("--seconds", type=DURATION, default=5.0, help="length of the measurement")
@@ -199,14 +220,18 @@ def _cells(parser: Any) -> None:
         "--preset", choices=["quick", "standard", "full"], help="a sweep that is known (default quick)"
     )
     parser.add_argument(
-        "--axis", action="append", default=[], metavar="NAME=VALUE,…", help="an axis and its values"
+        "--axis",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,…",
+        help="an axis and its values: " + ", ".join(AXES),
     )
     parser.add_argument(
         "--design", default="grid", choices=["grid", "one-at-a-time", "lhs"], help="how axes combine"
     )
     parser.add_argument("--count", type=_count, default=40, help="cells of an lhs design")
     parser.add_argument("--rounds", type=_count, help="runs of every cell")
-    parser.add_argument("--seed", type=int, default=1, help="of data and of the order of cells")
+    parser.add_argument("--seed", type=int, help="of data and of the order of cells (default 1)")
     parser.add_argument(
         "--work", type=Path, help="folder for test data of storage=disk (default: the temporary folder)"
     )
@@ -220,23 +245,40 @@ def _sweep_of(args: argparse.Namespace) -> Any:
     from streamcrypt.bench import sweep
     from streamcrypt.bench.records import Cell
 
+    axes: dict[str, list[Any]] = {}
+    for text in args.axis:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise sweep.SweepError(f"--axis {text}: write NAME=VALUE,VALUE")
+        axes[name] = [sweep.parse_value(name, value) for value in values.split(",")]
+    seed = {} if args.seed is None else {"seed": args.seed}
     if getattr(args, "spec", None) is not None:
         if args.axis or args.preset:
             raise sweep.SweepError("a TOML file has its own axes; leave out --axis and --preset")
         found = sweep.from_toml(args.spec)
-    elif args.axis:
-        axes: dict[str, list[Any]] = {}
-        for text in args.axis:
-            name, equals, values = text.partition("=")
-            if not equals:
-                raise sweep.SweepError(f"--axis {text}: write NAME=VALUE,VALUE")
-            axes[name] = [sweep.parse_value(name, value) for value in values.split(",")]
+    elif axes and args.preset is None:
         found = sweep.design(
-            args.design, axes, Cell(), rounds=args.rounds or 5, seed=args.seed, count=args.count
+            args.design, axes, Cell(**seed), rounds=args.rounds or 5, seed=args.seed or 1, count=args.count
         )
     else:
         found = sweep.preset(args.preset or "quick")
-    return dataclasses.replace(found, rounds=args.rounds or found.rounds, seed=args.seed)
+        # Each configuration of the preset with every combination of the axes given.
+        cells = {made.hash: made for cell in found.cells for made in sweep.grid(axes, cell)}
+        found = dataclasses.replace(found, cells=tuple(cells.values()))
+    if seed:
+        cells = {made.hash: made for made in (dataclasses.replace(cell, **seed) for cell in found.cells)}
+        found = sweep.Sweep(found.cells if "seed" in axes else tuple(cells.values()), found.rounds, **seed)
+    return dataclasses.replace(found, rounds=args.rounds or found.rounds)
+
+
+def _possible(planned: Any) -> tuple[Any, list[dict[str, str]]]:
+    """What can be measured here; of the rest each configuration with its reason, said and given."""
+    from streamcrypt.bench import sweep
+
+    planned, refused = sweep.possible(planned)
+    for cell, reason in refused:
+        _say(f"left out: {cell.label()}: {reason}")
+    return planned, [{"cell": cell.hash, "label": cell.label(), "reason": reason} for cell, reason in refused]
 
 
 def _bench_run(args: argparse.Namespace) -> int:
@@ -244,7 +286,7 @@ def _bench_run(args: argparse.Namespace) -> int:
     from streamcrypt.bench.records import RecordsError
 
     try:
-        planned = _sweep_of(args)
+        planned, refused = _possible(_sweep_of(args))
         _say(f"{len(planned.cells)} configurations × {planned.rounds} rounds", quiet=args.quiet)
         records = sweep.run(
             planned,
@@ -261,7 +303,7 @@ def _bench_run(args: argparse.Namespace) -> int:
     except (RecordsError, measure.MeasureError, OSError) as error:
         return _fail(str(error), 1)
     _say_rest(planned, records, quiet=args.quiet)
-    return _tell(records, args)
+    return _tell(records, args, refused)
 
 
 # A quick sweep takes less than a minute on any machine: its last run begins before the budget is spent.
@@ -286,7 +328,7 @@ def _progress(done: int, total: int, record: Any) -> None:
     _say(f"[{done}/{total}] {record.cell.label()}: {what}{noise}")
 
 
-def _tell(records: Any, args: argparse.Namespace) -> int:
+def _tell(records: Any, args: argparse.Namespace, refused: list[dict[str, str]] | None = None) -> int:
     from streamcrypt.bench import sweep
 
     rows = sweep.summary(records)
@@ -294,12 +336,13 @@ def _tell(records: Any, args: argparse.Namespace) -> int:
     if args.json:
         failures = [{"cell": run.cell.hash, "error": run.error} for run in failed]
         machine = {"id": records.machine.id, "name": records.machine.name}
-        _out(json.dumps({"machine": machine, "cells": rows, "failed": failures}))
+        found = {"machine": machine, "cells": rows, "failed": failures, "refused": refused or []}
+        _out(json.dumps(found))
     else:
         for row in rows:
             _out(
                 f"{row['seconds']:9.3f} s  {format_size(row['bytes_per_second']):>10}/s  ±{row['spread']:4.0%}  "
-                f"{row['of_copy']:4.2f} of copy  {row['label']}"
+                f"{row['of_copy']:4.2f} of {row['yardstick']}  {row['label']}"
             )
     if failed:
         return _fail(f"{len(failed)} of {len(records.runs)} runs failed, first: {failed[0].error}", 1)
@@ -383,7 +426,7 @@ def _versions(args: argparse.Namespace) -> Any:
         raise sweep.SweepError(
             "--baseline-ref measures two versions into --out FOLDER; it takes no other records"
         )
-    planned = _sweep_of(args)
+    planned, _ = _possible(_sweep_of(args))
     if args.rounds is None:
         planned = dataclasses.replace(planned, rounds=max(planned.rounds, 5))
     _say(f"{len(planned.cells)} configurations × {planned.rounds} rounds × 2 versions", quiet=args.quiet)
@@ -410,6 +453,7 @@ def _bench_kms(args: argparse.Namespace) -> int:
             key=args.key,
             latency=args.latency,
             quota=args.quota,
+            errors=args.error_rate,
             threads=args.threads,
             rate=args.rate,
             seconds=args.seconds,
@@ -531,7 +575,8 @@ def _records_of(path: Path | None) -> tuple[Any, bool]:
     from streamcrypt.bench import records
     from streamcrypt.plan import REFERENCE
 
-    return (records.read(REFERENCE), True) if path is None else (records.read(path), False)
+    found = records.read(REFERENCE) if path is None else records.read(path)
+    return found.of_jobs(), path is None
 
 
 def _listing(source: str) -> tuple[int, int, Any]:

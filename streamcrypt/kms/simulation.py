@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _P99_IN_SIGMAS: Final = 2.3263478740408408  # the standard normal's 99th percentile
 
+_THROTTLED: Final = (
+    "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls."
+)
+
 Latency = Callable[["random.Random"], float]
 
 
@@ -48,10 +52,11 @@ def parse_latency(text: str) -> Latency:
 
 
 class Simulation:
-    """A latency for every call, and a token bucket that throttles.  Thread-safe.
+    """A latency for every call, a token bucket that throttles, and calls that fail.  Thread-safe.
 
     ``rate`` is in calls a second over all operations; the bucket holds one second's worth, as
-    AWS counts over one-second intervals, unless ``burst`` says otherwise.
+    AWS counts over one-second intervals, unless ``burst`` says otherwise.  ``errors`` is the share
+    of calls that are refused whatever the bucket holds, by turns as throttled and as KMS's own fault.
     """
 
     def __init__(
@@ -60,14 +65,19 @@ class Simulation:
         latency: Latency | None = None,
         rate: float | None = None,
         burst: float | None = None,
+        errors: float = 0.0,
         seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if rate is not None and rate <= 0:
             raise ValueError("rate must be above 0")
+        if not 0 <= errors < 1:
+            raise ValueError("errors is a share of the calls, from 0 to below 1")
         self._latency = latency
         self._rate = rate
+        self._errors = errors
+        self._failures = 0
         self._capacity = burst if burst is not None else max(rate or 0.0, 1.0)
         self._tokens = self._capacity
         import random
@@ -78,9 +88,23 @@ class Simulation:
         self._filled = clock()
         self._lock = threading.Lock()
         self.throttled = 0
+        self.failed = 0
 
     def admit(self, operation: str) -> None:
-        """ThrottlingException when the bucket is empty."""
+        """ThrottlingException when the bucket is empty; that or KMSInternalException for a call that is to fail."""
+        if self._errors:
+            with self._lock:
+                failing = self._random.random() < self._errors
+                self._failures += failing
+                throttled = failing and self._failures % 2 == 1
+                self.throttled += throttled
+                self.failed += failing and not throttled
+            if throttled:
+                refuse("ThrottlingException", _THROTTLED)
+            if failing:
+                refuse(
+                    "KMSInternalException", "The request was rejected because an internal exception occurred."
+                )
         if self._rate is None:
             return
         with self._lock:
@@ -91,10 +115,7 @@ class Simulation:
                 self._tokens -= 1
                 return
             self.throttled += 1
-        refuse(
-            "ThrottlingException",
-            "You have exceeded the rate at which you may call KMS. Reduce the frequency of your calls.",
-        )
+        refuse("ThrottlingException", _THROTTLED)
 
     def draw(self) -> float:
         """A latency in seconds."""

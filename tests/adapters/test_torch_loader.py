@@ -581,6 +581,23 @@ def test_rows_of_tensors_that_do_not_fit(features, tmp_path):
         [tensors.RowDataset(path)[i] for i in range(1_000)]
 
 
+def test_an_epoch_is_a_cell_of_a_sweep(tmp_path, monkeypatch):
+    """What `bench run --axis operation=epoch` does in its child; the plain twin is the yardstick."""
+    from streamcrypt.bench import data as made
+    from streamcrypt.bench.measure import measure
+    from streamcrypt.bench.records import Cell
+
+    monkeypatch.setenv("STREAMCRYPT_HOME", str(tmp_path / "work" / "home"))
+    (tmp_path / "work").mkdir()
+    cell = Cell(operation="epoch", files=2, file_size=50_000, storage="disk")
+    written = made.write_tables(tmp_path / "plain", made.sizes_of(cell), cell.seed)
+    found = measure(cell, tmp_path / "plain", tmp_path / "work", yardsticks=True)
+    assert found["bytes_in"] == written > 90_000
+    assert 1 <= found["kms_calls"]["Decrypt"] <= 2  # the worker, and the parent that plans
+    assert found["wall_s"] > 0
+    assert found["yardstick_s"]["plain"] > 0
+
+
 def test_streamcrypt_torch_without_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import sys
 import threading
 
 import pytest
 
-from streamcrypt.bench import latency, sweep
+from streamcrypt.bench import data, latency, sweep
 from streamcrypt.bench.measure import Bench, MeasureError
 from streamcrypt.bench.records import Cell, RecordsError, read, this_machine
+from streamcrypt.bench.s3server import S3Server
 from streamcrypt.bench.shaped import ShapedKms
 from streamcrypt.kms import open_service
 from streamcrypt.kms.errors import KmsError
@@ -62,6 +64,130 @@ def test_the_latency_that_was_asked_for_is_met(bench):
     assert 0.02 < record.kms_wait_s / record.calls < 0.06
 
 
+# Six files; two messages a key where there is a cache; two workers are two processes with a cache each.
+ENGINES = {
+    "sdk encrypt": (1, {"GenerateDataKey": 6}),
+    "sdk-tuned encrypt": (2, {"GenerateDataKey": 4}),
+    "sdk-tuned decrypt": (1, {"Decrypt": 3}),
+    "cp encrypt": (2, {}),
+    "copy decrypt": (1, {}),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_another_engine_is_a_cell_of_the_same_sweep(bench, name):
+    engine, operation = name.split()
+    workers, calls = ENGINES[name]
+    if engine.startswith("sdk"):
+        pytest.importorskip("aws_encryption_sdk", reason="THE OFFICIAL SDK IS MISSING: no cell of it was run")
+    record = bench.run(
+        dataclasses.replace(SMALL, engine=engine, operation=operation, workers=workers, cache_max_messages=2)
+    )
+    assert record.error is None
+    assert record.kms_calls == calls
+    assert len(record.kms_latency_ms) == sum(calls.values())
+    assert (record.bytes_in, record.files) == (300_000, 6)
+    sealed = engine.startswith("sdk") and operation == "encrypt"
+    assert (300_000 < record.bytes_out < 310_000) if sealed else record.bytes_out == 300_000
+    assert record.wall_s > 0
+    assert set(record.yardstick_s) == {"copy", "read", "cipher"}
+
+
+def test_a_kms_that_fails_now_and_then_is_asked_again_and_counted(bench):
+    record = bench.run(dataclasses.replace(SMALL, files=4, cache_max_messages=1, kms_errors=0.4))
+    assert record.error is None
+    assert record.kms_calls == {"GenerateDataKey": 5}
+    assert record.throttled >= 1
+    assert 0 <= record.throttled - record.kms_failed <= 1
+
+
+@pytest.mark.parametrize("operation", ["encrypt", "decrypt", "verify"])
+def test_a_cell_in_an_object_store(bench, operation):
+    pytest.importorskip("obstore", reason="OBSTORE IS MISSING: no cell was run in a store")
+    latency = 0.03
+    cell = dataclasses.replace(SMALL, storage="store", operation=operation, store_latency=latency)
+    record = bench.run(cell)
+    assert record.error is None
+    assert record.bytes_in == 300_000
+    # One worker: what is in flight at once is less than two requests a file.
+    assert record.wall_s > 2 * latency
+    assert record.yardstick_s["copy"] > 6 * 2 * latency
+    assert record.yardstick_s["read"] > 6 * latency
+
+
+def test_a_stores_bandwidth_is_that_of_a_request():
+    import http.client
+    import time
+
+    server = S3Server(bandwidth=1_000_000)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        connection = http.client.HTTPConnection(*server.server_address)
+        for method, body in (("PUT", bytes(300_000)), ("GET", None)):
+            started = time.perf_counter()
+            connection.request(method, "/bucket/key", body)
+            assert len(connection.getresponse().read()) == (0 if body else 300_000)
+            assert time.perf_counter() - started > 0.29
+        connection.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_an_epoch_by_open(bench):
+    cell = dataclasses.replace(SMALL, operation="epoch", reader="open", workers=2)
+    record = bench.run(cell)
+    assert record.error is None
+    assert (record.kms_calls, record.bytes_in) == ({"Decrypt": 1}, 300_000)
+    assert record.yardstick == record.yardstick_s["plain"] > 0
+
+
+REFUSED = {
+    "an engine that cannot": ({"engine": "cp", "operation": "verify"}, "cp cannot verify"),
+    "no engine": ({"engine": "steam"}, "'steam' is not an engine"),
+    "an engine in a store": ({"engine": "sdk", "storage": "store"}, "on files"),
+    "no operation": ({"operation": "compress"}, "cannot be measured"),
+    "no storage": ({"storage": "tape"}, "not a storage"),
+    "no reader": ({"operation": "epoch", "reader": "eyes"}, "not a reader"),
+    "an epoch in a store": ({"operation": "epoch", "storage": "store"}, "memory or disk"),
+    "a loader's own KMS": ({"operation": "epoch", "kms_latency": 0.1}, "not shaped"),
+}
+
+
+@pytest.mark.parametrize(("fields", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_measured_is_refused_by_name(fields, words):
+    if fields.get("kms_latency"):
+        pytest.importorskip("torch", reason="TORCH IS MISSING")
+    cell = dataclasses.replace(SMALL, **fields)
+    planned, refused = sweep.possible(sweep.Sweep((SMALL, cell), 2))
+    assert planned.cells == (SMALL,)
+    assert [found for found, _ in refused] == [cell]
+    assert words in refused[0][1]
+    with pytest.raises(sweep.SweepError, match=words):
+        sweep.possible(sweep.Sweep((cell,), 2))
+
+
+MISSING = {
+    "torch": {"operation": "epoch"}, "obstore": {"storage": "store"}, "aws_encryption_sdk": {"engine": "sdk"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MISSING)
+def test_what_is_not_installed_is_named(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(sweep.SweepError, match=module.replace("_", "-")):
+        sweep.possible(sweep.Sweep((dataclasses.replace(SMALL, **MISSING[module]),), 1))
+
+
+def test_own_sizes_are_those_of_the_files(bench):
+    cell = dataclasses.replace(SMALL, files=4, **data.own_sizes("1000+70000"))
+    record = bench.run(cell)
+    assert record.error is None
+    assert (record.bytes_in, record.frames) == (142_000, 2 * 1 + 2 * 5)
+
+
 def test_a_run_that_takes_too_long_is_a_record_with_an_error(tmp_path):
     with Bench(tmp_path, timeout=0.5) as bench:
         record = bench.run(dataclasses.replace(SMALL, kms_latency=30.0))
@@ -91,7 +217,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         seen.append(record)
         raise Interrupted
 
-    options = {"work": tmp_path, "yardsticks": False}
+    options = {"work": tmp_path, "yardsticks": False, "attempts": 1}
     with pytest.raises(Interrupted):
         sweep.run(planned, tmp_path / "out", progress=stop_after_one, **options)
     first = (tmp_path / "out" / "runs.jsonl").read_text()
@@ -106,10 +232,10 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
 
 def test_a_line_that_an_interruption_cut_off_is_measured_again(tmp_path):
     planned = sweep.Sweep((SMALL,), 1)
-    whole = sweep.run(planned, tmp_path / "out", work=tmp_path, yardsticks=False)
+    whole = sweep.run(planned, tmp_path / "out", work=tmp_path, yardsticks=False, attempts=1)
     lines = tmp_path / "out" / "runs.jsonl"
     lines.write_text(lines.read_text()[:-30])
-    again = sweep.run(planned, tmp_path / "out", work=tmp_path, yardsticks=False)
+    again = sweep.run(planned, tmp_path / "out", work=tmp_path, yardsticks=False, attempts=1)
     assert len(whole.runs) == len(again.runs) == 1
     assert read(tmp_path / "out") == again
 
@@ -210,6 +336,16 @@ def test_closed_loop_latency():
     assert result["failed"] == 0
 
 
+@pytest.mark.parametrize("rate", [None, 100.0])
+def test_calls_that_fail_are_a_share_of_all(rate):
+    result = latency.measure("local", errors=0.3, rate=rate, seconds=1, max_calls=90, threads=2)
+    refused = result["throttled"] + result["failed"]
+    assert result["calls"] + refused in (result["started"], result["started"] - 1)  # the first one opens
+    assert 0.1 < result["refused_share"] < 0.5
+    assert result["refused_share"] == pytest.approx(refused / (refused + result["calls"]))
+    assert result["failed"] > 0
+
+
 def test_an_open_loop_shows_what_a_closed_one_omits():
     """One slow service, asked faster than it answers: service time stays, response time grows."""
     lock = threading.Lock()
@@ -235,6 +371,32 @@ def test_moto_answers():
     result = latency.measure("moto", threads=1, seconds=0.3)
     assert result["calls"] > 3
     assert result["failed"] == 0
+
+
+def test_a_client_of_aws_is_measured_within_its_calls(monkeypatch):
+    """boto3's own client, by the settings that AWS's tools take; moto's server stands for AWS."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL_KMS": f"http://{host}:{port}", "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        client = boto3.client("kms")
+        key = client.create_key()["KeyMetadata"]["KeyId"]
+        client.close()
+        closed = latency.measure("aws", key=key, max_calls=6, threads=1)
+        opened = latency.measure("aws", key=key, max_calls=6, rate=50)
+    finally:
+        server.stop()
+    assert (closed["calls"], opened["calls"]) == (5, 5)
+    assert (closed["failed"], opened["failed"]) == (0, 0)
 
 
 def test_kms_serve_answers(home, monkeypatch):

@@ -26,10 +26,10 @@ from streamcrypt.bench.records import (
 
 MIB = 1 << 20
 FULL = Record(
-    session="s", round=3, cell=Cell(kms_quota=5.0, cache_max_age=2.5, signed=True), started="2026-01-01T00:00:00+00:00",
+    session="s", round=3, cell=Cell(kms_quota=5.0, sizes=(4, 6), signed=True), started="2026-01-01T00:00:00+00:00",
     wall_s=1.5, cpu_s=2.5, bytes_in=10, bytes_out=20, files=3, frames=4, kms_calls={"GenerateDataKey": 2},
     kms_latency_ms=[1.0, 2.5], kms_wait_s=0.1, throttled=1, cache_hits=2, cache_misses=1, evictions={"age": 1},
-    peak_rss=5, yardstick_s={"copy": 0.5}, noise=["steal 3%"], error=None,
+    peak_rss=5, kms_failed=3, yardstick_s={"copy": 0.5}, noise=["steal 3%"], error=None,
 )  # fmt: skip
 FAILED = dataclasses.replace(FULL, round=4, error="exit 1: no", kms_latency_ms=[], noise=[])
 
@@ -112,6 +112,87 @@ def test_sizes_have_their_mean_and_their_seed(name, spread_of):
     assert (found == data.sizes(200, 5000, name, spread_of, seed=4)) == (name == "constant")
 
 
+OWN = {
+    "a list": ("1KiB+3KiB", ("own", 2048, 0.0, (1024, 3072))),
+    "a list in TOML": (["1KiB", 10], ("own", 517, 0.0, (10, 1024))),
+    "lognormal": ("lognormal:4MiB:1.2", ("lognormal", 4 * MIB, 1.2, None)),
+    "constant": ("constant:5", ("constant", 5, 0.0, None)),
+}
+
+
+@pytest.mark.parametrize(("given", "fields"), OWN.values(), ids=OWN)
+def test_sizes_that_somebody_gives(given, fields):
+    found = data.own_sizes(given)
+    assert (found["distribution"], found["file_size"], found["spread"], found["sizes"]) == fields
+
+
+def test_sizes_of_a_listing(tmp_path):
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    for name, length in (("a", 10), ("b", 300), ("below/c", 2000)):
+        (tmp_path / "folder" / name).write_bytes(bytes(length))
+    (tmp_path / "listing").write_text("2000\n10\n\n300 \n")
+    for source in ("folder", "listing"):
+        assert data.own_sizes(f"@{tmp_path / source}")["sizes"] == (10, 300, 2000)
+    many = tmp_path / "many"
+    many.write_text("\n".join(str(size) for size in range(5000)))
+    kept = data.own_sizes(f"@{many}")
+    assert len(kept["sizes"]) == 1000
+    assert kept["file_size"] == pytest.approx(2500, rel=0.01)
+
+
+def test_own_sizes_are_spread_evenly_over_the_files():
+    cell = Cell(files=8, **data.own_sizes("1+5+100+900"))
+    assert sorted(data.sizes_of(cell)) == [1, 1, 5, 5, 100, 100, 900, 900]
+    assert data.sizes_of(cell) == data.sizes_of(Cell(files=8, **data.own_sizes("900+5+1+100")))
+    assert data.sizes_of(dataclasses.replace(cell, seed=2)) != data.sizes_of(cell)
+    assert data.sizes_of(dataclasses.replace(cell, files=2)) in ([5, 900], [900, 5])
+
+
+@pytest.mark.parametrize("given", ["", "large", "1KiB+-5", "lognormal:4MiB", "constant:1:2", "@nowhere", []])
+def test_sizes_that_are_none(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sweep.SweepError, match="axis sizes: ") as caught:
+        sweep.parse_value("sizes", given)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_are_an_axis_like_the_others(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        "seed = 7\n[base]\nfiles = 2\n[axes]\nsizes = [['1KiB', '3KiB'], 'lognormal:1MiB:2']\nworkers = [1, 2]"
+    )
+    found = sweep.from_toml(path)
+    assert {(cell.distribution, cell.spread, cell.workers) for cell in found.cells} == {
+        ("own", 0.0, 1), ("own", 0.0, 2), ("lognormal", 2.0, 1), ("lognormal", 2.0, 2),
+    }  # fmt: skip
+    assert (found.seed, {cell.seed for cell in found.cells}) == (7, {7})
+    assert len({cell.label() for cell in found.cells}) == 4
+    path.write_text("[axes]\nsizes = ['1+2']\nfile_size = [5]")
+    with pytest.raises(sweep.SweepError, match="file_size already"):
+        sweep.from_toml(path)
+
+
+def test_the_command_names_every_axis():
+    from streamcrypt.cli.measure import AXES
+
+    assert set(AXES) == {field.name for field in dataclasses.fields(Cell)}
+    assert len(AXES) == len(set(AXES))
+
+
+def test_plans_are_made_from_jobs_on_files_alone():
+    cells = [Cell(), Cell(engine="cp"), Cell(storage="store"), Cell(operation="epoch"), Cell(kms_errors=0.1)]
+    runs = tuple(dataclasses.replace(FULL, cell=cell) for cell in cells)
+    assert Records(MACHINE, runs).of_jobs().runs == runs[:1]
+
+
+def test_a_cell_of_an_older_version_is_the_same_cell():
+    """The reference records and the held-out configurations were written before some of the fields."""
+    old = {"operation": "decrypt", "files": 3, "kms_latency": 0.5, "cache": True}
+    assert Cell(**old) == Cell(operation="decrypt", files=3, kms_latency=0.5)
+    cell = Cell(files=2, sizes=(1, 2), distribution="own")
+    assert Cell(**json.loads(json.dumps(dataclasses.asdict(cell)))) == cell
+
+
 def test_test_data_is_seeded_and_does_not_compress(tmp_path):
     import zlib
 
@@ -164,6 +245,8 @@ BAD_TOML = {
     "negative": ("[axes]\nworkers = [-1]", "negative"),
     "no rounds": ("rounds = 0\n[axes]\nworkers = [1]", "rounds is 0"),
     "no size": ("[axes]\nframe_size = ['big']", "not a size"),
+    "every call fails": ("[axes]\nkms_errors = [1.0]", "below 1"),
+    "rounds in words": ("rounds = 'many'\n[axes]\nworkers = [1]", "whole numbers"),
     "design": ("design = 'random'\n[axes]\nworkers = [1]", "not a design"),
 }
 

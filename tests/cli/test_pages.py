@@ -190,3 +190,12 @@ def test_the_sweep_on_the_performance_page_is_one(tmp_path: Path) -> None:
     (block,) = [block for block in blocks_of(ROOT / "docs" / "performance.md") if block.language == "toml"]
     (tmp_path / "sweep.toml").write_text(block.code)
     assert sweep.from_toml(tmp_path / "sweep.toml").rounds == 5
+
+
+def test_the_performance_page_has_every_axis() -> None:
+    from dataclasses import fields
+
+    from streamcrypt.bench.records import Cell
+
+    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "performance.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= {field.name for field in fields(Cell)}

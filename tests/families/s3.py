@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families.s3server import S3Server
 
 import streamcrypt as sc
+from streamcrypt.bench.s3server import S3Server
 
 MiB = 2**20
 Fault = Callable[[str, str], int | str | None]

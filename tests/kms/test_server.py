@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from families.kms import FakeClock, refusal
 
 from streamcrypt.kms import Service, audit, principals
+from streamcrypt.kms.errors import KmsError
 from streamcrypt.kms.server import Server, authenticate, is_loopback
 from streamcrypt.kms.simulation import Simulation, constant, lognormal, observed, parse_latency
 from streamcrypt.kms.store import AccessKey, Store
@@ -407,6 +408,23 @@ def test_throttling(service: Service, server: Server):
     clock.now += 0.2
     kms.list_keys()
     assert service.simulation.throttled == 1
+
+
+def test_a_share_of_the_calls_fails():
+    simulated = Simulation(errors=0.2, seed=3)
+    codes = []
+    for _ in range(1000):
+        try:
+            simulated.admit("Decrypt")
+        except KmsError as error:
+            codes.append(error.code)
+    assert 140 < len(codes) < 260
+    assert set(codes[::2]) == {"ThrottlingException"}
+    assert set(codes[1::2]) == {"KMSInternalException"}
+    assert (simulated.throttled, simulated.failed) == (len(codes[::2]), len(codes[1::2]))
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="share"):
+            Simulation(errors=share)
 
 
 def test_latency():

@@ -7,7 +7,7 @@ import sys
 import pytest
 from families.measured import synthetic_records
 
-from streamcrypt.bench.records import Cell, Records, this_machine, write_json
+from streamcrypt.bench.records import Cell, Records, read, this_machine, write_json
 from streamcrypt.bench.sweep import held_out
 from streamcrypt.cli import main
 from streamcrypt.plan import REFERENCE, validate
@@ -239,6 +239,56 @@ def test_bench_run_and_report(capsys, tmp_path):
     assert page.read_text().startswith("<!doctype html>")
     code, out, _ = run(capsys, *PLAN, "--records", tmp_path / "out")
     assert code == 2  # two cells are too few to fit
+
+
+def test_what_a_sweep_cannot_measure_is_left_out_by_name(capsys, tmp_path):
+    axes = ("--axis", "files=2", "--axis", "file_size=1KiB", "--axis", "storage=disk", "--seed", "5")
+    axes += (
+        "--axis",
+        "operation=encrypt,verify",
+        "--axis",
+        "engine=copy",
+        "--rounds",
+        "1",
+        "--attempts",
+        "1",
+    )
+    words = ("bench", "run", *axes, "--out", tmp_path / "out", "--work", tmp_path, "--quiet", "--json")
+    code, out, err = run(capsys, *words)
+    found = json.loads(out)
+    assert code == 0
+    assert [row["label"].split(",")[:2] for row in found["cells"]] == [["copy", " encrypt"]]
+    assert [row["reason"] for row in found["refused"]] == [
+        "the engine copy cannot verify; it is measured with encrypt and decrypt"
+    ]
+    assert err.startswith("left out: copy, verify, 2 × 1 KiB")
+    assert [run.cell.seed for run in read(tmp_path / "out").runs] == [5]
+
+
+def test_axes_are_laid_over_a_preset():
+    import argparse
+
+    from streamcrypt.cli import measure
+
+    parser = argparse.ArgumentParser()
+    measure._cells(parser)
+    plain = measure._sweep_of(parser.parse_args(["--preset", "quick"]))
+    words = ["--preset", "quick", "--axis", "engine=streamcrypt,cp", "--axis", "workers=1", "--seed", "3"]
+    laid = measure._sweep_of(parser.parse_args(words))
+    assert {cell.engine for cell in laid.cells} == {"streamcrypt", "cp"}
+    assert {(cell.workers, cell.seed) for cell in laid.cells} == {(1, 3)}
+    assert len(laid.cells) == len(plain.cells)  # half as many workers, twice as many engines
+    assert (laid.rounds, laid.seed) == (plain.rounds, 3)
+
+
+SHARES = {"1": "from 0 to below 1", "-0.1": "from 0 to below 1", "many": "not a share"}
+
+
+@pytest.mark.parametrize(("share", "said"), SHARES.items())
+def test_a_share_of_calls_that_is_none(capsys, share, said):
+    code, _, err = run(capsys, "bench", "kms", f"--error-rate={share}")
+    assert code == 2
+    assert said in err
 
 
 def test_a_plan_as_a_page(capsys, tmp_path, records):

@@ -1,29 +1,35 @@
-"""A small S3 server that stands in nobody's way: for benchmarks, and for buckets of a million keys.
+"""A small S3 server, as slow as it is asked to be: what a cell with the storage ``store`` runs against.
 
-    python tests/families/s3server.py [--keys N]      prints its port, runs until standard input ends
+    python -m streamcrypt.bench.s3server [--latency 20ms] [--bandwidth 80MB] [--load FOLDER]
+                                        prints its port, runs until standard input ends
 
 What streamcrypt's own requests need, path style, without authentication: objects, ranges, conditions, multipart
-uploads, listings.  Objects are kept in memory.  moto is what the tests of behaviour run against.
+uploads, listings.  Objects are kept in memory.  ``latency`` passes before each answer, ``bandwidth`` is what one
+request's body moves in a second: as S3 does, it limits a request and not the store.
 """
 
 from __future__ import annotations
 
 import argparse
 import bisect
-import hashlib
 import json
 import re
 import secrets
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
-_PAGE = 1000
+from streamcrypt.units import parse_duration, parse_size
+
+_PAGE: Final = 1000
+_STEP: Final = 64 << 10  # bytes of a body between two looks at the clock
 
 
 class S3Server(ThreadingHTTPServer):
@@ -32,17 +38,25 @@ class S3Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, names: list[str] | None = None, delay: float = 0.0) -> None:
+    def __init__(
+        self, names: list[str] | None = None, *, latency: float = 0.0, bandwidth: float | None = None
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, tuple[bytes | bytearray, str, dict[str, str]]] = {}
         self.uploads: dict[str, tuple[str, dict[str, str], dict[int, tuple[bytearray, str]]]] = {}
         self.names = sorted(names or ())
-        self.delay = delay
+        self.latency = latency
+        self.bandwidth = bandwidth
         self.lock = threading.Lock()
         self.requests = 0
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away
+
+    def load(self, folder: Path, prefix: str) -> None:
+        """The files of a folder as objects."""
+        for path in sorted(folder.iterdir()):
+            self.objects[f"{prefix}/{path.name}"] = path.read_bytes(), f'"{secrets.token_hex(16)}"', {}
 
     def listing(self) -> list[str]:
         with self.lock:
@@ -67,8 +81,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            for part in self._paced(memoryview(body)):
+                self.wfile.write(part)
         self.wfile.flush()
+
+    def _paced(self, body: memoryview) -> Iterator[memoryview]:
+        """The body at the pace of this request; all of it at once where there is none."""
+        bandwidth = self.server.bandwidth
+        if bandwidth is None:
+            yield body
+            return
+        started = time.monotonic()
+        for start in range(0, len(body), _STEP):
+            part = body[start : start + _STEP]
+            ahead = (start + len(part)) / bandwidth - (time.monotonic() - started)
+            if ahead > 0:
+                time.sleep(ahead)
+            yield part
 
     def _xml(self, text: str, status: int = 200) -> None:
         self._answer(
@@ -81,14 +110,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _request(self) -> tuple[str, dict[str, list[str]], bytearray]:
         length = int(self.headers.get("Content-Length") or 0)
         body = bytearray(length)
-        view, done = memoryview(body), 0
-        while done < length and (count := self.rfile.readinto(view[done:])):  # type: ignore[attr-defined]
-            done += count
+        for part in self._paced(memoryview(body)):
+            done = 0
+            while done < len(part) and (count := self.rfile.readinto(part[done:])):
+                done += count
         if self.headers.get("Content-Encoding", "").startswith("aws-chunked"):
             body = _unchunked(body)
         self.server.requests += 1
-        if self.server.delay:
-            time.sleep(self.server.delay)
+        if self.server.latency:
+            time.sleep(self.server.latency)
         url = urlsplit(self.path)
         _, _, key = unquote(url.path).lstrip("/").partition("/")
         return key, parse_qs(url.query, keep_blank_values=True), body
@@ -130,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         if upload is None:
             return self._refuse(404, "NoSuchUpload")
         parts = [part for _, (part, _) in sorted(upload[2].items())]
-        etag = f'"{hashlib.md5(query["uploadId"][0].encode()).hexdigest()}-{len(parts)}"'
+        etag = f'"{secrets.token_hex(16)}-{len(parts)}"'
         with self.server.lock:
             if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
                 return self._refuse(412, "PreconditionFailed")
@@ -214,9 +244,14 @@ def _unchunked(body: bytearray) -> bytearray:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
-    server = S3Server(delay=parser.parse_args().delay)
-    print(json.dumps({"port": server.server_address[1]}), flush=True)
+    parser.add_argument("--latency", type=parse_duration, default=0.0, help="what passes before each answer")
+    parser.add_argument("--bandwidth", type=parse_size, help="bytes a second of one request")
+    parser.add_argument("--load", type=Path, help="a folder whose files are there as plain/NAME")
+    asked = parser.parse_args()
+    server = S3Server(latency=asked.latency, bandwidth=asked.bandwidth)
+    if asked.load is not None:
+        server.load(asked.load, "plain")
+    print(json.dumps({"port": server.server_address[1]}), flush=True)  # noqa: T201 - who started it reads the port
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()
     server.shutdown()
