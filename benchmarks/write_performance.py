@@ -77,18 +77,22 @@ workers = [1, 2]
 
 The axes, each also by `--axis NAME=VALUE,…`; with `--preset` they are laid over the preset's configurations:
 
-| axis | values |
-| --- | --- |
-| `operation` | `encrypt`, `decrypt`, `verify`, `rekey`, `read` (200 random reads of 64 KiB), `epoch` (everything once, as a loader does) |
-| `engine` | `streamcrypt`; `sdk` (the official SDK by its documented loop) and `sdk-tuned` (pieces of 1 MiB, its cache), with as many processes as workers; `cp`; `copy` (our loop without a cipher) |
-| `files`, `file_size`, `distribution`, `spread` | how many, their mean; `constant`, `lognormal` (sigma), `pareto` (shape) |
-| `sizes` | instead of the last three: `64KiB+1MiB+1MiB`, `lognormal:4MiB:1.2`, or `@` and a folder, a URL or a file with a size on each line |
-| `frame_size`, `workers`, `signed`, `fsync` | as of a job |
-| `storage` | `memory`, `disk`, `store`: an S3-like server in a process of its own that holds all files, with `store_latency` before each answer and `store_bandwidth` for one request's body |
-| `reader` | of an epoch: `parquet` (`torch.ParquetDataset` in a DataLoader of so many workers) or `open` (`sc.open`, so many threads) |
-| `cache`, `cache_max_age`, `cache_max_messages`, `cache_max_bytes` | the data-key cache and its limits |
-| `kms_latency`, `kms_quota`, `kms_errors` | mean seconds of a call, calls a second, share of the calls that fail (by turns throttled and KMS's own fault) |
-| `seed` | of data and latencies |
+- `operation`: `encrypt`, `decrypt`, `verify`, `rekey`, `read` (200 random reads of 64 KiB), `epoch` (everything once,
+  as a loader does)
+- `engine`: `streamcrypt`; `sdk` (the official SDK by its documented loop) and `sdk-tuned` (pieces of 1 MiB, its cache),
+  with as many processes as workers; `cp`; `copy` (our loop without a cipher)
+- `files`, `file_size`, `distribution`, `spread`: number and mean; `constant`, `lognormal` (sigma), `pareto` (shape)
+- `sizes`, instead of the last three: `64KiB+1MiB+1MiB`, `lognormal:4MiB:1.2`, or `@` and a folder, a URL or a file with
+  a size on each line
+- `frame_size`, `workers`, `signed`, `fsync`: as of a job
+- `storage`: `memory`, `disk`, `store` (an S3-like server in a process of its own that holds all files); a store has
+  `store_latency` before each answer and `store_bandwidth` for one request's body
+- `reader`, of an epoch: `parquet` (`torch.ParquetDataset` in a DataLoader of so many workers) or `open` (`sc.open`, so
+  many threads)
+- `cache`, `cache_max_age`, `cache_max_messages`, `cache_max_bytes`: the data-key cache and its limits
+- `kms_latency`, `kms_quota`, `kms_errors`: mean seconds of a call, calls a second, share of the calls that fail (by
+  turns throttled and KMS's own fault)
+- `seed`: of data and latencies
 
 What cannot be measured on a machine (torch, obstore or the SDK is missing; an engine that cannot verify) is left out
 by name; when nothing is left that is an error. The yardstick of a store is the same objects moved by obstore alone, of

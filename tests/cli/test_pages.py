@@ -197,5 +197,6 @@ def test_the_performance_page_has_every_axis() -> None:
 
     from streamcrypt.bench.records import Cell
 
-    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "performance.md").read_text(), re.MULTILINE)
-    assert set(re.findall(r"`(\w+)`", " ".join(rows))) >= {field.name for field in fields(Cell)}
+    page = (ROOT / "docs" / "performance.md").read_text()
+    axes = page[page.index("The axes, each") : page.index("What cannot be measured")]
+    assert set(re.findall(r"`(\w+)`", axes)) >= {field.name for field in fields(Cell)}
