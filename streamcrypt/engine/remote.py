@@ -21,6 +21,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -66,12 +67,13 @@ from streamcrypt.streams import (
 
 # Lists of tasks for each CPU of the cluster: one that is worked on, and one that waits there.
 HELD: Final = 2
-# Handing out a list costs 0.7 ms and more, so lists are longer than locally; every CPU still gets so
-# many of them, where there is enough to do.
-LISTS: Final = 8
+# Handing out a list costs 0.7 ms and more, and the first answer comes when a whole list is done, so lists
+# are longer than locally; every CPU still gets so many of them, where there is enough to do.
+LISTS: Final = 4
 LIST_FILES: Final = 256
 LIST_BYTES: Final = 256 * 2**20
 
+_CONNECT: Final = 12.0  # seconds that the head has to show itself
 _LOOK: Final = 5.0  # seconds between two looks at which nodes there are
 _NO_NODE: Final = 300.0  # seconds without any node after which the job gives up
 _ENDING: Final = 10.0  # seconds that stopped tasks get to end
@@ -241,13 +243,49 @@ def _connected(address: str | None) -> Iterator[tuple[Any, bool]]:
     # Ray tells of workers that die on standard output, which is the result's.
     with contextlib.redirect_stdout(sys.stderr):
         try:
+            _find_head(address)
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise StreamcryptError(f"{address or 'ray'}: no Ray cluster is reached there: {error}") from error
+        except SystemExit as error:  # so Ray ends when it has tried for minutes
+            raise TemporaryError(f"{address or 'ray'}: no Ray cluster is reached there") from error
         try:
             yield ray, True
         finally:
             ray.shutdown()
+
+
+def _find_head(address: str | None) -> None:
+    """TemporaryError unless a server of gRPC is there; ``ray.init`` would try for minutes.
+
+    Ray has no call with a deadline, and no gRPC of its own for Python.  A server of HTTP/2 answers the
+    client's preface with a frame of settings (RFC 9113, 3.4).
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if address is not None and "://" in address:  # a server that speaks for the head
+        return
+    found = canonicalize_bootstrap_address(address)  # type: ignore[arg-type]
+    if found is None:  # Ray starts a cluster of this process
+        return
+    host, _, port = found.rpartition(":")
+    deadline = time.monotonic() + _CONNECT
+    answer = b""
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+            while len(answer) < 9:
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                if not (more := connection.recv(9 - len(answer))):
+                    break
+                answer += more
+    except (OSError, OverflowError) as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else str(error)
+        raise TemporaryError(f"{found}: no Ray cluster is reached there: {reason}") from error
+    if answer[3:4] != b"\x04" or len(answer) < 9:  # a frame of settings
+        raise TemporaryError(f"{found}: no Ray cluster is reached there: what answers is no Ray head")
 
 
 class _ClusterRun(_Run):

@@ -10,8 +10,10 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -174,8 +176,10 @@ def test_same_result_and_manifest_as_locally(nodes, tmp_path, monkeypatch):
     ours = sc.encrypt(tmp_path / "in", tmp_path / "ray", engine="ray", **options)
     assert ours["workers"] == 2
     assert most <= 2 * HELD
-    assert sum(isinstance(tasks[0], spans.SpanTask) for tasks in lists) > 8
-    assert max(sum(remote._length(task) for task in tasks) for tasks in lists) <= ours["bytes_in"] // 16
+    assert sum(isinstance(tasks[0], spans.SpanTask) for tasks in lists) >= 2 * remote.LISTS - 1
+    assert max(sum(remote._length(task) for task in tasks) for tasks in lists) <= ours["bytes_in"] // (
+        2 * remote.LISTS
+    )
 
     local = sc.encrypt(tmp_path / "in", tmp_path / "local", **options)
     for name in ("files", "bytes_in", "bytes_out", "data_keys", "failed", "skipped", "operation"):
@@ -338,11 +342,11 @@ def test_a_worker_is_killed_in_mid_job_while_it_decrypts(nodes, tmp_path):
     assert read_tree(tmp_path / "back") == contents
 
 
-def driver(nodes, *words):
+def driver(nodes, *words, address=None):
     """A job in a process of its own."""
     command = [sys.executable, "-m", "streamcrypt", *map(str, words), "--engine", "ray"]
     return subprocess.Popen(
-        [*command, "--address", nodes.cluster.address, "--json"],
+        [*command, "--address", address or nodes.cluster.address, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -403,6 +407,54 @@ def test_an_interrupt_leaves_nothing_partial_and_no_task(nodes, tmp_path):
         path = tmp_path / "out" / name
         if path.exists():
             assert sc.decrypt_bytes(path.read_bytes(), keys=nodes.key) == contents[name]
+
+
+# -- no cluster
+
+
+@contextlib.contextmanager
+def stranger(answer):
+    """The address of a server that is no head: it takes connections, and answers so, or never."""
+    host = ray.util.get_node_ip_address()  # what Ray makes of this machine's other names
+    with socket.create_server((host, 0)) as listening:
+
+        def serve():
+            kept = []
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    kept.append(connection)
+                    if answer:
+                        connection.recv(100)
+                        connection.sendall(answer)
+            for connection in kept:
+                connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"{host}:{listening.getsockname()[1]}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def test_what_is_no_head_is_a_temporary_error_and_not_minutes_of_waiting(nodes, tmp_path, monkeypatch):
+    remote._find_head(nodes.cluster.address)
+    monkeypatch.setattr(remote, "_CONNECT", 0.3)
+    with stranger(b"") as address, pytest.raises(sc.TemporaryError, match="is reached there: no answer"):
+        remote._find_head(address)
+    with pytest.raises(sc.TemporaryError, match=r"is reached there: .*refused"):
+        remote._find_head(address)
+
+    make_tree(tmp_path / "in", {"f": 10})
+    with stranger(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n") as address:
+        words = ("encrypt", tmp_path / "in", tmp_path / "out", "--key", nodes.key)
+        with driver(nodes, *words, address=address) as process:
+            out, said = process.communicate(timeout=120)
+    assert process.returncode == 5, said
+    assert json.loads(out)["error"].endswith("no Ray cluster is reached there: what answers is no Ray head")
+    assert not (tmp_path / "out").exists()
 
 
 # -- what a node may not do

@@ -162,7 +162,7 @@ def test_a_thousand_nodes_and_a_petabyte():
 
 
 def test_lists_are_those_of_the_engine():
-    assert lists_of(512, 2 * GiB, 2) == math.ceil(512 / 32)  # eight for each CPU
+    assert lists_of(512, 2 * GiB, 2) == math.ceil(512 / 64)  # four for each CPU
     assert lists_of(100_000, 100_000 * 1_000, 2) == math.ceil(100_000 / LIST_FILES)
     assert lists_of(10_000, 10_000 * GiB, 100) == 10_000 * GiB // LIST_BYTES
 
