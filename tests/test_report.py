@@ -40,6 +40,7 @@ JOBS = {
     "from a bucket, aged keys": planner.Job(
         bytes=1 << 40, files=90_000, object_store=True, cache_max_age=3.0, price_host_hour=2.5, keys=3
     ),
+    "more than memory holds": planner.Job(bytes=1 << 40, files=9000, fsync=False),
     "processes, aged keys": planner.Job(bytes=1 << 30, files=30_000, cache_max_age=0.2, workers=2),
 }
 # What the sliders are set to, as factors of the plan's own values.

@@ -165,6 +165,7 @@ class Fit:
     noise: float | None  # spread of repeated runs of one cell; None where none was repeated
     runs: int
     largest_workers: int
+    memory: int  # of the machine, in bytes
 
     def seconds(self, work: Work) -> float:
         """Predicted wall-clock seconds of ``work`` with no KMS to wait for."""
@@ -291,6 +292,7 @@ def fit(
         median(repeated) if repeated else None,
         len(runs),
         max(run.cell.workers for run in runs),
+        records.machine.memory,
     )
 
 

@@ -35,6 +35,7 @@ from streamcrypt.units import format_size
 TRIALS: Final = 1000
 CONFIDENCE: Final = 0.9  # share of trials that must meet the deadline
 HEADER: Final = 400  # bytes: one KMS key and a few context pairs
+DIRTY: Final = 0.2  # of the memory: Linux holds back so much before whoever writes waits for the disk
 KNEE: Final = 8.0  # exponent of the norm that joins bounds; two equal ones come to 1.09 of one
 MOST_HOSTS: Final = 1 << 16
 
@@ -336,6 +337,7 @@ class Prediction:
             "read_bandwidth": job.read_bandwidth,
             "write_bandwidth": job.write_bandwidth,
             "network_bandwidth": job.network_bandwidth,
+            "held_back": None if job.fsync or job.storage != "disk" else DIRTY * self.fit.memory,
             "manifest_line": MANIFEST_LINE,
             "manifest_held": HELD_LENGTH,
             "lists_held": LISTS_HELD,
@@ -483,6 +485,8 @@ def _estimate(
     outcome = _outcome(load, exact=exact)
 
     bounds = _bounds(job, files / job.files)
+    beyond = _unheld(job, rates, files / job.files) * float(coefficients[TERMS.index("sync_byte")])
+    bounds["storage-write"] = max(bounds["storage-write"], beyond)
     joined = _joined(outcome.seconds, bounds)
 
     # What the cores had to do, and what they do not account for: that is the storage's.
@@ -523,6 +527,13 @@ def _bounds(job: Job, share: float) -> dict[str, float]:
         if job.network_bandwidth
         else 0.0,
     }
+
+
+def _unheld(job: Job, rates: Fit, share: float) -> float:
+    """Bytes that a host writes to a disk without flushing them and that its memory does not hold back."""
+    if job.fsync or job.storage != "disk":
+        return 0.0
+    return max(0.0, _bytes_out(job) * share - DIRTY * rates.memory)
 
 
 def _joined(seconds: float, bounds: dict[str, float]) -> float:
@@ -749,6 +760,10 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
         notes.append(
             f"{disturbed} of the {len(records.usable())} runs behind these rates were disturbed by other work: "
             "the time is likely too long; measure again on a quiet machine"
+        )
+    if _unheld(job, rates, 1 / job.hosts):
+        notes.append(
+            "more is written than memory holds back: without fsync too the disk's own rate counts, as measured with it"
         )
     if job.hosts > 1:
         shared = "the driver and the KMS quota are" if job.engine == "ray" else "only the KMS quota is"

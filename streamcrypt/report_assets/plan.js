@@ -189,7 +189,8 @@ function estimate(job) {
   const overheadBytes = job.files * (page.header + 8 + (page.signed ? 105 : 0)) + 32 * framesOf * job.files;
   const out = page.writing === "message" ? job.bytes + overheadBytes : page.writing === "plain" ? job.bytes : 0;
   const bounds = [page.read_bandwidth ? job.bytes * share / page.read_bandwidth : 0,
-    page.write_bandwidth ? out * share / page.write_bandwidth : 0,
+    Math.max(page.write_bandwidth ? out * share / page.write_bandwidth : 0,
+      page.held_back === null ? 0 : Math.max(0, out * share - page.held_back) * page.coefficients.sync_byte),
     page.network_bandwidth ? (job.bytes + out) * share / page.network_bandwidth : 0];
   const all = [outcome.seconds, ...bounds.filter((bound) => bound > 0)], top = Math.max(...all);
   const joined = all.length > 1

@@ -12,6 +12,7 @@ import streamcrypt as sc
 from streamcrypt.bench.records import Cell, Records
 from streamcrypt.bench.sweep import held_out
 from streamcrypt.engine import manifest
+from streamcrypt.engine.run import SAMPLE, processes_pay
 from streamcrypt.plan import limits, validate
 from streamcrypt.plan import predict as planner
 from streamcrypt.plan.model import ModelError, Work, best_workers, fit, scalability
@@ -178,6 +179,24 @@ def test_the_peak_is_that_of_the_busiest_second():
 def test_every_host_has_its_own_keys():
     job = dataclasses.replace(JOB, hosts=8)
     assert planner.evaluate(job, RECORDS).calls == 8
+
+
+def test_without_fsync_the_disk_counts_beyond_what_memory_holds():
+    small = planner.Job(bytes=1 << 30, files=400, fsync=False)
+    large = dataclasses.replace(small, bytes=10 << 40, files=400_000, kms_latency=0.0)
+    alone, beyond = (planner.evaluate(job, RECORDS) for job in (small, large))
+    assert alone.parts["storage-write"] < 0.5 * alone.seconds
+    # The law's disk takes 0.2 ns a byte after what a fifth of 16 GiB of memory holds back.
+    assert beyond.parts["storage-write"] == pytest.approx(0.2e-9 * ((10 << 40) - (16 << 30) / 5), rel=0.1)
+    assert beyond.seconds >= beyond.parts["storage-write"]
+    assert any("memory holds back" in note for note in planner.predict(large, RECORDS, trials=10).notes)
+    in_memory = dataclasses.replace(large, storage="memory")
+    assert planner.evaluate(in_memory, RECORDS).parts["storage-write"] < beyond.parts["storage-write"]
+
+
+def test_many_small_files_are_worth_processes():
+    """The first entries decide: as many as are looked at must be enough, or no job would take them."""
+    assert processes_pay(SAMPLE, SAMPLE)
 
 
 def test_solve_hosts_is_the_least_that_meets_the_deadline():
