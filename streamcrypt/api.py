@@ -703,7 +703,14 @@ class _Calls:
             report = pipes.run(job, client_object)
         else:
             try:
-                report = work(job)
+                found = None
+                if job.resume and not job.dry_run:
+                    from streamcrypt.engine import complete  # few jobs go on
+
+                    found = complete.completed(job)
+                    if job.source.name is not None:  # nothing of a single file is there to go on with
+                        job = job._replace(resume=False)
+                report = found or work(job)
             except OSError as error:
                 # Reads and writes are translated where they are made.  What is left are calls that all
                 # but never fail, such as a close; whatever was not published by then never will be.

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 
     ``problem`` says why the object cannot be read (a symbolic link, a device …); ``folder`` marks an
     empty folder, which is listed so that a tree comes back as it was.  ``state`` is that of the object,
-    where a listing tells it.
+    where a listing tells it, and ``changed`` when it last changed in any way, in ns (see ``Seen``).
     """
 
     name: str
@@ -72,6 +72,18 @@ class Entry(NamedTuple):
     folder: bool = False
     problem: str | None = None
     state: State | None = None
+    changed: int = 0
+
+
+class Seen(NamedTuple):
+    """What a folder tells of a file: its state, and the time of its last change in ns.
+
+    Of a local file that is its ctime, which every write, rename and change of its inode sets to the time
+    of the system and which no call sets to another (POSIX.1-2024, XBD 4.12, "File Times Update").
+    """
+
+    state: State
+    changed: int
 
 
 class Filters(NamedTuple):
@@ -278,7 +290,7 @@ class LocalTree:
                 yield from self._walk(path, filters)
             elif filters.admit(path):
                 if stat.S_ISREG(status.st_mode):
-                    yield Entry(path, status.st_size)
+                    yield Entry(path, status.st_size, False, None, _state(status), status.st_ctime_ns)
                 else:
                     yield Entry(path, 0, problem=_kind_problem(status.st_mode))
 
@@ -299,15 +311,21 @@ class LocalTree:
             raise SourceError(f"{self.path(name)}: cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
             return Entry(name, 0, problem=_kind_problem(status.st_mode))
-        return Entry(name, status.st_size)
+        return Entry(name, status.st_size, False, None, _state(status), status.st_ctime_ns)
 
     def state(self, name: str) -> State | None:
         """The state of the object of that name; None when there is none."""
-        folder, _, base = check_name(name).rpartition("/")
+        found = self.seen(check_name(name))
+        return None if found is None else found.state
+
+    def seen(self, name: str) -> Seen | None:
+        """The same, and when it last changed.  The name is one that ``walk`` gave, or was checked."""
+        folder, _, base = name.rpartition("/")
         try:
-            return _state(os.stat(base, dir_fd=self._folder(folder).descriptor, follow_symlinks=False))
+            status = os.stat(base, dir_fd=self._folder(folder).descriptor, follow_symlinks=False)
         except OSError:
             return None
+        return Seen((status.st_size, status.st_mtime_ns, status.st_ino), status.st_ctime_ns)
 
     def exists(self, name: str) -> bool:
         folder, _, base = check_name(name).rpartition("/")

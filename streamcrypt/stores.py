@@ -224,7 +224,8 @@ class StoreTree:
                 for found in objects:
                     name = found["path"][skip:]
                     if name and name != folder.rstrip("/"):
-                        yield Entry(name, found["size"], state=_state(found))
+                        changed = int(found["last_modified"].timestamp() * 1e9)
+                        yield Entry(name, found["size"], state=_state(found), changed=changed)
 
     def is_empty(self) -> bool:
         """Whether there is no object below the root, ours included."""

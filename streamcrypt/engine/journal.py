@@ -1,13 +1,25 @@
 """The journal of a job on a folder: what is finished already, should the job be interrupted.
 
 It lies at ``_streamcrypt/journal`` of the destination while the job runs and is removed when the job
-has finished.  One line a finished file, appended after the file has its name:
+has finished.  A job that encrypts writes it only with its keys, and believes only what they wrote:
 
-    CRC-32 of the rest, 8 hexadecimal digits | space | JSON object
+    {"streamcrypt": "journal", "operation", "header"}         the first line of a process that writes on
+    tag, 64 hexadecimal digits | space | [time, [[...], ...]]   files that have their names, several a line
 
-A torn last line is what an interruption leaves and is ignored, with all that follows it.  The journal
-is a hint, not a proof: nothing that it says is taken over before the object itself was looked at, and
-a message before its header and final frame were authenticated (engine/run.py).
+``header`` is that of a message without a body (Base64), whose content key K only those can derive who
+can use the job's keys.  With T0 the first line, the tag of the n-th one after it is
+
+    Tn = HMAC-SHA-256(HKDF-Expand-SHA-256(K, "streamcrypt journal 1"), Tn-1 | line n without its tag)
+
+(RFC 2104, RFC 5869 section 2.3: K is uniformly random, so nothing is extracted), so that no line is made,
+moved or left out by anybody else.  A torn last line is what an interruption leaves and is ignored, with
+all that follows it.  Where nothing is encrypted there is no key, the tag is a SHA-256 and guards against
+accidents only.
+
+A file is taken over as the journal names it when its state is the one that was noted and it has not
+changed since ``time``, when the line was written (``Seen`` in storage.py).  Any other is taken over only
+when it is the message of the line by its id, its header's tag and its length, and its header and final
+frame authenticate (engine/run.py).
 
 On an object store nothing is appended to, and to look at every object would take as long as writing it.
 There the journal is a folder of parts, and a proof: each part is a message of its own under the job's keys
@@ -17,13 +29,20 @@ the store's listing shows it with that ETag.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import json
 import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from cryptography.hazmat.primitives.constant_time import bytes_eq
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from streamcrypt.engine.job import Job
 from streamcrypt.errors import DestinationError, FormatError, IntegrityError
@@ -37,9 +56,12 @@ from streamcrypt.streams import (
     header_template,
     open_message,
     read_bytes,
+    unlock,
 )
 
 if TYPE_CHECKING:
+    from streamcrypt.keys.materials import EncryptionMaterials
+    from streamcrypt.message.header import Header
     from streamcrypt.stores import StoreTree, Writer
 
 _FLUSH_INTERVAL: Final = 5.0  # seconds
@@ -51,6 +73,8 @@ JOURNAL: Final = f"{RESERVED_FOLDER}/{_NAME}"
 # whatever somebody got encrypted as a file, its message is not taken for a part.
 _PART_FRAME_LENGTH: Final = 2**32 - 1
 _READERS: Final = 16
+_KEY_INFO: Final = b"streamcrypt journal 1"
+_KEY_LENGTH: Final = 32
 
 
 def is_interrupted(tree: Tree) -> bool:
@@ -65,6 +89,7 @@ class Finished(NamedTuple):
 
     ``source`` and ``made`` are the states of the two files (size, modification time in ns, inode);
     ``message_id`` and ``header_tag`` (hexadecimal) name the message that was written, or read.
+    ``noted`` is when this was written down (ns since 1970), 0 where the store's ETag says more.
     """
 
     name: str
@@ -74,19 +99,21 @@ class Finished(NamedTuple):
     message_length: int
     message_id: str
     header_tag: str
+    noted: int = 0
 
 
 class Journal:
-    """Appends lines, one write for each batch of outcomes."""
+    """Appends a line for each batch of outcomes."""
 
-    def __init__(self, tree: LocalTree, operation: str, *, durable: bool) -> None:
+    def __init__(self, tree: LocalTree, operation: str, job: Job) -> None:
         self._tree = tree
         self._operation = operation
-        self._durable = durable
+        self._job = job
         self._descriptor: int | None = None
-        self._lines: list[bytes] = []
+        self._lines: list[Finished] = []
         self._flush_at = 0.0
         self._whole_length: int | None = None  # of what an interrupted job left, without a torn line
+        self._tags: _Tags | None = None
 
     def read(self) -> dict[str, Finished]:
         """What an interrupted job of the same kind had finished, by name; empty when there was none."""
@@ -94,41 +121,93 @@ class Journal:
         try:
             with self._folder() as folder, open(_NAME, "rb", opener=_opener(folder)) as file:
                 self._whole_length = 0
+                tags: _Tags | None = None
                 for line in file:
-                    record = _parse(line)
-                    if record is None or record.pop("operation", None) != self._operation:
-                        break
-                    finished[record["name"]] = _finished(record)
+                    if line.startswith(b"{"):
+                        tags = self._reading_tags(line)
+                        if tags is None:
+                            break
+                    else:
+                        mark, _, text = line.partition(b" ")
+                        if tags is None or not line.endswith(b"\n") or not tags.is_next(mark, text):
+                            break
+                        noted, rows = json.loads(text)
+                        for name, source, made, size, length, message_id, tag in rows:
+                            finished[name] = Finished(
+                                name, tuple(source), tuple(made), size, length, message_id, tag, noted
+                            )
                     self._whole_length += len(line)
         except FileNotFoundError:
             pass
-        except (OSError, TypeError, KeyError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise DestinationError(f"{self._tree.path(JOURNAL)}: cannot be read: {error}") from error
         return finished
 
+    def _reading_tags(self, line: bytes) -> _Tags | None:
+        """The tags of the lines after this first one; None where it is not of a job like this under our keys."""
+        try:
+            start = json.loads(line)
+            if (start["streamcrypt"], start["operation"]) != ("journal", self._operation):
+                return None
+            sealed = start["header"]
+            if self._job.resuming is None:
+                return _Tags(line, None) if sealed is None else None
+            header, _ = parse_header(base64.b64decode(sealed), max_encrypted_data_keys=None)
+            if header.frame_length != _PART_FRAME_LENGTH:
+                return None
+            return _Tags(line, _content_key(header, self._job))
+        except (IntegrityError, ValueError, TypeError, KeyError):  # not ours, whoever put it there
+            return None
+
+    def begin(self, materials: EncryptionMaterials | None) -> None:
+        """Say that a job has begun here, which its first file then follows."""
+        if self._tags is not None:
+            return
+        sealed = message = None
+        if materials is not None:
+            template = header_template(materials, _PART_FRAME_LENGTH, self._job.authenticated_context)
+            message = OutgoingMessage.begin(materials, template, _PART_FRAME_LENGTH)
+            sealed = base64.b64encode(message.header).decode()
+        start = {"streamcrypt": "journal", "operation": self._operation, "header": sealed}
+        line = json.dumps(start, separators=(",", ":")).encode() + b"\n"
+        self._tags = _Tags(line, message.content_key if message is not None else None)
+        # What is replaced no longer is what the manifest there lists, and that must be known first.
+        self._append(line, flush=self._job.durable and self._job.overwrite)
+
     def add(self, finished: Finished) -> None:
-        self._lines.append(_line(f'{{"operation":"{self._operation}",{_members(finished)}}}'))
+        self._lines.append(finished)
 
     def write(self, *, last: bool = False) -> None:
         """Write the lines that were added since the last time."""
         if not self._lines:
             return
-        path = self._tree.path(JOURNAL)
+        self.begin(None)
+        assert self._tags is not None
+        rows = [line[:-1] for line in self._lines]
+        text = json.dumps([time.time_ns(), rows], separators=(",", ":")).encode() + b"\n"
+        # For speed of resuming only: lines that a power loss takes cost their files' work again.
+        flush = self._job.durable and time.monotonic() > self._flush_at
+        self._append(self._tags.next(text) + b" " + text, flush=flush)
+        if flush:
+            self._flush_at = time.monotonic() + _FLUSH_INTERVAL
+        self._lines.clear()
+
+    def _append(self, data: bytes, *, flush: bool) -> None:
         try:
             if self._descriptor is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 with self._folder(create=True) as folder:
                     self._descriptor = _opener(folder)(_NAME, flags)
-                if self._whole_length is not None:
-                    os.ftruncate(self._descriptor, self._whole_length)
-            os.write(self._descriptor, b"".join(self._lines))
-            # For speed of resuming only: lines that a power loss takes cost their files' work again.
-            if self._durable and time.monotonic() > self._flush_at:
+                    if self._whole_length is not None:
+                        os.ftruncate(self._descriptor, self._whole_length)
+                    if flush:
+                        os.fsync(folder)
+            os.write(self._descriptor, data)
+            if flush:
                 os.fdatasync(self._descriptor)
-                self._flush_at = time.monotonic() + _FLUSH_INTERVAL
         except OSError as error:
+            path = self._tree.path(JOURNAL)
             raise DestinationError(f"{path}: cannot be written: {error.strerror}") from error
-        self._lines.clear()
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -161,6 +240,30 @@ class Journal:
             os.close(descriptor)
 
 
+class _Tags:
+    """The tags of lines that follow a first one."""
+
+    def __init__(self, first: bytes, content_key: bytes | None) -> None:
+        self._last = first
+        self._mac: HMAC | None = None
+        if content_key is not None:
+            key = HKDFExpand(SHA256(), _KEY_LENGTH, _KEY_INFO).derive(content_key)
+            self._mac = HMAC(key, SHA256())
+
+    def next(self, text: bytes) -> bytes:
+        if self._mac is None:
+            tag = hashlib.sha256(self._last + text).digest()
+        else:
+            mac = self._mac.copy()
+            mac.update(self._last + text)
+            tag = mac.finalize()
+        self._last = tag
+        return tag.hex().encode()
+
+    def is_next(self, tag: bytes, text: bytes) -> bool:
+        return bytes_eq(self.next(text), tag)
+
+
 class StoreJournal:
     """The same on an object store: parts, each with a first line that says who wrote it."""
 
@@ -175,6 +278,7 @@ class StoreJournal:
         self._start = _line(json.dumps({"operation": operation, **Writer.this()._asdict()}))
         self._began = time.monotonic()
         self._write_at = self._began + _FLUSH_INTERVAL
+        self._has_begun = False
         self.writers: set[Writer] = set()  # of the parts that were read
 
     def read(self) -> dict[str, Finished]:
@@ -187,6 +291,12 @@ class StoreJournal:
                 finished.update(part)
         return finished
 
+    def begin(self, materials: EncryptionMaterials | None) -> None:
+        """Say that a job has begun here, where it replaces what a manifest there lists."""
+        if not self._has_begun and self._job.overwrite:
+            self._put(self._start)
+        self._has_begun = True
+
     def add(self, finished: Finished) -> None:
         self._lines.append(_line(f"{{{_members(finished)}}}"))
 
@@ -195,7 +305,12 @@ class StoreJournal:
         now = time.monotonic()
         if not self._lines or (now < self._write_at and not last):
             return
-        data = self._seal(b"".join((self._start, *self._lines)))
+        self._put(b"".join((self._start, *self._lines)))
+        self._lines.clear()
+        self._write_at = now + max(_FLUSH_INTERVAL, _FLUSH_SHARE * (now - self._began))
+
+    def _put(self, lines: bytes) -> None:
+        data = self._seal(lines)
         # Names in the order in which parts were made: a later line about a file replaces an earlier one.
         target = self._parts.create(f"{time.time_ns():020}-{os.urandom(4).hex()}", size=len(data))
         try:
@@ -203,8 +318,6 @@ class StoreJournal:
             target.publish(overwrite=False)
         finally:
             target.discard()
-        self._lines.clear()
-        self._write_at = now + max(_FLUSH_INTERVAL, _FLUSH_SHARE * (now - self._began))
 
     def close(self) -> None:
         pass
@@ -270,6 +383,13 @@ class StoreJournal:
 
 def _opener(folder: int) -> Callable[[str, int], int]:
     return lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+
+
+def _content_key(header: Header, job: Job) -> bytes:
+    """The key of a message of the job's own, whose header authenticates."""
+    assert job.resuming is not None
+    rules = ReadingRules(max_encrypted_data_keys=None, authenticated_context=job.authenticated_context)
+    return unlock(header, job.resuming, rules).content_key
 
 
 def _members(finished: Finished) -> str:

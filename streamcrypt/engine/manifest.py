@@ -7,7 +7,11 @@ Its plaintext is one JSON object a line:
     {"name", "size", "message_length", "message_id", "header_tag"}        a file, names in walk order
     {"name", "folder": true}                                              an empty folder
     {"name", "failed": "why"}                                             a file that was left out
-    {"files", "bytes"}                                                    what was listed; the end
+    {"files", "bytes", "sources", "time"}                                 what was listed; the end
+
+``sources`` is a digest of what the job read and of its settings, and ``time`` when all of its files
+were there (ns since 1970): by these a resumed job knows a folder that is finished (engine/complete.py).
+Both are left out where a file failed, and in what earlier versions wrote.
 
 A message proves that it is whole; only the manifest proves that nothing was added, removed or put
 in another's place.  It binds a name to a message by message id and header tag.  It cannot prove that
@@ -16,13 +20,15 @@ the whole tree is the newest one: for that, keep the manifest's digest elsewhere
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Final, NamedTuple
 
 from streamcrypt.errors import IntegrityError
 from streamcrypt.message.header import Header
-from streamcrypt.storage import check_name, sort_key
+from streamcrypt.storage import State, check_name, sort_key
 from streamcrypt.streams import EncryptingFile
 
 _VERSION: Final = 1
@@ -71,6 +77,37 @@ class Listed(NamedTuple):
         ).encode()
 
 
+class Ending(NamedTuple):
+    """The last line.  ``sources`` is empty where it does not say what the job read."""
+
+    files: int
+    bytes: int
+    sources: str = ""
+    time: int = 0
+
+
+class SourcesDigest:
+    """What a job reads, in walk order, and its settings, as one SHA-256.
+
+    A file counts by its name, size and modification time, an object of a store by its ETag: not by what
+    changes when a folder is copied with its times.
+    """
+
+    def __init__(self, settings: str) -> None:
+        self._hash = hashlib.sha256(_line({"settings": settings}))
+
+    def add(self, name: str, state: State) -> None:
+        size, modified, identity = state
+        # Written out for speed, as the lines of the manifest are.
+        self._hash.update(f"[{json.dumps(name)},{size},{modified or identity}]\n".encode())
+
+    def add_folder(self, name: str) -> None:
+        self._hash.update(_line({"folder": name}))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
 class ManifestWriter:
     """Writes lines in walk order.  ``create(length)`` begins the message; None: length unknown."""
 
@@ -88,9 +125,12 @@ class ManifestWriter:
             self._bytes += listed.size
         self._write(listed.line())
 
-    def publish(self) -> None:
+    def publish(self, sources: str | None) -> None:
         """Write the last line and give the manifest its name."""
-        self._write(_line({"files": self._files, "bytes": self._bytes}))
+        ending: dict[str, Any] = {"files": self._files, "bytes": self._bytes}
+        if sources is not None:
+            ending |= {"sources": sources, "time": time.time_ns()}
+        self._write(_line(ending))
         if self._file is None:
             self._begin(len(self._held))
         assert self._file is not None
@@ -114,8 +154,11 @@ class ManifestWriter:
         self._held.clear()
 
 
-def read_manifest(file: Iterable[bytes]) -> Iterator[Listed]:
-    """The lines of a manifest whose message is open; IntegrityError when it is not one, or not whole."""
+def read_manifest(file: Iterable[bytes]) -> Generator[Listed, None, Ending]:
+    """The lines of a manifest whose message is open; IntegrityError when it is not one, or not whole.
+
+    The generator's value is the last line.
+    """
     lines = iter(file)
     _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
     files = total = 0
@@ -123,8 +166,9 @@ def read_manifest(file: Iterable[bytes]) -> Iterator[Listed]:
     for line in lines:
         record = _parse(line)
         if "name" not in record:
-            _expect(record == {"files": files, "bytes": total} and not next(lines, b""))
-            return
+            _expect({"files", "bytes"} <= record.keys() <= frozenset(Ending._fields))
+            _expect((record["files"], record["bytes"]) == (files, total) and not next(lines, b""))
+            return Ending(**record)
         listed = Listed(**record) if record.keys() <= _FIELDS else None
         _expect(listed is not None)
         assert listed is not None

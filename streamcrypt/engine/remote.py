@@ -34,7 +34,7 @@ from typing import Any, Final, NamedTuple
 from streamcrypt import __version__
 from streamcrypt.engine.job import Failure, Job, Place, Report
 from streamcrypt.engine.pool import Lost, Pool, Tasks
-from streamcrypt.engine.run import SAMPLE, _Item, _Run, outcome_of
+from streamcrypt.engine.run import SAMPLE, _Item, _Run, made_by, outcome_of, own_rules
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, FileTask, Opening, Sealing, SpanTask
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker, unexpected
 from streamcrypt.errors import (
@@ -378,9 +378,7 @@ class _ClusterRun(_Run):
         assert self.job.writing is not None
         ours = {_header(lost.sealing.header).encrypted_data_keys
                 for lost in self._given_up[task.number] if lost.sealing is not None}  # fmt: skip
-        rules = ReadingRules(
-            max_encrypted_data_keys=None, authenticated_context=self.job.authenticated_context
-        )
+        rules = own_rules(self.job)
         try:
             source = destination.tree.open(task.target)
         except SourceError:
@@ -391,7 +389,7 @@ class _ClusterRun(_Run):
                 return None
             geometry = source_geometry(source, header)
             FrameReader(
-                source, unlock(header, self._made_by(task.source), rules).cipher, geometry
+                source, unlock(header, made_by(self.job, task.source), rules).cipher, geometry
             ).open_final()
         except (IntegrityError, KeyAccessError, SourceError):
             return None

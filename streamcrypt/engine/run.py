@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
 from streamcrypt.engine.journal import Finished, Journal, StoreJournal
-from streamcrypt.engine.manifest import Listed, ManifestWriter, read_manifest
+from streamcrypt.engine.manifest import Listed, ManifestWriter, SourcesDigest, read_manifest
 from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
 from streamcrypt.engine.spans import (
     BATCH_FILES,
@@ -167,7 +167,8 @@ class _Run:
         self._tasks: dict[int, FileTask] = {}  # that are with a worker
         self._large: dict[int, _Large] = {}
         self._feeds: list[Iterator[Tasks]] = []  # the last one is served first
-        self._listings: dict[int, Listed | None] = {}  # finished, and waiting for those before them
+        # Finished, and waiting for those before them: the line of each, and its source as it was read.
+        self._listings: dict[int, tuple[Listed | None, State | None]] = {}
         self._next_listing = 0
         self._folders: set[str] = set()  # that were looked through for leftovers
         self._written_folders: set[str] = set()
@@ -193,6 +194,7 @@ class _Run:
             self._journal = self._open_journal(tree)
         if self._whole_tree and job.writing is not None and not job.dry_run:
             self._manifest = ManifestWriter(self._create_manifest)
+            self._sources = SourcesDigest(settings(job))
             if job.signing is not None:
                 from streamcrypt.engine.signature import StatementWriter
 
@@ -205,7 +207,7 @@ class _Run:
         job = self.job
         kind = _kind(job)
         if isinstance(tree, LocalTree):
-            journal = Journal(tree, kind, durable=job.durable)
+            journal = Journal(tree, kind, job)
             if job.resume:
                 self._before = journal.read()
             else:
@@ -267,13 +269,14 @@ class _Run:
 
     def _finish(self, destination: Place) -> None:
         """Names first, manifest last: what was reported as done is durable."""
+        self._tell_left_behind(destination)
         for folder in sorted(self._written_folders) if self.job.durable else ():
             try:
                 destination.tree.sync_folder(folder)
             except DestinationError as error:
                 self.report.failed.append(Failure(folder or ".", error))
         if self._manifest is not None:
-            self._manifest.publish()
+            self._manifest.publish(None if self.report.failed else self._sources.hexdigest())
             if self._statement is not None:
                 if self.report.failed:  # what is not whole is not signed
                     self._statement.discard()
@@ -292,22 +295,7 @@ class _Run:
     # -- what there is to do
 
     def entries(self) -> Iterator[Entry]:
-        job = self.job
-        if job.source.name is not None:
-            return iter((job.source.tree.entry(job.source.name),))
-        if job.names is not None:
-            return self._named(job.names)
-        return job.source.tree.walk(job.filters)
-
-    def _named(self, names: Iterable[str]) -> Iterator[Entry]:
-        for name in sorted(set(names), key=sort_key):
-            if self.job.filters.admit(name):
-                try:
-                    yield self.job.source.tree.entry(name)
-                except SourceError as error:
-                    yield Entry(
-                        name, 0, problem=str(error).removeprefix(self.job.source.tree.path(name) + ": ")
-                    )
+        return entries(self.job)
 
     def readable(self, entries: Iterable[Entry], line: Listed | None = None) -> Iterator[_Item]:
         """The files among the entries; the others fail, or are made at once (empty folders)."""
@@ -508,6 +496,8 @@ class _Run:
         context = {**job.context, **job.authenticated_context}
         writing = job.writing if job.key_map is None else job.key_map.of(name)
         materials = writing.for_encryption(job.suite, context, plaintext_length)
+        if self._journal is not None:
+            self._journal.begin(materials)
         template, signing_key = self._template_for(materials)
         message = OutgoingMessage.begin(materials, template, job.frame_length)
         return Sealing(
@@ -551,34 +541,45 @@ class _Run:
     def _resumed(self, number: int, entry: Entry, header: Header | None = None) -> bool:
         """Whether the interrupted job has finished this file; it is then taken over as it is.
 
-        ``header`` is the source's, where that is a message that was opened.  The journal only says where to look: a
-        message is taken over when it is the one that was listed and its final frame authenticates
-        under our keys; a decrypted file when neither it nor its message has changed since.  On a store
-        the journal itself was authenticated, and a message is taken over when the store lists it with
-        the ETag that it had.  What is there but not in the journal is replaced if it is a message under
-        our keys, the remains of the moment of the interruption; DestinationError if it is somebody
-        else's.
+        ``header`` is the source's, where that is a message that was opened.  A file that the journal lists is
+        taken over when it has not changed since (engine/journal.py), and so is an object that a store lists with
+        the ETag that it had.  A message that has changed is taken over when it is the one that was listed
+        and its final frame authenticates under our keys, a decrypted file is not.  What is there but not
+        in the journal is replaced if it is a message under our keys, the remains of the moment of the
+        interruption; DestinationError if it is somebody else's.
         """
         destination = self.job.destination
         assert destination is not None
         finished = self._before.pop(entry.name, None)
         listing = self._made
-        made = destination.tree.state(entry.name) if listing is None else listing.state(entry.name)
-        if made is None:
-            return False
+        if listing is None:
+            found = cast("LocalTree", destination.tree).seen(entry.name)
+            if found is None:
+                return False
+            made, proved = found.state, finished is not None and found.changed <= finished.noted
+        else:
+            state = listing.state(entry.name)
+            if state is None:
+                return False
+            made, proved = state, state[2] != 0
+        proved = proved and finished is not None and finished.made == made
         same = finished is not None and (
             finished.source == (entry.state or self.job.source.tree.state(entry.name))
         )
         if self.job.writing is None:
-            return self._resumed_plaintext(number, entry, header, finished if same else None, made)
-        proved = listing is not None and finished is not None and finished.made == made and made[2] != 0
+            return self._resumed_plaintext(number, entry, header, finished, proved and same)
         # A key map may have changed since: the message must be under the key that it names now.
         proved = proved and self.job.key_map is None
-        ours = self._made_by(entry.name)
-        if not proved and not self._is_ours(entry.name, finished if same else None, ours):
+        if not proved and not self._is_ours(entry.name, finished if same else None):
             theirs = self.job.resuming
             assert theirs is not None
-            if finished is None and not self.job.overwrite and not self._is_ours(entry.name, None, theirs):
+            rules = own_rules(self.job)
+            tree = destination.tree
+            if (
+                finished is None
+                and not self.job.overwrite
+                and not is_made(tree, entry.name, None, theirs, rules)
+            ):
                 raise DestinationError(
                     f"{destination.tree.path(entry.name)}: exists, and the interrupted job did not make it"
                 )
@@ -592,17 +593,8 @@ class _Run:
             except StreamcryptError:
                 return False
         self.report.skipped += 1
-        self._list(
-            number,
-            Listed(
-                entry.name,
-                finished.size,
-                finished.message_length,
-                finished.message_id,
-                finished.header_tag,
-                sha256=sha256,
-            ),
-        )
+        listed = Listed(entry.name, *finished[3:7], sha256=sha256)
+        self._list(number, listed, finished.source)
         return True
 
     def _is_told(self, item: _Item) -> bool:
@@ -616,11 +608,11 @@ class _Run:
         )
 
     def _resumed_plaintext(
-        self, number: int, entry: Entry, header: Header | None, finished: Finished | None, made: State
+        self, number: int, entry: Entry, header: Header | None, finished: Finished | None, proved: bool
     ) -> bool:
         if (
             finished is None
-            or finished.made != made
+            or not proved
             or (
                 header is not None
                 and (finished.message_id, finished.header_tag) != (header.message_id.hex(), header.tag.hex())
@@ -633,50 +625,32 @@ class _Run:
         self._list(number, None)
         return True
 
-    def _is_ours(self, name: str, finished: Finished | None, materials: Materials) -> bool:
-        """Whether the destination holds a message that authenticates under our keys, and is the finished one."""
+    def _is_ours(self, name: str, finished: Finished | None) -> bool:
+        """Whether the destination holds a message of this job, and the finished one where there is one."""
         assert self.job.destination is not None
-        try:
-            source = self.job.destination.tree.open(name)
-        except SourceError:
-            return False
-        try:
-            rules = ReadingRules(authenticated_context=self.job.authenticated_context)
-            header = source_header(source, max_encrypted_data_keys=None)
-            if finished is not None and (
-                header.message_id.hex() != finished.message_id
-                or header.tag.hex() != finished.header_tag
-                or source.size != finished.message_length
-            ):
-                return False
-            cipher = unlock(header, materials, rules._replace(max_encrypted_data_keys=None)).cipher
-            FrameReader(source, cipher, source_geometry(source, header)).open_final()
-        except (IntegrityError, SourceError):
-            return False
-        finally:
-            source.close()
-        return True
+        tree, rules = self.job.destination.tree, own_rules(self.job)
+        return is_made(tree, name, finished, made_by(self.job, name), rules)
 
-    def _made_by(self, source_name: str) -> Materials:
-        """What opens the messages that this job makes, or an interrupted one has made."""
-        job = self.job
-        if job.key_map is not None:
-            return job.key_map.of(source_name).resuming
-        materials = job.resuming or job.writing
-        assert materials is not None
-        return materials
+    def _tell_left_behind(self, destination: Place) -> None:
+        """What the interrupted job made of files that this one has not seen is in nobody's manifest."""
+        told = {failure.path for failure in self.report.failed}
+        for name in self._before:
+            if name not in told and destination.tree.exists(name):
+                error = SourceError(
+                    f"{self._path(name)}: is not among the files any more, but the interrupted job made "
+                    f"{destination.tree.path(name)} of it: remove that, then go on"
+                )
+                self.report.failed.append(Failure(name, error))
 
     def _sha256_of_made(self, target_name: str, source_name: str) -> str:
         """The digest of a message of this job, every frame of which is opened on the way."""
         from streamcrypt.engine.signature import authenticated_sha256
 
         assert self.job.destination is not None
-        rules = ReadingRules(
-            max_encrypted_data_keys=None, authenticated_context=self.job.authenticated_context
-        )
         with contextlib.closing(self.job.destination.tree.open(target_name)) as source:
             header = source_header(source, max_encrypted_data_keys=None)
-            return authenticated_sha256(source, unlock(header, self._made_by(source_name), rules))
+            message = unlock(header, made_by(self.job, source_name), own_rules(self.job))
+            return authenticated_sha256(source, message)
 
     # -- tasks to workers, outcomes back
 
@@ -948,7 +922,7 @@ class _Run:
                 partition.bytes += task.length
         if self._journal is not None and outcome.source_state is not None and outcome.made_state is not None:
             self._journal.add(self._journal_line(task, listed, outcome.source_state, outcome.made_state))
-        self._list(task.number, listed)
+        self._list(task.number, listed, outcome.source_state or self.job.source.tree.state(task.source))
         if self.job.audit is not None:
             self.job.audit(self._audit_line(task.source, task, None))
 
@@ -976,14 +950,18 @@ class _Run:
     def _fail_integrity(self, name: str, reason: str) -> None:
         self._fail(self._take_number(), name, IntegrityError(f"{self._path(name)}: {reason}"))
 
-    def _list(self, number: int, listed: Listed | None) -> None:
+    def _list(self, number: int, listed: Listed | None, source: State | None = None) -> None:
         """Lines of the manifest leave in walk order, whatever the order in which files are done."""
-        self._listings[number] = listed
+        self._listings[number] = listed, source
         while self._next_listing in self._listings:
-            line = self._listings.pop(self._next_listing)
+            line, state = self._listings.pop(self._next_listing)
             self._next_listing += 1
             if self._manifest is not None and line is not None:
                 self._manifest.add(line)
+                if state is not None:
+                    self._sources.add(line.name, state)
+                elif line.folder and self.job.reading is None:
+                    self._sources.add_folder(line.name)
                 if self._statement is not None:
                     self._statement.add(line)
         if self.job.progress is not None:
@@ -1045,6 +1023,71 @@ class _Listing:
         return self._next.state
 
 
+def entries(job: Job) -> Iterator[Entry]:
+    """What there is of a job's source, in walk order."""
+    tree = job.source.tree
+    if job.source.name is not None:
+        return iter((tree.entry(job.source.name),))
+    return tree.walk(job.filters) if job.names is None else _named(job, job.names)
+
+
+def _named(job: Job, names: Iterable[str]) -> Iterator[Entry]:
+    tree = job.source.tree
+    for name in sorted(set(names), key=sort_key):
+        if job.filters.admit(name):
+            try:
+                yield tree.entry(name)
+            except SourceError as error:
+                yield Entry(name, 0, problem=str(error).removeprefix(tree.path(name) + ": "))
+
+
+def own_rules(job: Job) -> ReadingRules:
+    """Those for the messages that a job like this has made."""
+    return ReadingRules(max_encrypted_data_keys=None, authenticated_context=job.authenticated_context)
+
+
+def made_by(job: Job, source_name: str) -> Materials:
+    """What opens the messages that this job makes, or an interrupted one has made."""
+    if job.key_map is not None:
+        return job.key_map.of(source_name).resuming
+    materials = job.resuming or job.writing
+    assert materials is not None
+    return materials
+
+
+def is_made(
+    tree: Tree, name: str, listed: Finished | Listed | None, materials: Materials, rules: ReadingRules
+) -> bool:
+    """Whether a message is there that authenticates under these keys, and is the one that was listed."""
+    try:
+        source = tree.open(name)
+    except SourceError:
+        return False
+    try:
+        header = source_header(source, max_encrypted_data_keys=None)
+        if listed is not None and (
+            header.message_id.hex() != listed.message_id
+            or header.tag.hex() != listed.header_tag
+            or source.size != listed.message_length
+        ):
+            return False
+        cipher = unlock(header, materials, rules).cipher
+        FrameReader(source, cipher, source_geometry(source, header)).open_final()
+    except (IntegrityError, SourceError):
+        return False
+    finally:
+        source.close()
+    return True
+
+
+def settings(job: Job) -> str:
+    """What two jobs must have in common for their results to be alike, other than their files."""
+    assert job.writing is not None
+    keys = job.writing.describe() if job.key_map is None else job.key_map.describe()
+    signing = job.signing.arn if job.signing is not None else None
+    return json.dumps([job.suite.id, job.frame_length, sorted(job.context.items()), keys, signing])
+
+
 def _kind(job: Job) -> str:
     """What a resumed job must have in common with the interrupted one for their results to be alike."""
     signer = ""
@@ -1054,8 +1097,13 @@ def _kind(job: Job) -> str:
         signer = f", signed by {fingerprint(job.signed_by)}"
     if job.writing is None:
         return job.operation + signer
-    settings = json.dumps([job.suite.id, job.frame_length, sorted(job.context.items())])
-    return f"{job.operation} {zlib.crc32(settings.encode()):08x}{signer}"
+    # A key map may change meanwhile, and whether the whole is signed: `_resumed` sees to both.
+    shared = (
+        settings(job._replace(signing=None))
+        if job.key_map is None
+        else json.dumps([job.suite.id, job.frame_length, sorted(job.context.items())])
+    )
+    return f"{job.operation} {zlib.crc32(shared.encode()):08x}{signer}"
 
 
 def _data_key(header: Header) -> Hashable:

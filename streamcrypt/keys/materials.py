@@ -134,6 +134,10 @@ class Materials:
         """The KMS keys that open messages here, as far as they are named; none for discovery."""
         return self._keyring.kms_key_arns()
 
+    def describe(self) -> str:
+        """The keys for people: which they are."""
+        return self._keyring.describe()
+
     def _new_materials(self, suite: AlgorithmSuite, context: Mapping[str, str]) -> EncryptionMaterials:
         full = check_caller_context(context)
         signing_key = None

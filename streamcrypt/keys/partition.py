@@ -153,6 +153,8 @@ class KeyMap:
         limit: int | None = None,
     ) -> None:
         self._limit = limit
+        self._described = [[pattern, _label(references)] for pattern, references in rules.items()]
+        self._described.append(["", _label(default)])
         self._by_references: dict[Any, Partition] = {}
 
         def partition(references: References) -> Partition | None:
@@ -186,6 +188,10 @@ class KeyMap:
         for references in self._by_references:
             found += [references] if isinstance(references, str | Keyring) else references
         return list(dict.fromkeys(found))
+
+    def describe(self) -> str:
+        """The patterns and their keys for people."""
+        return "; ".join(f"{pattern or 'others'}: {keys}" for pattern, keys in self._described)
 
     def of(self, name: str) -> Partition:
         """The partition of a file; KeyAccessError where the map says that it has no key."""

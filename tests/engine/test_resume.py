@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import streamcrypt as sc
+from streamcrypt.engine import manifest
 from streamcrypt.engine.journal import JOURNAL
 
 # Runs a job that kills its own process when the given number of files is in the journal.
@@ -18,7 +21,7 @@ INTERRUPTED = """
 import os, signal, sys
 import streamcrypt as sc
 from streamcrypt.engine.journal import Journal
-operation, source, destination, keys, limit = sys.argv[1:]
+operation, source, destination, keys, limit, overwrite = sys.argv[1:]
 write, lines = Journal.write, 0
 def counting(self):
     global lines
@@ -27,7 +30,7 @@ def counting(self):
     if lines >= int(limit):
         os.kill(os.getpid(), signal.SIGKILL)
 Journal.write = counting
-getattr(sc, operation)(source, destination, workers=2, keys=keys)
+getattr(sc, operation)(source, destination, workers=2, keys=keys, overwrite=overwrite == "True")
 """
 
 FILES = 40
@@ -50,8 +53,11 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def interrupt(operation: str, source: Path, destination: Path, keys: str, after: int = 10) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, operation, str(source), str(destination), keys, str(after)]
+def interrupt(
+    operation: str, source: Path, destination: Path, keys: str, after: int = 10, *, overwrite: bool = False
+) -> None:
+    arguments = operation, source, destination, keys, after, overwrite
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert (destination / JOURNAL).exists()
 
@@ -146,3 +152,229 @@ def test_the_result_equals_that_of_an_uninterrupted_run(source, tmp_path, keys):
     sc.encrypt(source, resumed, keys=keys, resume=True)
     lengths = [{name: len(data) for name, data in contents(folder).items()} for folder in (whole, resumed)]
     assert lengths[0] == lengths[1]
+
+
+# -- a single file
+
+
+@pytest.mark.parametrize("operation", ["encrypt", "decrypt", "rekey"])
+def test_a_single_file_that_is_done_stays_as_it_is(tmp_path, keys, operation):
+    source, destination = single(operation, tmp_path, keys)
+    options = {**both(operation, keys), "resume": True}
+    assert getattr(sc, operation)(source, destination, **options).files == 1
+    made = destination.read_bytes()
+    report = getattr(sc, operation)(source, destination, **options)
+    assert (report.files, report.skipped, destination.read_bytes()) == (0, 1, made)
+
+
+@pytest.mark.parametrize("operation", ["encrypt", "decrypt", "rekey"])
+@pytest.mark.parametrize("what", ["somebody else's", "cut short", "of another source", "of other settings"])
+def test_a_single_file_that_is_not_the_jobs_own_is_not_replaced(tmp_path, keys, operation, what):
+    source, destination = single(operation, tmp_path, keys)
+    plain = b"plain" * 1000 if what in ("cut short", "of other settings") else b"another"
+    if operation == "decrypt":
+        theirs = plain if what != "of other settings" else plain[::-1]  # it has none: of the same length
+    else:
+        context = {"of": "others"} if what == "of other settings" else {}
+        theirs = sc.encrypt_bytes(plain, keys=keys, context=context)
+    theirs = {"somebody else's": b"theirs", "cut short": theirs[:-1]}.get(what, theirs)
+    destination.write_bytes(theirs)
+    with pytest.raises(sc.DestinationError, match="exists already"):
+        getattr(sc, operation)(source, destination, **both(operation, keys), resume=True)
+    assert destination.read_bytes() == theirs
+    getattr(sc, operation)(source, destination, **both(operation, keys), resume=True, overwrite=True)
+    assert destination.read_bytes() != theirs
+
+
+def both(operation: str, keys: str) -> dict[str, str]:
+    return {"keys": keys, "from_keys": keys} if operation == "rekey" else {"keys": keys}
+
+
+def single(operation: str, tmp_path: Path, keys: str) -> tuple[Path, Path]:
+    source = tmp_path / "source"
+    source.write_bytes(
+        b"plain" * 1000 if operation == "encrypt" else sc.encrypt_bytes(b"plain" * 1000, keys=keys)
+    )
+    return source, tmp_path / "made"
+
+
+# -- a folder that is finished
+
+
+def inodes(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
+
+
+@pytest.mark.parametrize("operation", ["encrypt", "rekey"])
+def test_a_finished_folder_is_found_done(source, tmp_path, keys, operation):
+    if operation == "rekey":
+        sc.encrypt(source, tmp_path / "first", keys=keys)
+        source = tmp_path / "first"
+    (source / "empty").mkdir()
+    destination = tmp_path / "made"
+    first = getattr(sc, operation)(source, destination, **both(operation, keys))
+    before = inodes(destination)
+    report = getattr(sc, operation)(source, destination, **both(operation, keys), resume=True)
+    assert (report.files, report.skipped) == (0, FILES)
+    assert report.manifest_digest == first.manifest_digest
+    assert inodes(destination) == before
+    # A copy is new to the system: everything in it is looked into, and found done all the same.
+    shutil.copytree(destination, tmp_path / "copy")
+    report = getattr(sc, operation)(source, tmp_path / "copy", **both(operation, keys), resume=True)
+    assert (report.files, report.skipped) == (0, FILES)
+
+
+@pytest.mark.parametrize("what", ["changed", "gone", "new", "settings", "keys", "another"])
+def test_a_finished_folder_of_other_sources_or_settings_is_refused(source, tmp_path, keys, what):
+    destination = tmp_path / "encrypted"
+    sc.encrypt(source, destination, keys=keys)
+    before, options = inodes(destination), {"keys": keys}
+    if what == "changed":
+        (source / "sub" / "003").write_bytes(os.urandom(3000))
+    elif what == "gone":
+        (source / "sub" / "003").unlink()
+    elif what == "new":
+        (source / "new").write_bytes(b"new")
+    elif what == "settings":
+        options["context"] = {"Stage": "other"}
+    elif what == "keys":
+        (tmp_path / "other").write_bytes(os.urandom(32))
+        (tmp_path / "other").chmod(0o600)
+        options["keys"] = [keys, f"raw-aes:tests/other@{tmp_path / 'other'}"]
+    else:
+        source = tmp_path / "another"
+        source.mkdir()
+        (source / "a").write_bytes(b"a")
+    with pytest.raises(sc.DestinationError, match="holds a finished job") as caught:
+        sc.encrypt(source, destination, resume=True, **options)
+    assert "\n" not in str(caught.value)
+    assert inodes(destination) == before
+    sc.encrypt(source, destination, resume=True, overwrite=True, **options)
+
+
+@pytest.mark.parametrize("what", ["swapped", "end flipped", "removed", "added", "truncated"])
+def test_a_finished_folder_that_was_altered_is_not_found_done(source, tmp_path, keys, what):
+    destination = tmp_path / "encrypted"
+    for number in (4, 5):
+        (source / "sub" / f"{number:03}").write_bytes(os.urandom(4000))
+    sc.encrypt(source, destination, keys=keys)
+    four, five = destination / "sub" / "004", destination / "sub" / "005"
+    if what == "swapped":
+        four.rename(destination / "x")
+        five.rename(four)
+        (destination / "x").rename(five)
+    elif what == "end flipped":
+        status, message = four.stat(), bytearray(four.read_bytes())
+        message[-1] ^= 1
+        four.write_bytes(message)
+        os.utime(four, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif what == "removed":
+        four.unlink()
+    elif what == "added":
+        (destination / "added").write_bytes(four.read_bytes())
+    else:
+        os.truncate(four, 100)
+    with pytest.raises(sc.IntegrityError, match=r"sub/00[45]|added"):
+        sc.encrypt(source, destination, keys=keys, resume=True)
+
+
+def test_a_manifest_that_does_not_say_what_it_was_made_of_still_serves(source, tmp_path, keys, monkeypatch):
+    """As earlier versions wrote them, and as one is of a job in which files failed."""
+    destination = tmp_path / "encrypted"
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest.ManifestWriter, "publish", without_sources)
+        sc.encrypt(source, destination, keys=keys)
+    sc.verify(destination, keys=keys, against=source)
+    sc.decrypt(destination, tmp_path / "out", keys=keys)
+    with pytest.raises(sc.DestinationError, match="holds a finished job"):
+        sc.encrypt(source, destination, keys=keys, resume=True)
+
+
+def without_sources(self, sources=None, *, publish=manifest.ManifestWriter.publish):
+    publish(self, None)
+
+
+def test_an_overwriting_job_that_was_interrupted_is_not_taken_for_finished(source, tmp_path, keys):
+    """The manifest of before is there, but not what it lists."""
+    destination = tmp_path / "encrypted"
+    sc.encrypt(source, destination, keys=keys)
+    interrupt("encrypt", source, destination, keys, after=1, overwrite=True)
+    with (destination / JOURNAL).open("rb+") as file:
+        file.truncate(len(file.readline()))  # its first batch of lines did not get there
+    report = sc.encrypt(source, destination, keys=keys, resume=True)
+    assert report.files > 0
+    sc.verify(destination, keys=keys, against=source)
+
+
+# -- what a journal is worth
+
+
+def test_files_without_their_line_in_the_journal_are_looked_into(source, tmp_path, keys):
+    """Killed between the name and the line: they are made again, and one that is somebody else's stays."""
+    destination = tmp_path / "encrypted"
+    interrupt("encrypt", source, destination, keys, after=FILES)
+    lines = (destination / JOURNAL).read_bytes().splitlines(keepends=True)
+    (destination / JOURNAL).write_bytes(b"".join(lines[:-1]))
+    report = sc.encrypt(source, destination, keys=keys, resume=True)
+    assert report.files > 0
+    assert report.skipped > 0
+    sc.verify(destination, keys=keys, against=source)
+
+
+def test_a_journal_that_somebody_else_altered_is_not_believed(source, tmp_path, keys):
+    """Messages that were swapped together with their lines: each authenticates, and is listed."""
+    for number in (4, 5):
+        (source / "sub" / f"{number:03}").write_bytes(os.urandom(4000))
+    destination = tmp_path / "encrypted"
+    interrupt("encrypt", source, destination, keys, after=FILES)
+    four, five, journal = destination / "sub" / "004", destination / "sub" / "005", destination / JOURNAL
+    four.rename(destination / "x")
+    five.rename(four)
+    (destination / "x").rename(five)
+    altered = [forged(line, source, destination) for line in journal.read_bytes().splitlines(keepends=True)]
+    journal.write_bytes(b"".join(altered))
+    sc.encrypt(source, destination, keys=keys, resume=True)
+    sc.verify(destination, keys=keys, against=source)
+
+
+def forged(line: bytes, source: Path, destination: Path) -> bytes:
+    """The line as it would be, had 004 been made of 005 and 005 of 004, with a checksum that anybody can make."""
+    if b"header" in line[:200]:
+        return line
+    tag, _, text = line.partition(b" ")
+    when, rows = json.loads(text)
+    by_name = {row[0]: row for row in rows}
+    for name, other in (("sub/004", "sub/005"), ("sub/005", "sub/004")):
+        if name in by_name and other in by_name:
+            status = (source / name).stat()
+            row = [name, [status.st_size, status.st_mtime_ns, status.st_ino], *by_name[other][2:]]
+            rows = [row if old[0] == name else old for old in rows]
+    return b"%s %s\n" % (tag, json.dumps([when, rows]).encode())
+
+
+def test_a_finished_file_that_changed_and_looks_as_before_is_looked_into(source, tmp_path, keys):
+    """Length, time and inode are as they were; the time of the last change is not anybody's to set."""
+    destination = tmp_path / "encrypted"
+    interrupt("encrypt", source, destination, keys, after=FILES)
+    path = destination / "sub" / "004"
+    status, message = path.stat(), bytearray(path.read_bytes())
+    message[-1] ^= 1
+    path.write_bytes(message)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sc.encrypt(source, destination, keys=keys, resume=True).files >= 1
+    sc.verify(destination, keys=keys, against=source)
+
+
+def test_a_finished_file_whose_source_is_gone_is_told(source, tmp_path, keys):
+    destination = tmp_path / "encrypted"
+    interrupt("encrypt", source, destination, keys, after=FILES)
+    (source / "sub" / "004").unlink()
+    with pytest.raises(sc.SourceError, match=r"sub/004.*interrupted job") as caught:
+        sc.encrypt(source, destination, keys=keys, resume=True)
+    assert len(caught.value.report.failed) == 1
+    assert (destination / "sub" / "004").exists(), "nothing is lost"
+    (destination / "sub" / "004").unlink()
+    sc.encrypt(source, destination, keys=keys, resume=True)
+    sc.verify(destination, keys=keys, against=source)
+    assert not (destination / JOURNAL).exists()
