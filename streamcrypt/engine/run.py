@@ -187,6 +187,7 @@ class _Run:
         self._journal: Journal | StoreJournal | None = None
         self._before: dict[str, Finished] = {}
         self._made: _Listing | None = None  # what a store holds already, for a job that goes on there
+        self._looked_at: set[int] = set()  # by `_resumed`, and not done
         self._unlisted: set[int] = set()  # decrypted files that are there without a line in the journal
         tree = job.destination.tree if job.destination is not None else None
         self._undivided = (tree is not None and tree.in_order) or job.signing is not None
@@ -387,12 +388,10 @@ class _Run:
     # -- one file into a task
 
     def seal(self, item: _Item) -> FileTask | None:
-        """The task that encrypts a file, None when it is done already; a key that cannot be used ends the job."""
+        """The task that encrypts a file; a key that cannot be used ends the job."""
         number, entry, _ = item
         if self.job.dry_run:
             return FileTask(number, entry.name, None, entry.size)
-        if self.job.resume and self._resumed(number, entry):
-            return None
         sealing = self._sealing_or_failure(number, entry.name, entry.size)
         if sealing is None:
             return None
@@ -404,15 +403,12 @@ class _Run:
         job, (number, entry, listed) = self.job, item
         assert job.reading is not None
         source: Source | None = None
-        told = self._is_told(item)
-        if told and self._resumed(number, entry):
-            return None
         try:
             source = job.source.tree.open(entry.name)
             header = source_header(source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys)
             if listed is not None:
                 listed.check(header, source.size)
-            if job.resume and not told and self._resumed(number, entry, header):
+            if job.resume and number not in self._looked_at and self._resumed(number, entry, header):
                 return None
             content_key = b"" if job.dry_run else self._content_key(header, job.reading)
             geometry = source_geometry(source, header) if header.framed else None
@@ -597,6 +593,15 @@ class _Run:
         self._list(number, listed, finished.source)
         return True
 
+    def _to_do(self, items: Iterator[_Item]) -> Iterator[_Item]:
+        """Those that are not done already, as far as that is known without opening the source."""
+        for item in items:
+            if self.job.reading is None or self._is_told(item):
+                if self._resumed(item.number, item.entry):
+                    continue
+                self._looked_at.add(item.number)
+            yield item
+
     def _is_told(self, item: _Item) -> bool:
         """Whether the source's listing tells that the interrupted job read this very message, unopened."""
         finished = self._before.get(item.entry.name)
@@ -671,6 +676,8 @@ class _Run:
             for name in (SIGNATURE, STATEMENT):  # of what was there before
                 if tree.exists(name):
                     tree.remove(name)
+        if self.job.resume:
+            items = self._to_do(items)
         # Items, not tasks: nothing waits for data keys that are not needed yet.
         sample = list(islice(items, SAMPLE))
         if not sample:
@@ -700,8 +707,7 @@ class _Run:
     def _expected_of(self, tree: StoreTree, items: Iterator[_Item]) -> Iterator[_Item]:
         waiting: deque[_Item] = deque()
         for item in items:
-            if not self._is_told(item):
-                tree.expect(item.entry.name, item.entry.size)
+            tree.expect(item.entry.name, item.entry.size)
             waiting.append(item)
             if len(waiting) > _OPENED_AHEAD:
                 yield waiting.popleft()

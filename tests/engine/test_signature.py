@@ -418,7 +418,8 @@ def test_a_resumed_job_signs_what_it_takes_over_only_after_opening_it(kms, pem, 
     enc = tmp_path / "enc"
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "in"), str(enc), KEY, SIGNER]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    done = [json.loads(line[9:])["name"] for line in (enc / JOURNAL).read_bytes().splitlines()]
+    _, *lines = (enc / JOURNAL).read_bytes().splitlines()
+    done = [row[0] for line in lines for row in json.loads(line.partition(b" ")[2])[1]]
     flip(enc / done[-1], -2000)  # in the middle: the header and the final frame still open
     report = sc.encrypt(
         tmp_path / "in", enc, keys=KEY, sign_manifest=SIGNER, frame_size=256, workers=2, resume=True
