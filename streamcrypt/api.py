@@ -884,6 +884,9 @@ def _placed(job: Job) -> Job:
             raise DestinationError(f"{destination.path}: is a folder; name the file to be made")
         if not source.is_stream and source.path in (destination.path, os.path.realpath(destination.path)):
             raise DestinationError(f"{destination.path}: is the source itself")
+        # Before any key is asked for; and there are stores that pass over the condition of a PUT.
+        if not (job.overwrite or job.resume) and destination.tree.exists(destination.name):
+            raise DestinationError(f"{destination.path}: exists already; overwrite must be asked for")
         return job
     if destination.name is not None:
         if destination.tree.exists(destination.name):

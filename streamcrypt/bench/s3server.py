@@ -4,8 +4,9 @@
                                         prints its port, runs until standard input ends
 
 What streamcrypt's own requests need, path style, without authentication: objects, ranges, conditions, multipart
-uploads, listings.  Objects are kept in memory.  ``latency`` passes before each answer, ``bandwidth`` is what one
-request's body moves in a second: as S3 does, it limits a request and not the store.
+uploads, listings; the conditions and metadata of Google's dialect of the same protocol too.  Objects are kept
+in memory.  ``latency`` passes before each answer, ``bandwidth`` is what one request's body moves in a second: as S3
+does, it limits a request and not the store.
 """
 
 from __future__ import annotations
@@ -124,7 +125,13 @@ class _Handler(BaseHTTPRequestHandler):
         return key, parse_qs(url.query, keep_blank_values=True), body
 
     def _metadata(self) -> dict[str, str]:
-        return {name: value for name, value in self.headers.items() if name.lower().startswith("x-amz-meta-")}
+        prefixes = ("x-amz-meta-", "x-goog-meta-")
+        return {name: value for name, value in self.headers.items() if name.lower().startswith(prefixes)}
+
+    def _must_be_new(self) -> bool:
+        return (
+            self.headers.get("If-None-Match") == "*" or self.headers.get("x-goog-if-generation-match") == "0"
+        )
 
     def do_PUT(self) -> None:
         key, query, body = self._request()
@@ -136,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             upload[2][int(query["partNumber"][0])] = body, etag
         else:
             with self.server.lock:
-                if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
+                if self._must_be_new() and key in self.server.objects:
                     return self._refuse(412, "PreconditionFailed")
                 self.server.objects[key] = body, etag, self._metadata()
         return self._answer(200, ETag=etag)
@@ -162,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = [part for _, (part, _) in sorted(upload[2].items())]
         etag = f'"{secrets.token_hex(16)}-{len(parts)}"'
         with self.server.lock:
-            if self.headers.get("If-None-Match") == "*" and key in self.server.objects:
+            if self._must_be_new() and key in self.server.objects:
                 return self._refuse(412, "PreconditionFailed")
             self.server.objects[key] = bytearray().join(parts), etag, upload[1]
         return self._xml(

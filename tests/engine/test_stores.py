@@ -166,8 +166,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", [503, "lost"])
 @pytest.mark.parametrize("request_", FAULTS.values(), ids=FAULTS)
 def test_a_request_that_fails_once_is_made_again(
-    bucket: Bucket, key: str, request_: tuple[str, str], fault: int | str
+    bucket: Bucket, key: str, request_: tuple[str, str], fault: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "60")  # a busy machine takes seconds to come to the failure
     data = random.Random(2).randbytes(BIG)
     bucket.put("plain", data)
     bucket.proxy.fault = once(*request_, fault)
@@ -178,7 +179,10 @@ def test_a_request_that_fails_once_is_made_again(
     assert bucket.names() == ["m", "plain"]
 
 
-def test_a_put_whose_answer_is_lost_is_recognised(bucket: Bucket, key: str) -> None:
+def test_a_put_whose_answer_is_lost_is_recognised(
+    bucket: Bucket, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "60")
     bucket.proxy.fault = once("PUT", "/m", "lost")
     with sc.open(f"{bucket.url}/m", "xb", keys=key) as file:
         file.write(b"small")
