@@ -50,7 +50,7 @@ streamcrypt bench compare OLD NEW                         # two sweeps: ratios, 
 streamcrypt bench compare --baseline-ref main --out both  # two versions, measured in turns (a git checkout)
 streamcrypt bench kms --kms local --latency 10ms --quota 100 --rate 150   # open loop; without --rate closed
 streamcrypt bench kms --kms local --latency 10ms --error-rate 0.05        # or http://HOST:PORT, moto, aws
-streamcrypt bench calibrate --out machine.json            # just what a plan needs
+streamcrypt bench calibrate --storage disk,memory --out machine.json     # just what a plan needs
 streamcrypt plan --validate benchmarks/held_out.json --records machine.json --out held-out
 streamcrypt report results --out report.html
 python benchmarks/alone.py                               # a configuration in a sweep against itself alone

@@ -371,7 +371,7 @@ def read(path: Path) -> Records:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecordsError(f"{path}: not records: {error}") from error
-    if not isinstance(document, dict) or "runs" not in document:
+    if not isinstance(document, dict) or not {"machine", "runs"} <= document.keys():
         raise RecordsError(f"{path}: not records of `streamcrypt bench`")
     _check_schema(document.get("schema"), str(path))
     return Records(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -62,11 +63,11 @@ def _rate(text: str) -> float:
         value = float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of calls a second") from error
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(
             "a quota of 0 calls a second lets no job finish; give your account's (AWS: Service Quotas)"
             if value == 0
-            else f"{text} calls a second is not above 0"
+            else f"{text} is not a number of calls a second above 0"
         )
     return value
 
@@ -758,6 +759,9 @@ def _validate(args: argparse.Namespace, records: Any) -> int:
 
     try:
         cells = validate.read_held_out(args.validate)
+    except sweep.SweepError as error:
+        return _fail(str(error), USAGE_ERROR)
+    try:
         result = validate.validate(
             cells,
             records,
@@ -770,6 +774,9 @@ def _validate(args: argparse.Namespace, records: Any) -> int:
         return _fail(str(error), USAGE_ERROR)
     except (sweep.SweepError, measure.MeasureError, OSError) as error:
         return _fail(str(error), 1)
+    if result["runs_left"]:
+        again = "the same command goes on" if args.out is not None else "give --out, and a longer --budget"
+        _say(f"the time is over, {result['runs_left']} runs are left; {again}")
     _out(json.dumps(result) if args.json else validate.table(result))
     return 0 if result["measured"] else _fail("nothing was measured", 5)
 

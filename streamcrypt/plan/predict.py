@@ -26,6 +26,7 @@ from streamcrypt.bench.records import Records
 from streamcrypt.engine.manifest import HELD_LENGTH
 from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, interpreter_seconds
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
+from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH
 from streamcrypt.plan import cluster, limits
 from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form, messages_by_bytes
 from streamcrypt.plan.model import CPU_TERMS, TERMS, Fit, Vector, Work, describe, fit
@@ -199,8 +200,10 @@ class Job:
             )
         if self.kms_latency < 0:
             raise PlanError("a KMS latency is not negative")
-        if self.price_host_hour is not None and self.price_host_hour < 0:
-            raise PlanError(f"a price of {self.price_host_hour:g} USD an hour is negative")
+        if self.price_host_hour is not None and not 0 <= self.price_host_hour < math.inf:
+            raise PlanError(f"a price of {self.price_host_hour:g} USD an hour: it must be 0 or more")
+        if self.frame_size > MAX_WRITTEN_FRAME_LENGTH:
+            raise PlanError(f"frame size is {self.frame_size}: it must be at most {MAX_WRITTEN_FRAME_LENGTH}")
         positive = {
             "deadline": self.deadline,
             "read bandwidth": self.read_bandwidth,

@@ -122,12 +122,12 @@ def validate(
         chosen = tuple(
             _middle([cell for cell in cells if cell.storage == storage]) for storage in _storages(cells)
         )
-        floor = sweep.run(
-            sweep.Sweep(chosen, repeats), folder / "floor", budget=budget / 4, **options
-        ).usable()
+        floor_runs = sweep.run(sweep.Sweep(chosen, repeats), folder / "floor", budget=budget / 4, **options)
         left = max(1.0, budget - (clock() - started))
         measured = sweep.run(sweep.Sweep(tuple(cells), rounds), folder / "cells", budget=left, **options)
-    return judge(measured, records, floor, planned=len(cells), cores=cores)
+    left_over = len(chosen) * repeats - len(floor_runs.runs) + len(cells) * rounds - len(measured.runs)
+    result = judge(measured, records, floor_runs.usable(), planned=len(cells), cores=cores)
+    return result | {"runs_left": left_over}
 
 
 def _storages(cells: Sequence[Cell]) -> list[str]:

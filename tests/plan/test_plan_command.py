@@ -89,7 +89,11 @@ BAD = {
     ),
     "deadline of zero": (["--bytes", "5TB", "--files", "100", "--deadline", "0s"], 2, "above 0"),
     "no listing": (["--listing", "no-such-folder"], 2, "does not exist"),
-    "negative price": (["--bytes", "5TB", "--files", "9", "--price-host-hour=-3"], 2, "negative"),
+    "negative price": (["--bytes", "5TB", "--files", "9", "--price-host-hour=-3"], 2, "0 or more"),
+    "price of nothing": (["--bytes", "5TB", "--files", "9", "--price-host-hour", "nan"], 2, "0 or more"),
+    "endless quota": (["--bytes", "5TB", "--files", "9", "--kms-quota", "inf"], 2, "above 0"),
+    "endless frame": (["--bytes", "5TB", "--files", "9", "--frame-size", "5GiB"], 2, "at most"),
+    "no held-out file": (["--validate", "no-such-file.json"], 2, "held-out"),
     "no such region": (["--bytes", "5TB", "--files", "9", "--region", "mars-1"], 2, "mars-1"),
     "share of the quota": (["--bytes", "5TB", "--files", "9", "--kms-quota-share", "7"], 2, "share"),
     "solve without deadline": (["--bytes", "5TB", "--files", "9", "--solve", "hosts"], 2, "--deadline"),
@@ -146,12 +150,18 @@ def test_what_cannot_be_planned_is_one_line(capsys, records, words, code, said):
     assert "Traceback" not in err
 
 
-def test_records_of_another_version_are_refused(capsys, tmp_path):
+def test_records_that_are_none_are_refused(capsys, tmp_path):
     path = tmp_path / "old.json"
-    path.write_text('{"schema": 0, "machine": {}, "runs": []}')
-    code, _, err = run(capsys, "plan", "--bytes", "1TB", "--files", "9", "--records", path)
-    assert code == 2
-    assert "measure again" in err
+    for text, said in (
+        ('{"schema": 0, "machine": {}, "runs": []}', "measure again"),
+        ('{"schema": 1, "runs": []}', "not records"),
+        ('{"schema": 1, "machine": {}, "runs": []}', "not a machine"),
+    ):
+        path.write_text(text)
+        code, _, err = run(capsys, "plan", "--bytes", "1TB", "--files", "9", "--records", path)
+        assert code == 2
+        assert said in err
+        assert len(err.splitlines()) == 1
 
 
 def test_an_empty_listing_is_refused_and_a_real_one_counted(capsys, tmp_path, records):
@@ -312,21 +322,29 @@ def test_validating_needs_records_of_this_machine(capsys, tmp_path, records):
     assert "bench calibrate" in err
 
 
-def test_validating_measures_and_judges(tmp_path):
+def test_validating_measures_judges_and_goes_on(capsys, tmp_path):
     """Records of a known law, said to be of this machine: far off, and the table says how far."""
     law = synthetic_records()
     records = Records(this_machine(), law.runs)
-    cells = [
-        Cell(files=4, file_size=1000, storage="disk", cache_max_messages=limit) for limit in (1, 2, None)
-    ]
-    result = validate.validate(cells, records, tmp_path / "out", work=tmp_path, repeats=2, rounds=1)
+    write_json(tmp_path / "machine.json", records)
+    limits = (1, 2, None)
+    cells = [Cell(files=4, file_size=1000, storage="disk", cache_max_messages=limit) for limit in limits]
+    validate.write_held_out(tmp_path / "cells.json", cells, 1)
+    words = ("plan", "--validate", tmp_path / "cells.json", "--records", tmp_path / "machine.json")
+    words += ("--work", tmp_path, "--out", tmp_path / "out")
+    options = {"work": tmp_path, "repeats": 2, "rounds": 1}
+    cut_short = validate.validate(cells, records, tmp_path / "out", budget=0.0, **options)
+    assert cut_short["runs_left"] > 0
+    result = validate.validate(cells, records, tmp_path / "out", **options)
     assert result["planned"] == result["measured"] == 3
+    assert result["runs_left"] == 0
     assert result["floor"]["disk"]["runs"] == 2
     # Four files and the manifest.
-    assert [row["calls_measured"] for row in sorted(result["rows"], key=lambda row: row["label"])] == [
-        1,
-        5,
-        3,
-    ]
+    assert sorted(row["calls_measured"] for row in result["rows"]) == [1, 3, 5]
     assert result["summary"]["calls_exact"] == 1.0
     assert "noise floor" in validate.table(result)
+    # The command goes on where that stopped, and says what its time did not suffice for.
+    code, out, err = run(capsys, *words, "--budget", "1ms", "--json")
+    assert code == 0
+    assert json.loads(out)["measured"] == 3
+    assert "the same command goes on" in err
