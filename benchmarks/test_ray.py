@@ -4,14 +4,16 @@
 
 Nodes are real ones, on this machine, each kept to one core; the driver is connected and the workers
 are warm, except in the row that says otherwise.  Variants in a shuffled order within each round,
-median of the ratios (benchmarks/ratios.py).  ``STREAMCRYPT_RAY_MB`` (2048), ``STREAMCRYPT_RAY_ROUNDS``
-(5), ``STREAMCRYPT_BENCH_DIR``; ``STREAMCRYPT_RAY_RECORDS``: what `bench calibrate` measured, to hold
-the plan's prediction against.
+median of the ratios (benchmarks/ratios.py).  Every timed run writes to a new folder, and begins when
+the disk has taken what the one before left (``Targets``).  ``STREAMCRYPT_RAY_MB`` (2048),
+``STREAMCRYPT_RAY_ROUNDS`` (5), ``STREAMCRYPT_BENCH_DIR``; ``STREAMCRYPT_RAY_RECORDS``: what `bench
+calibrate` measured, to hold the plan's prediction against.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import subprocess
@@ -55,11 +57,47 @@ def cluster() -> Iterator[object]:
         yield made
 
 
+class Targets:
+    """Where timed runs write: nothing of the run before is in the way of the next.
+
+    ext4 gives no inode away again within minutes of its deletion, and whoever makes files where others
+    were deleted steps over each of them; pages that are not yet written back slow the next writer, up
+    to a stop.  So each run gets a folder and names of its own, and begins when the disk is at rest.
+    """
+
+    REST = 64 * MiB  # not yet written back, by anybody
+    PATIENCE = 10.0  # seconds: others may write all the time
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = 0
+        self._top: Path | None = None
+        self.out = folder
+
+    def renew(self, _: str = "") -> None:
+        if self._top is not None:
+            remove(self._top)
+        self._number += 1
+        self._top = self._folder / f"run-{self._number}"
+        self._top.mkdir()
+        self.out = self._top / f"out-{self._number}"
+        os.sync()
+        deadline = time.monotonic() + self.PATIENCE
+        while _unwritten() > self.REST and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _unwritten() -> int:
+    """Bytes of the page cache that are on no disk yet."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in ("Dirty", "Writeback")) * 1024
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+def job(tmp_path: Path) -> Iterator[tuple[Path, str, Targets]]:
     with workspace() as folder:
         make_files(folder / "source", MEGABYTES * MiB // FILE, FILE)
-        yield folder, key_reference(folder)
+        yield folder, key_reference(folder), Targets(folder)
 
 
 @contextlib.contextmanager
@@ -87,17 +125,16 @@ def header() -> None:
     print("\n| what | median | least to greatest | to reach | figures |\n| --- | --- | --- | --- | --- |")
 
 
-def test_two_nodes_against_one(cluster: object, job: tuple[Path, str]) -> None:
-    folder, key = job
+def test_two_nodes_against_one(cluster: object, job: tuple[Path, str, Targets]) -> None:
+    folder, key, targets = job
     encrypted = folder / "encrypted"
     sc.encrypt(folder / "source", encrypted, keys=key, fsync=False)
-    out = folder / "out"
 
     def encrypt() -> object:
-        return sc.encrypt(folder / "source", out, keys=key, fsync=False, engine="ray")
+        return sc.encrypt(folder / "source", targets.out, keys=key, fsync=False, engine="ray")
 
     def decrypt() -> object:
-        return sc.decrypt(encrypted, out, keys=key, fsync=False, engine="ray")
+        return sc.decrypt(encrypted, targets.out, keys=key, fsync=False, engine="ray")
 
     def of_one(work: object) -> None:
         with held(cluster):
@@ -114,7 +151,7 @@ def test_two_nodes_against_one(cluster: object, job: tuple[Path, str]) -> None:
             of_one(work)
             ones.append(alone[work.__name__])  # type: ignore[attr-defined]
 
-        measured = rounds_of({"two": work, "one": one}, ROUNDS, lambda name: remove(out))
+        measured = rounds_of({"two": work, "one": one}, ROUNDS, targets.renew)
         for seconds, single in zip(measured, ones[1:], strict=True):
             seconds["one"] = single  # without the waiting for the other node to be taken
         note = ", ".join(
@@ -130,25 +167,25 @@ def test_two_nodes_against_one(cluster: object, job: tuple[Path, str]) -> None:
         )
 
 
-def test_overhead_against_the_local_engine(cluster: object, job: tuple[Path, str]) -> None:
-    folder, key = job
-    out, encrypted = folder / "out", folder / "encrypted"
+def test_overhead_against_the_local_engine(cluster: object, job: tuple[Path, str, Targets]) -> None:
+    folder, key, targets = job
+    encrypted = folder / "encrypted"
     sc.encrypt(folder / "source", encrypted, keys=key, fsync=False)
     source = folder / "source"
 
     def command(*words: str) -> None:
-        words = ("encrypt", str(source), str(out), "--key", key, "--no-fsync", "--quiet", *words)
+        words = ("encrypt", str(source), str(targets.out), "--key", key, "--no-fsync", "--quiet", *words)
         subprocess.run([sys.executable, "-m", "streamcrypt", *words], check=True, stderr=subprocess.DEVNULL)
 
     address = cluster.address  # type: ignore[attr-defined]
     rows = {
         "encrypt": (
-            lambda: sc.encrypt(source, out, keys=key, fsync=False, workers=2),
-            lambda: sc.encrypt(source, out, keys=key, fsync=False, engine="ray"),
+            lambda: sc.encrypt(source, targets.out, keys=key, fsync=False, workers=2),
+            lambda: sc.encrypt(source, targets.out, keys=key, fsync=False, engine="ray"),
         ),
         "decrypt": (
-            lambda: sc.decrypt(encrypted, out, keys=key, fsync=False, workers=2),
-            lambda: sc.decrypt(encrypted, out, keys=key, fsync=False, engine="ray"),
+            lambda: sc.decrypt(encrypted, targets.out, keys=key, fsync=False, workers=2),
+            lambda: sc.decrypt(encrypted, targets.out, keys=key, fsync=False, engine="ray"),
         ),
         "verify": (
             lambda: sc.verify(encrypted, keys=key, workers=2),
@@ -162,7 +199,7 @@ def test_overhead_against_the_local_engine(cluster: object, job: tuple[Path, str
     header()
     for name, (local, by_ray) in rows.items():
         variants = {"local": local, "ray": by_ray}
-        measured = rounds_of(variants, ROUNDS, lambda name: remove(out))
+        measured = rounds_of(variants, min(3, ROUNDS) if "cold" in name else ROUNDS, targets.renew)
         note = ", ".join(
             f"{n} {MEGABYTES * MiB / statistics.median(s[n] for s in measured) / 1e9:.2f} GB/s"
             for n in variants
@@ -175,30 +212,26 @@ def test_overhead_against_the_local_engine(cluster: object, job: tuple[Path, str
         show(what, target, measured, lambda s: s["ray"] / s["local"], note)
 
 
-@pytest.mark.parametrize("files", [1, 5, 20, 60])
-def test_files_in_a_list(cluster: object, job: tuple[Path, str], files: int) -> None:
-    """How long lists should be: LISTS and LIST_FILES of engine/remote.py."""
-    folder, key = job
-    out = folder / "out"
+def test_lists_for_each_cpu(cluster: object, job: tuple[Path, str, Targets]) -> None:
+    """How long lists should be: LISTS of engine/remote.py."""
+    folder, key, targets = job
 
-    def encrypt() -> object:
+    def encrypt(lists: int) -> object:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(remote, "LISTS", 1)
-            patch.setattr(remote, "BATCH_BYTES", files * FILE)
-            patch.setattr(remote, "LIST_BYTES", files * FILE)
-            return sc.encrypt(folder / "source", out, keys=key, fsync=False, engine="ray")
+            patch.setattr(remote, "LISTS", lists)
+            return sc.encrypt(folder / "source", targets.out, keys=key, fsync=False, engine="ray")
 
-    variants = {
-        "local": lambda: sc.encrypt(folder / "source", out, keys=key, fsync=False, workers=2),
-        "ray": encrypt,
-    }
-    measured = rounds_of(variants, ROUNDS, lambda name: remove(out))
-    show(
-        f"encrypt, {files} files of 4 MiB a list: × the local time",
-        "–",
-        measured,
-        lambda s: s["ray"] / s["local"],
-    )
+    local = {"local": lambda: sc.encrypt(folder / "source", targets.out, keys=key, fsync=False, workers=2)}
+    variants = {str(lists): functools.partial(encrypt, lists) for lists in (4, 8, 16)}
+    measured = rounds_of({**local, **variants}, max(1, ROUNDS // 2), targets.renew)
+    header()
+    for name in variants:
+        show(
+            f"encrypt, {name} lists for each CPU: × the local time",
+            "–",
+            measured,
+            lambda s, n=name: s[n] / s["local"],
+        )
 
 
 def test_hand_over(cluster: object, tmp_path: Path) -> None:
@@ -225,17 +258,16 @@ def test_hand_over(cluster: object, tmp_path: Path) -> None:
     print(f"\na list of nothing: {seconds / 2_000 * 1e3:.2f} ms")
 
 
-def test_the_plan_of_a_cluster(cluster: object, job: tuple[Path, str]) -> None:
-    folder, key = job
+def test_the_plan_of_a_cluster(cluster: object, job: tuple[Path, str, Targets]) -> None:
+    folder, key, targets = job
     records = measured_records.read(Path(os.environ.get("STREAMCRYPT_RAY_RECORDS", REFERENCE)))
     total, files = MEGABYTES * MiB, MEGABYTES * MiB // FILE
     planned = predict.Job(
         bytes=total, files=files, hosts=2, workers=1, cores=1, engine="ray", fsync=False, kms_latency=0.0,
         kms_quota=1e9,
     )  # fmt: skip
-    out = folder / "out"
-    run = {"ray": lambda: sc.encrypt(folder / "source", out, keys=key, fsync=False, engine="ray")}
-    measured = rounds_of(run, ROUNDS, lambda name: remove(out))
+    run = {"ray": lambda: sc.encrypt(folder / "source", targets.out, keys=key, fsync=False, engine="ray")}
+    measured = rounds_of(run, ROUNDS, targets.renew)
     found = predict.predict(planned, records)
     seconds = found.estimate.seconds - predict.cluster.START  # the workers are warm
     header()
