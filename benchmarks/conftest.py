@@ -7,3 +7,8 @@ from typing import Any
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
+
+
+def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:
+    for name in ("project", "branch"):  # how somebody's folder and branch are called
+        commit_info.pop(name, None)

@@ -1,8 +1,6 @@
 """Against each peer at what it is made for.  A peer that is not installed is skipped by its name.
 
-    python -m pytest benchmarks/test_peers.py -p no:xdist -s
-    pip install aws-encryption-sdk tink pyrage litdata tensorizer; pip install --no-deps cryptotensors==0.2.3
-    (rclone and age by the system's packages)
+    PYTHONPATH=peers pytest benchmarks/test_peers.py -p no:xdist -s        (README.md says how peers get there)
 
     a file      official SDK as documented and tuned by hand, Tink, age and pyrage, rclone crypt, the chunked
                 format of `cryptography` (Cobblestone)

@@ -165,7 +165,7 @@ def measured_table(records: Records) -> list[str]:
     ]
     for runs in sorted(groups.values(), key=lambda runs: runs[0].cell.label()):
         wall = median([run.wall_s for run in runs])
-        copies = [run.yardstick_s["copy"] for run in runs if run.yardstick_s.get("copy")]
+        copies = [run.yardstick for run in runs if run.yardstick]
         of_copy = f"{median(copies) / wall:.2f}" if copies else "–"
         deviation = f"{spread([run.wall_s for run in runs]):.0%}" if len(runs) > 1 else "–"
         lines.append(

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from streamcrypt.bench.records import Record, Records, by_cell, median, read, spread
+from streamcrypt.bench.records import OURS, Record, Records, by_cell, median, read, spread
 from streamcrypt.bench.sweep import bootstrap_median
 from streamcrypt.units import format_size
 
@@ -221,7 +221,7 @@ def records_page(records: Records) -> str:
     noisy = sum(1 for run in runs if run.noise)
     failed = [run for run in records.runs if run.error is not None]
     repeated = [spread([run.wall_s for run in group]) for group in groups.values() if len(group) > 1]
-    best = max(runs, key=lambda run: run.rate)
+    best = max([run for run in runs if run.cell.engine == OURS] or runs, key=lambda run: run.rate)
     body = [
         "<header><h1>Measured on this machine</h1>",
         f'<p class="note">{_text(machine.name)} · {_text(machine.kernel)} · Python {_text(machine.python)} · '
@@ -257,7 +257,8 @@ def _titled(title: str, drawing: str, note: str = "") -> str:
 
 def _series_name(run: Record) -> str:
     cell = run.cell
-    kind = f"{cell.operation}{', signed' if cell.signed else ''}"
+    engine = f"{cell.engine}, " if cell.engine != OURS else ""
+    kind = f"{engine}{cell.operation}{', signed' if cell.signed else ''}"
     return kind + (f", {cell.storage}{' + fsync' if cell.fsync else ''}" if cell.storage != "memory" else "")
 
 
@@ -350,7 +351,7 @@ def _cells_table(groups: dict[str, list[Record]]) -> str:
     for group in groups.values():
         walls = [run.wall_s for run in group]
         (low, high), kind = bootstrap_median(walls)
-        copies = [run.yardstick_s["copy"] for run in group if run.yardstick_s.get("copy")]
+        copies = [run.yardstick for run in group if run.yardstick]
         ratio = f"{median(copies) / median(walls):.2f}" if copies else "–"
         rows.append(
             (

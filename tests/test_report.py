@@ -57,6 +57,24 @@ def records() -> Records:
     return synthetic_records()
 
 
+def test_the_fastest_run_of_a_sweep_is_one_of_ours(records):
+    """A copy is a cell of the sweep too, and has a line of its own in the charts."""
+    first = next(run for run in records.runs if run.cell.operation == "encrypt")
+    copies = [
+        dataclasses.replace(
+            first,
+            cell=dataclasses.replace(first.cell, engine="copy", workers=workers),
+            wall_s=first.wall_s / 1000,
+        )
+        for workers in (1, 2)
+    ]
+    page = report.records_page(Records(records.machine, (*records.runs, *copies)))
+    tile = re.search(r'<div class="label">fastest</div>.*?<div class="note">([^<]*)', page, re.DOTALL)
+    assert tile is not None
+    assert not tile[1].startswith("copy")
+    assert "</i>copy, encrypt" in page
+
+
 def browse(page: Path, fragment: str, profile: Path) -> tuple[str, str]:
     """The document after its script ran, and what the browser logged."""
     assert CHROMIUM is not None

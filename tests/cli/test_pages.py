@@ -23,7 +23,8 @@ from families.pages import blocks as blocks_of
 from families.pages import run_page
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {page.stem: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES["benchmarks"] = ROOT / "benchmarks" / "README.md"
 
 # Pages that other modules run.
 ELSEWHERE = {
@@ -38,13 +39,13 @@ ELSEWHERE = {
 INSTALLS = re.compile(r"python3 -m venv \.venv && ")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_block_is_run_or_says_why_not(page: Path) -> None:
-    for block in blocks_of(page):
-        assert block.language, f"{page.name}:{block.line}: a block without its language"
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_is_run_or_says_why_not(name: str) -> None:
+    for block in blocks_of(PAGES[name]):
+        assert block.language, f"{name}:{block.line}: a block without its language"
         if block.language not in ("sh", "console", "python") or block.reason or INSTALLS.match(block.code):
             continue
-        assert page.stem in RUN or block.language in ELSEWHERE.get(page.stem, ()), f"{page.name}:{block.line}"
+        assert name in RUN or block.language in ELSEWHERE.get(name, ()), f"{name}:{block.line}"
 
 
 def write_numbers(folder: Path) -> None:
@@ -143,6 +144,20 @@ def before_sagemaker(folder: Path, request: pytest.FixtureRequest) -> None:
     patch.setenv("SAGEMAKER_BIND_TO_PORT", str(port))
 
 
+def before_benchmarks(folder: Path, request: pytest.FixtureRequest) -> None:
+    """The commands are given in a checkout, and leave nothing in it."""
+    pytest.importorskip("pytest_benchmark", reason="PYTEST-BENCHMARK IS MISSING: its commands were not run")
+    shutil.copytree(ROOT / "benchmarks" / "baselines", folder / "baselines")
+    patch = pytest.MonkeyPatch()
+    request.addfinalizer(patch.undo)
+    patch.chdir(ROOT)
+    patch.setenv("BASELINES", str(folder / "baselines"))
+    patch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
+    patch.setenv("STREAMCRYPT_BENCH_DIR", str(folder))
+    patch.setenv("STREAMCRYPT_PEER_MB", "1")
+    patch.setenv("STREAMCRYPT_PEER_ROUNDS", "1")
+
+
 def before_nothing(folder: Path, request: pytest.FixtureRequest) -> None:
     """Nothing is needed."""
 
@@ -159,6 +174,16 @@ RUN: dict[str, tuple[Callable[[Path, pytest.FixtureRequest], None], dict[str, st
         },
     ),
     "object-stores": (before_object_stores, {}),
+    "benchmarks": (
+        before_benchmarks,
+        {
+            "ratios.py --rounds 5": "ratios.py --rounds 1 startup",
+            "=benchmarks/baselines": "=$BASELINES",
+            "test_engine.py": "test_engine.py -k derive --benchmark-max-time=0.01 --benchmark-min-rounds=1",
+            "median:15%": "median:100000%",  # another moment, another figure
+            "test_peers.py": "test_peers.py -k 'documented or Tink'",
+        },
+    ),
     "planning": (before_planning, {}),
     "provenance": (before_planning, {}),
     "index": (before_planning, {}),
@@ -175,19 +200,18 @@ CHANGE_THE_PROCESS = {"threat-model"}
 def test_the_page_runs(
     name: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    page = ROOT / "docs" / f"{name}.md"
     before, instead = RUN[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # demo --keep
     before(tmp_path, request)
-    run_page(page, tmp_path, instead=instead, children=name in CHANGE_THE_PROCESS)
+    run_page(PAGES[name], Path.cwd(), instead=instead, children=name in CHANGE_THE_PROCESS)
 
 
 def test_the_sweep_on_the_performance_page_is_one(tmp_path: Path) -> None:
     from streamcrypt.bench import sweep
 
-    (block,) = [block for block in blocks_of(ROOT / "docs" / "performance.md") if block.language == "toml"]
+    (block,) = [block for block in blocks_of(PAGES["performance"]) if block.language == "toml"]
     (tmp_path / "sweep.toml").write_text(block.code)
     assert sweep.from_toml(tmp_path / "sweep.toml").rounds == 5
 
