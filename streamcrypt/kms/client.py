@@ -1,14 +1,17 @@
 """Real boto3 KMS clients: answered in this process, by a running ``kms serve``, or by AWS.
 
 A client of the embedded KMS is boto3's own: names, parameter checks, errors, paginators and
-retries are botocore's.  Only its HTTP request never leaves: botocore's ``before-send`` event
-is answered from the service.
+retries are botocore's.  Only its HTTP request never leaves.  What the service answers goes through
+botocore's parser at the ``before-call`` event, and no request is even prepared; what it refuses goes
+through all of botocore, whose retries and errors these are: its ``before-send`` event is answered.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +21,8 @@ from botocore import UNSIGNED
 from botocore.awsrequest import AWSResponse
 from botocore.config import Config
 from botocore.configprovider import ConstantProvider
+from botocore.loaders import Loader, create_loader
+from botocore.parsers import create_parser
 
 from streamcrypt.errors import KeyAccessError
 from streamcrypt.kms import principals, shapes, wire
@@ -66,26 +71,49 @@ def _in_process(
     client = _plain_session().client(
         "kms", region_name=region, endpoint_url=_NOWHERE, config=config, **options
     )
-    client.meta.events.register("before-send.kms", _Answerer(service, caller, region))
+    answerer = _Answerer(service, caller, region)
+    client.meta.events.register("before-call.kms", answerer.call)
+    client.meta.events.register("before-send.kms", answerer.send)
     return client
 
 
 class _Answerer:
-    """Answers botocore's requests from the service."""
+    """Answers botocore's requests from the service, each attempt once."""
 
     def __init__(self, service: Service, caller: Caller, region: str) -> None:
         self._service = service
         self._caller = caller
         self._region = region
+        self._parser = create_parser("json")
+        self._refused = threading.local()  # the answer to the first attempt, on its way to ``send``
 
-    def __call__(self, request: Any, **_: Any) -> AWSResponse:
-        target = request.headers["X-Amz-Target"]
-        if isinstance(target, bytes):
-            target = target.decode()
-        body = request.body.encode() if isinstance(request.body, str) else request.body
-        answer = wire.answer(self._service, target, body, caller=self._caller, region=self._region)
-        headers: Any = {"x-amzn-RequestId": answer.request_id, "Content-Type": wire.CONTENT_TYPE}
-        return AWSResponse(request.url, answer.status, headers, _Body(answer.body))
+    def call(self, model: Any, params: Any, **_: Any) -> tuple[AWSResponse, Any] | None:
+        """What botocore returns to its caller; None for what its errors and retries are for."""
+        answer = self._answer(params["headers"]["X-Amz-Target"], params["body"])
+        self._refused.answer = answer if answer.status >= 300 else None
+        if self._refused.answer is not None:
+            return None
+        response = _response(params["url"], answer)
+        described = {"headers": response.headers, "status_code": answer.status, "body": answer.body}
+        parsed = self._parser.parse({**described, "context": {}}, model.output_shape)
+        parsed["ResponseMetadata"]["RetryAttempts"] = 0
+        return response, parsed
+
+    def send(self, request: Any, **_: Any) -> AWSResponse:
+        answer, self._refused.answer = getattr(self._refused, "answer", None), None
+        if answer is None:  # another attempt
+            answer = self._answer(request.headers["X-Amz-Target"], request.body)
+        return _response(request.url, answer)
+
+    def _answer(self, target: str | bytes, body: str | bytes) -> wire.Answer:
+        operation = target.decode() if isinstance(target, bytes) else target
+        data = body.encode() if isinstance(body, str) else body
+        return wire.answer(self._service, operation, data, caller=self._caller, region=self._region)
+
+
+def _response(url: str, answer: wire.Answer) -> AWSResponse:
+    headers: Any = {"x-amzn-RequestId": answer.request_id, "Content-Type": wire.CONTENT_TYPE}
+    return AWSResponse(url, answer.status, headers, _Body(answer.body))
 
 
 class _Body:
@@ -118,10 +146,17 @@ def _over_http(url: str, home: Path | str | None, options: dict[str, Any]) -> An
     )
 
 
+@cache
+def _loader() -> Loader:
+    """botocore's service models, read once a process: that of KMS alone takes longer than many calls."""
+    return create_loader()
+
+
 def _plain_session() -> Any:
     """A boto3 session that no profile or configuration file of the user's AWS set-up touches."""
     session = botocore.session.Session()
     session.get_component("config_store").set_config_provider("profile", ConstantProvider(None))
     session.set_config_variable("config_file", os.devnull)
     session.set_config_variable("credentials_file", os.devnull)
+    session.register_component("data_loader", _loader())
     return boto3.session.Session(botocore_session=session)

@@ -13,6 +13,7 @@ from botocore.exceptions import ClientError, ParamValidationError
 
 from streamcrypt.errors import KeyAccessError
 from streamcrypt.kms import kms_client
+from streamcrypt.kms.simulation import Simulation
 
 
 def test_local_needs_no_aws_configuration(home: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,3 +97,48 @@ def test_every_call_is_audited_without_secrets(home: Path):
     text = json.dumps(events)
     for secret in (made["Plaintext"], made["CiphertextBlob"]):
         assert base64.b64encode(secret).decode() not in text
+
+
+def test_the_service_model_is_read_once_a_process(home: Path, monkeypatch: pytest.MonkeyPatch):
+    from botocore.loaders import JSONFileLoader
+
+    read: list[str] = []
+    load = JSONFileLoader.load_file
+
+    def counting(self, path):
+        read.append(path)
+        return load(self, path)
+
+    kms_client("local")
+    monkeypatch.setattr(JSONFileLoader, "load_file", counting)
+    kms_client("local").list_keys()
+    assert read == []
+
+
+def test_every_attempt_is_one_call(home: Path):
+    """What succeeds is answered early; what is refused, or throttled and tried again, by botocore's own way."""
+    from botocore.config import Config
+
+    from streamcrypt.kms import audit, open_service
+
+    kms = kms_client("local", config=Config(retries={"total_max_attempts": 2, "mode": "standard"}))
+    key = kms.create_key()
+    assert key["ResponseMetadata"]["RetryAttempts"] == 0
+    service = open_service()
+    with pytest.raises(kms.exceptions.NotFoundException):
+        kms.describe_key(KeyId="absent")
+    service.simulation = Simulation(rate=1e-9, burst=1)
+    try:
+        kms.list_keys()
+        with pytest.raises(ClientError, match="ThrottlingException") as throttled:
+            kms.list_keys()
+    finally:
+        service.simulation = None
+    assert throttled.value.response["ResponseMetadata"]["RetryAttempts"] == 1
+    events = [audit.event(row) for row in service.store.query(*audit.Filter().select())]
+    told = [(event["eventName"], event.get("errorCode")) for event in events]
+    assert told == [
+        ("CreateKey", None), ("DescribeKey", "NotFoundException"), ("ListKeys", None),
+        ("ListKeys", "ThrottlingException"), ("ListKeys", "ThrottlingException"),
+    ]  # fmt: skip
+    assert events[-1]["requestID"] == throttled.value.response["ResponseMetadata"]["RequestId"]

@@ -81,7 +81,7 @@ def aws(environment: dict[str, str], tmp_path: Path) -> Any:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
         )
         assert (done.returncode == 0) == check, done.stderr
         return done.stdout if check else done.stderr
@@ -89,6 +89,7 @@ def aws(environment: dict[str, str], tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.timeout(600)  # ten processes of a second of processor time each
 def test_the_aws_cli_word_for_word(aws: Any, tmp_path: Path):
     made = json.loads(aws("kms", "create-key", "--description", "KMS key for ML models"))["KeyMetadata"]
     assert made["Description"] == "KMS key for ML models"
