@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import itertools
 import json
 import os
 import random
+import tempfile
 import threading
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 
 import streamcrypt as sc
 from streamcrypt import tensors
+from streamcrypt.storage import LocalTree
 from streamcrypt.streams import FrameReader
 
 safetensors = pytest.importorskip("safetensors", reason="TENSOR TESTS NEED safetensors: they did not run")
@@ -467,6 +471,42 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, keys):
         tensors.save_file({"x": np.arange(4)}, path, keys=keys, context={"aws-crypto-public-key": "x"})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_disk_that_is_full_in_the_middle(tmp_path, keys, monkeypatch, threads):
+    """No thread waits for another for ever, and nothing of the new file stays."""
+    path = tmp_path / "a"
+    tensors.save_file({"x": np.arange(3)}, path, keys=keys)
+    before, writes, pwrite = path.read_bytes(), itertools.count(), os.pwrite
+
+    def full(*arguments):
+        if next(writes) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    running = threading.active_count()
+    with pytest.raises(sc.DestinationError, match="No space left"):
+        tensors.save_file({"x": np.zeros(30 * 2**20, np.uint8)}, path, keys=keys, threads=threads)
+    assert next(writes) == 10
+    assert threading.active_count() == running
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_room_in_memory_is_not_filled_before_it_is_written():
+    """A tmpfs claims room by filling every page with zeros, so that each would be written twice."""
+    try:
+        folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+    except OSError:
+        pytest.skip("NO /dev/shm: claiming room on a memory file system was not tested")
+    with folder as name, contextlib.closing(LocalTree(name)) as tree:
+        target = tree.create("a", size=2**26)
+        status = os.stat(os.path.join(name, target.temporary))
+        target.discard()
+    assert status.st_size == 2**26
+    assert status.st_blocks == 0
 
 
 # ------------------------------------------------------------------------------ sharded checkpoints
