@@ -766,6 +766,17 @@ def _remove_leftover(name: str, parent: int) -> None:
         os.close(descriptor)
 
 
+def remove_open_temporaries() -> None:
+    """Remove the temporary files that this process has open, which then must not go on (Linux)."""
+    with contextlib.suppress(OSError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = os.readlink(f"/proc/self/fd/{number}")
+                name = os.path.basename(path)
+                if name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX):
+                    os.unlink(path)
+
+
 def _kind_problem(mode: int) -> str:
     kinds: Sequence[tuple[bool, str]] = (
         (stat.S_ISDIR(mode), "is a folder, not a file"),

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parsed = None
     output.hold_standard_descriptors()
-    with output.signals(restore=arguments is not None):
+    with output.signals(words, restore=arguments is not None):
         try:
             parsed = parser_for(words[0] if words else None).parse_args(words)
             code: int = parsed.run(parsed)

@@ -396,14 +396,67 @@ def _failure_object(
 # -- signals
 
 
+# What an interrupted command may take to clean up before it is ended, in seconds; and after which part
+# of that a second signal ends it at once.
+_GRACE = 5.0
+_DEAF = 1.0
+
+
+class _Guard:
+    """Ends this process when it was told to stop and something does not let it.
+
+    A request to a store that accepts and does not answer holds the thread that made it in the library,
+    where no handler runs; the interpreter writes a byte to its wake-up descriptor all the same.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        import threading
+
+        self._words = words
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._lock = threading.Lock()
+        self._is_told = False
+        self._is_over = False
+        threading.Thread(target=self._wait, name="streamcrypt-guard", daemon=True).start()
+
+    def close(self, *, interrupted: bool) -> None:
+        """The command has ended; one that was interrupted has said so, and may yet hang on its way out."""
+        with self._lock:
+            self._is_told = True
+            self._is_over = not interrupted
+
+    def _wait(self) -> None:
+        import select
+
+        from streamcrypt.storage import remove_open_temporaries
+
+        os.read(self._reader, 1)
+        time.sleep(_DEAF)
+        os.set_blocking(self._reader, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 100)
+        select.select([self._reader], [], [], _GRACE - _DEAF)
+        with self._lock:
+            if self._is_over:
+                return
+            remove_open_temporaries()
+            if not self._is_told:
+                fail(KeyboardInterrupt(), self._words)
+            os._exit(INTERRUPTED)
+
+
 @contextlib.contextmanager
-def signals(*, restore: bool) -> Iterator[None]:
+def signals(words: Sequence[str], *, restore: bool) -> Iterator[None]:
     """Within it SIGTERM and SIGHUP stop a command as Ctrl-C does.
 
     A second one does not stop the cleaning up, nor does one that comes after the work; with
-    ``restore`` the handlers of before are put back then, for a caller whose process goes on.
+    ``restore`` the handlers of before are put back then, for a caller whose process goes on.  A command
+    that speaks to a store, which may never answer, is given a few seconds.
     """
     listening = True
+    guard = None
 
     def stop(number: int, frame: object) -> None:
         nonlocal listening
@@ -416,9 +469,13 @@ def signals(*, restore: bool) -> Iterator[None]:
         if signal.getsignal(name) is not signal.SIG_IGN:  # nohup, or a background job of a script
             with contextlib.suppress(ValueError):  # not the main thread: whoever called keeps their signals
                 before[name] = signal.signal(name, stop)
+    if before and not restore and any("://" in word for word in words):
+        guard = _Guard(words)
     try:
         yield
     finally:
+        if guard is not None:
+            guard.close(interrupted=not listening)
         listening = False
         for name, handler in before.items():
             # The interpreter, when it ends, gives a signal back its default unless it is ignored.

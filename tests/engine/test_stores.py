@@ -11,14 +11,18 @@ import os
 import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from families.s3 import Bucket, MiB, listed, once, outage
+from families.s3 import Bucket, MiB, listed, once, outage, set_store_environment
 
 import streamcrypt as sc
 from streamcrypt import stores
@@ -506,3 +510,78 @@ def test_streamed_upload_that_fails(bucket: Bucket) -> None:
     with pytest.raises(sc.StreamcryptError, match="denied access"):
         failing.complete(bytearray(9 * MiB), overwrite=True)
     assert (bucket.names(), bucket.uploads()) == ([], [])
+
+
+# -- a store that accepts and never answers
+
+
+@pytest.fixture
+def silent(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A store that takes connections, which is what its system does for it, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        set_store_environment(monkeypatch, server.getsockname()[1])
+        monkeypatch.setenv(stores.RETRY_VARIABLE, "600")
+        yield server
+
+
+COMMAND = str(Path(sys.executable).with_name("streamcrypt"))
+
+
+def started(*words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [COMMAND, *words],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: [
+            signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)
+        ],
+    )
+
+
+def test_a_store_that_never_answers_does_not_hold_up_a_second_signal(
+    silent: socket.socket, tmp_path: Path
+) -> None:
+    with started("decrypt", "s3://bucket/message", str(tmp_path / "out")) as process:
+        connection, _ = silent.accept()  # it has asked
+        with connection:
+            process.send_signal(signal.SIGINT)
+            while process.poll() is None:  # whoever waits presses Ctrl-C again, and again
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        told = process.stderr.read().decode()
+        assert process.wait() == 130
+    assert told.startswith("streamcrypt: error: interrupted: ")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_stops_answering_leaves_nothing_partial_when_interrupted(
+    bucket: Bucket, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are being written, as workers wait for what comes next."""
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "600")
+    for name in "abc":
+        bucket.put(f"in/{name}", bytes(3 * MiB))
+    asked, over = threading.Semaphore(0), threading.Event()
+
+    def hang(method: str, path: str) -> None:
+        if method == "GET" and bucket.proxy.requests[-1][2].startswith("bytes=1"):  # not the first bytes
+            asked.release()
+            over.wait(120)
+
+    bucket.proxy.fault = hang
+    folder = tmp_path / "out"
+    try:
+        with started("encrypt", f"{bucket.url}/in", str(folder), "--key", key, "--workers", "2") as process:
+            for _ in range(2):
+                assert asked.acquire(timeout=60)
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)  # at once: it does not stop the cleaning up
+            assert process.stderr is not None
+            told = process.stderr.read().decode()
+            assert process.wait(60) == 130
+    finally:
+        over.set()
+    assert told.count("streamcrypt: error: interrupted: ") == 1
+    found = [path.name for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    assert set(found) <= {"journal"}
