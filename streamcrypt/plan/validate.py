@@ -47,7 +47,7 @@ def read_held_out(path: Path) -> tuple[Cell, ...]:
 
 def job_of(cell: Cell) -> planner.Job:
     """The job that a cell is, as a plan would be asked for it."""
-    lengths = data.sizes(cell.files, cell.file_size, cell.distribution, cell.spread, cell.seed)
+    lengths = data.sizes_of(cell)
     limits = {
         "cache_max_age": cell.cache_max_age,
         "cache_max_messages": cell.cache_max_messages,
@@ -153,7 +153,8 @@ def judge(
     for runs in by_cell(measured.usable()).values():
         cell = runs[0].cell
         wall = median([run.wall_s for run in runs])
-        prediction = planner.predict(job_of(cell), records)
+        job = job_of(cell)
+        prediction = planner.predict(job, records)
         predicted = prediction.estimate.seconds
         known = records.usable()
         rate = best_rate(known, cell.operation)
@@ -173,6 +174,7 @@ def judge(
                 "limit_measured": max(set(families), key=families.count),
                 "calls_predicted": round(prediction.estimate.calls),
                 "calls_measured": round(median([float(run.calls) for run in runs])),
+                "calls_at_measured": round(planner.calls_within(job, records, wall)),
                 "exact_calls": cell.cache_max_age is None,
                 "by_best_rate": (cell.files * cell.file_size / rate) / wall - 1 if rate else math.nan,
                 "by_nearest": nearest(known, cell, cell.files * cell.file_size) / wall - 1,

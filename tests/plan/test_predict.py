@@ -349,9 +349,18 @@ def test_judging_held_out_runs():
     measured = Records(
         RECORDS.machine, tuple(synthetic_run(cell, number, rng) for cell in cells for number in range(3))
     )
+    aged = Cell(files=8000, file_size=100_000, cache_max_age=0.02, workers=2)
+    calls = round(planner.evaluate(validate.job_of(aged), RECORDS).calls)
+    run = dataclasses.replace(synthetic_run(aged, 0, rng, noise=0.0), kms_calls={"GenerateDataKey": calls})
+    slow = dataclasses.replace(run, cell=dataclasses.replace(aged, seed=2), wall_s=2 * run.wall_s,
+                               kms_calls={"GenerateDataKey": 2 * calls})  # fmt: skip
+    measured = Records(RECORDS.machine, (*measured.runs, run, slow))
     floor = [synthetic_run(cells[0], number, rng) for number in range(5)]
     result = validate.judge(measured, RECORDS, floor, planned=len(cells), cores=2)
-    assert result["measured"] == len(cells) > 3
+    assert result["measured"] == len(cells) + 2 > 5
+    # Of a job that took twice as long as planned the calls were not foreseen, but of its time they are.
+    assert (result["summary"]["calls_by_age"], result["summary"]["calls_by_age_at_measured"]) == (0.5, 1.0)
+    assert "2 configurations" in validate.table(result)
     assert result["summary"]["plan"]["median"] < 0.05
     assert result["summary"]["plan"]["p90"] < result["summary"]["by_best_rate"]["p90"]
     assert result["summary"]["calls_exact"] == 1.0
