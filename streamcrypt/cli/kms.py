@@ -107,6 +107,13 @@ def _add_operation(commands: Any, name: str) -> None:
     )
     for member, shape in operation.options.items():
         _add_option(parser, member, shape)
+    if "Marker" in operation.options:
+        parser.add_argument(
+            "--no-paginate",
+            dest="paginate",
+            action="store_false",
+            help="only the first page, as also with --limit and --marker",
+        )
     if name == "CreateKey":
         parser.add_argument("--alias", metavar="alias/NAME", help="also make this alias for the new key")
     parser.add_argument(
@@ -169,7 +176,8 @@ def _run_operation(args: argparse.Namespace) -> int:
         if given is not None:
             request[member] = _value(member, shape, given, raw=args.cli_binary_format != "base64")
     call = _caller(args)
-    response = call(name, request)
+    whole = getattr(args, "paginate", False) and not {"Marker", "Limit"} & request.keys()
+    response = _every_page(call, name, request) if whole else call(name, request)
     if getattr(args, "alias", None):
         key_id = response["KeyMetadata"]["KeyId"]
         try:
@@ -180,6 +188,18 @@ def _run_operation(args: argparse.Namespace) -> int:
         _remind_of_backup()
     _print_response(response, args)
     return 0
+
+
+def _every_page(
+    call: Callable[[str, dict[str, Any]], dict[str, Any]], name: str, request: dict[str, Any]
+) -> dict[str, Any]:
+    """A whole list, as the AWS CLI gives it."""
+    page = call(name, request)
+    whole = dict(page)
+    while page.get("Truncated"):
+        page = call(name, {**request, "Marker": page["NextMarker"]})
+        whole |= {member: whole[member] + found for member, found in page.items() if isinstance(found, list)}
+    return {member: found for member, found in whole.items() if member not in ("Truncated", "NextMarker")}
 
 
 def _caller(args: argparse.Namespace) -> Callable[[str, dict[str, Any]], dict[str, Any]]:

@@ -106,7 +106,9 @@ def test_the_aws_cli_word_for_word(aws: Any, tmp_path: Path):
         "--encryption-context", "Project=CustomerChurn,Stage=train", "--output", "text", "--query", "Plaintext",
     )  # fmt: skip
     assert base64.b64decode(opened) == bytes(range(256))
-    assert made["KeyId"] in aws("kms", "list-keys")
+    listed = json.loads(aws("kms", "list-keys"))
+    assert made["KeyId"] in [key["KeyId"] for key in listed["Keys"]]
+    assert set(listed) == {"Keys"}  # as `streamcrypt kms list-keys` says it
     data_key = json.loads(
         aws("kms", "generate-data-key", "--key-id", "alias/ml-key", "--key-spec", "AES_256")
     )
