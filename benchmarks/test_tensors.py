@@ -2,10 +2,11 @@
 
     python -m pytest benchmarks/test_tensors.py -s
 
-Variants are taken in turns in an order that is shuffled each round, in one process, with the data in the
-page cache; results are medians, and only ratios within one run are compared.  STREAMCRYPT_TENSOR_MB sets
-the size (default 1024), STREAMCRYPT_TENSOR_FOLDER the place (default: pytest's), STREAMCRYPT_TENSOR_ROUNDS
-the rounds.  Peers: pip install --no-deps cryptotensors==0.2.3; tensorizer.
+Variants are taken in turns in an order that is shuffled each round, with the data in the page cache; results
+are medians, and only ratios within one run are compared.  A peer and ours run in a process each: tensorizer
+holds and frees so much memory that fresh pages cost whoever shares its process several times more.
+STREAMCRYPT_TENSOR_MB sets the size (default 1024), STREAMCRYPT_TENSOR_FOLDER the place (default: pytest's),
+STREAMCRYPT_TENSOR_ROUNDS the rounds.  Peers: pip install --no-deps cryptotensors==0.2.3; tensorizer.
 
 Yardsticks:
 
@@ -18,10 +19,13 @@ Yardsticks:
 from __future__ import annotations
 
 import base64
+import functools
 import gc
 import importlib.util
+import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -122,11 +126,21 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         path.unlink()
 
 
-def medians(variants: dict[str, Callable[[], Any]], size: int) -> dict[str, float]:
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock and of processor time, threads and finished workers included."""
+    gc.collect()
+    before, start = sum(os.times()[:4]), time.perf_counter()
+    result = call()
+    seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - before
+    del result
+    return seconds, used
+
+
+def medians(variants: dict[str, Callable[[], tuple[float, float]]], size: int) -> dict[str, float]:
     """GB/s of each, of the median time, taken in turns after one round of warming up.
 
-    CPU seconds per GB, threads and finished workers included, are printed beside it: on a machine that
-    others use too they say more than the time that passed.
+    Processor seconds per GB are printed beside it: on a machine that others use too they say more than
+    the time that passed.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     processor: dict[str, list[float]] = {name: [] for name in variants}
@@ -135,11 +149,7 @@ def medians(variants: dict[str, Callable[[], Any]], size: int) -> dict[str, floa
         order = list(variants)
         chance.shuffle(order)
         for name in order:
-            gc.collect()
-            before, start = sum(os.times()[:4]), time.perf_counter()
-            result = variants[name]()
-            seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - before
-            del result
+            seconds, used = variants[name]()
             if number:
                 times[name].append(seconds)
                 processor[name].append(used)
@@ -149,6 +159,46 @@ def medians(variants: dict[str, Callable[[], Any]], size: int) -> dict[str, floa
         cpu = statistics.median(processor[name]) / size * 1e9
         print(f"\n{name:24} {rates[name]:8.3f} GB/s ({low:.3f} to {high:.3f})  CPU {cpu:6.2f} s/GB", end="")
     return rates
+
+
+def here(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], tuple[float, float]]]:
+    """The variants timed in this process."""
+    return {name: functools.partial(timed, call) for name, call in variants.items()}
+
+
+class Apart:
+    """One way to save and load the same weights, in a process of its own; ``"ours"`` or a peer."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        folder.mkdir()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, folder))
+        self._process.start()
+        theirs.close()
+
+    def do(self, what: str) -> tuple[float, float]:
+        self._pipe.send(what)
+        found: tuple[float, float] = self._pipe.recv()
+        return found
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Any, name: str, folder: Path) -> None:
+    case = Case(folder)
+    save, load = (case.save_ours, case.load_ours) if name == "ours" else PEERS[name][0](case)
+    while True:
+        try:
+            what = pipe.recv()
+        except EOFError:
+            shutil.rmtree(folder)
+            return
+        if what == "load":
+            case.weights.clear()  # so that both have as little in memory as a program that starts
+        pipe.send(timed(save if what == "save" else load))
 
 
 def cryptotensors(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -210,12 +260,14 @@ PEERS = {"cryptotensors": (cryptotensors, 2.0, 1.3), "tensorizer": (tensorizer, 
 def test_load_file(case: Case) -> None:
     """At least 0.8 of the ceiling."""
     rates = medians(
-        {
-            "ours": case.load_ours,
-            "read": case.read,
-            "cipher": case.cipher,
-            "safetensors, touched": case.load_plain,
-        },
+        here(
+            {
+                "ours": case.load_ours,
+                "read": case.read,
+                "cipher": case.cipher,
+                "safetensors, touched": case.load_plain,
+            }
+        ),
         case.size,
     )
     ceiling = 1 / (1 / rates["read"] + 1 / rates["cipher"])
@@ -225,7 +277,7 @@ def test_load_file(case: Case) -> None:
 
 def test_save_file(case: Case) -> None:
     """At least 0.9 of safetensors' own; neither waits for the disk."""
-    rates = medians({"ours": case.save_ours, "safetensors": case.save_plain}, case.size)
+    rates = medians(here({"ours": case.save_ours, "safetensors": case.save_plain}), case.size)
     print(f"\nsave_file / safetensors: {rates['ours'] / rates['safetensors']:.2f}")
     assert rates["ours"] >= 0.9 * rates["safetensors"]
 
@@ -235,16 +287,19 @@ def test_peers(case: Case, peer: str) -> None:
     """Twice cryptotensors to save, 1.3 times to load; 2.5 times tensorizer to load."""
     if importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
-    make, save_target, load_target = PEERS[peer]
-    save, load = make(case)
-    save()
+    _, save_target, load_target = PEERS[peer]
+    processes = {name: Apart(name, case.folder / f"{name}-apart") for name in ("ours", peer)}
     try:
-        rates = medians({"ours": case.save_ours, peer: save}, case.size)
-        saved = rates["ours"] / rates[peer]
-        rates = medians({"ours": case.load_ours, peer: load}, case.size)
-        loaded = rates["ours"] / rates[peer]
+        found = {}
+        for what in ("save", "load"):
+            rates = medians(
+                {name: functools.partial(one.do, what) for name, one in processes.items()}, case.size
+            )
+            found[what] = rates["ours"] / rates[peer]
     finally:
-        (case.folder / peer).unlink()
+        for one in processes.values():
+            one.close()
+    saved, loaded = found["save"], found["load"]
     print(f"\nagainst {peer}: save {saved:.2f}, load {loaded:.2f}")
     assert save_target is None or saved >= save_target
     assert loaded >= load_target
@@ -262,11 +317,13 @@ def test_memory(case: Case) -> None:
         return fill
 
     rates = medians(
-        {
-            "huge pages": filled(tensors._memory),
-            "numpy.empty": filled(lambda length: np.empty(length, np.uint8)),
-            "torch.empty": filled(lambda length: torch.empty(length, dtype=torch.uint8).numpy()),
-        },
+        here(
+            {
+                "huge pages": filled(tensors._memory),
+                "numpy.empty": filled(lambda length: np.empty(length, np.uint8)),
+                "torch.empty": filled(lambda length: torch.empty(length, dtype=torch.uint8).numpy()),
+            }
+        ),
         case.size,
     )
     print(f"\nhuge pages / torch.empty: {rates['huge pages'] / rates['torch.empty']:.2f}")
@@ -335,6 +392,6 @@ def test_loader_epoch(flights: Path, batch_size: int, shuffle: bool) -> None:
     plain = epoch(ParquetDataset(flights / "plain", filesystem=fsspec.filesystem("file"), **options))
     assert encrypted() == plain() == 336_776
     size = sum(path.stat().st_size for path in (flights / "plain").iterdir())
-    rates = medians({"encrypted": encrypted, "plain": plain}, size)
+    rates = medians(here({"encrypted": encrypted, "plain": plain}), size)
     print(f"\nepoch: encrypted / plain: {rates['encrypted'] / rates['plain']:.2f}")
     assert rates["encrypted"] >= 0.9 * rates["plain"]
