@@ -120,8 +120,9 @@ METRICS = """\
 ## Metrics of any run
 
 The JSON object of a command (`--json`) or of a Python call (`report.to_json()`) has of a job what a benchmark's record
-has: files, bytes, seconds, workers, data keys, cache hits, misses and evictions, KMS calls with their latency,
-throttles and retries. `--audit FILE` adds a line for every object. Where something collects spans or counters already:
+has: files, bytes, seconds, processor seconds, memory, workers, data keys, cache hits, misses and evictions, KMS calls
+with their latency, throttles and retries. `--audit FILE` adds a line for every object. Where something collects spans
+or counters already:
 
 ```python
 from streamcrypt import telemetry            # pip install 'streamcrypt[telemetry]'

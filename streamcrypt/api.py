@@ -24,7 +24,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 from streamcrypt.engine import run
-from streamcrypt.engine.job import STORE_WORKERS, Job, Place, Progress, Report, default_workers, observers
+from streamcrypt.engine.job import (
+    STORE_WORKERS,
+    Job,
+    Place,
+    Progress,
+    Report,
+    default_workers,
+    observers,
+    peak_memory,
+    processor_seconds,
+)
 from streamcrypt.engine.journal import is_interrupted
 from streamcrypt.errors import DestinationError, FormatError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.cache import DataKeyCache
@@ -673,7 +683,9 @@ class _Calls:
         """Run the job and complete its report; raises the gravest failure."""
         with contextlib.ExitStack() as watched:
             told = [watched.enter_context(observe(job)) for observe in observers]
+            before = processor_seconds()
             report = self._completed(job, work)
+            report.cpu_seconds, report.peak_memory = processor_seconds() - before, peak_memory()
             for tell in told:
                 tell(report)
             report.raise_for_failures()

@@ -36,6 +36,7 @@ from typing import Any, Final
 
 from streamcrypt.bench import data, peers
 from streamcrypt.bench.records import OURS, Cell, Record, now, usable_cores
+from streamcrypt.engine.job import peak_memory
 
 _POLL: Final = 0.1  # seconds between looks at the child's memory
 _KEEP: Final = 4 << 30  # bytes of test data kept between cells
@@ -340,7 +341,7 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
         "cache_hits": found["hits"],
         "cache_misses": found["misses"],
         "evictions": found["evictions"],
-        "peak_rss": _own_peak(),
+        "peak_rss": peak_memory(),
     }
     if yardsticks:
         shutil.rmtree(folder / "target", ignore_errors=True)
@@ -492,15 +493,6 @@ def _cpu_seconds() -> tuple[float, float]:
     """Of this process, and of its children that have ended."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime
-
-
-def _own_peak() -> int:
-    """This process's largest resident memory in bytes.  Not ru_maxrss: on Linux it begins with the parent's."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _random_reads(folder: str, names: list[str], keyring: Any, cache: Any, cell: Cell) -> dict[str, Any]:

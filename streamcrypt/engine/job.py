@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -109,8 +112,34 @@ _NO_CALLS: dict[str, Any] = {
 }
 
 
+def processor_seconds() -> float:
+    """Of this process, and of its children that have ended."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory.
+
+    Not by getrusage where Linux says it itself: there it begins with what the parent had.
+    """
+    with (
+        contextlib.suppress(OSError, ValueError, IndexError),
+        open("/proc/self/status", encoding="utf-8") as lines,
+    ):
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # start-up: Linux needs it not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Report:
     """What a job did.  ``bytes_in`` were read, ``bytes_out`` written; ``seconds`` is wall time.
+
+    ``cpu_seconds``: processor time meanwhile, of this process and of the workers that it started.
+    ``peak_memory``: the most bytes that this process has had in memory so far.
 
     ``to_json`` gives the JSON object of the command line.
     """
@@ -122,6 +151,8 @@ class Report:
         self.bytes_in = 0
         self.bytes_out = 0
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        self.peak_memory = 0
         self.data_keys = 0
         self.skipped = 0
         self.failed: list[Failure] = []
@@ -152,6 +183,8 @@ class Report:
             "bytes_out": self.bytes_out,
             "seconds": round(self.seconds, 6),
             "bytes_per_second": round(self.bytes_per_second, 1),
+            "cpu_seconds": round(self.cpu_seconds, 6),
+            "peak_memory": self.peak_memory,
             "workers": self.workers,
             "data_keys": self.data_keys,
             "cache": self.cache or _NO_CACHE,

@@ -125,8 +125,8 @@ def test_a_name_with_a_line_break_makes_one_line(capsys: pytest.CaptureFixture[s
 # -- JSON
 
 REPORT = {
-    "operation", "files", "bytes_in", "bytes_out", "seconds", "bytes_per_second", "workers", "data_keys",
-    "cache", "skipped", "failed", "kms", "advice",
+    "operation", "files", "bytes_in", "bytes_out", "seconds", "bytes_per_second", "cpu_seconds",
+    "peak_memory", "workers", "data_keys", "cache", "skipped", "failed", "kms", "advice",
 }  # fmt: skip
 
 
@@ -151,6 +151,8 @@ def test_the_report_has_the_documented_shape_on_success_and_on_failure(
     code, encrypted = run_json(capfd, "encrypt", "t", "t.enc", "--key", KEY, "--no-cache")
     assert (code, encrypted["files"], encrypted["bytes_in"]) == (0, 1, 100_000)
     assert encrypted.keys() >= REPORT
+    assert encrypted["cpu_seconds"] > 0
+    assert encrypted["peak_memory"] > 10_000_000
     for words in (["verify", "t.enc"], ["decrypt", "t.enc", "back"], ["rekey", "t.enc", "new", "--key", KEY]):
         code, found = run_json(capfd, *words)
         assert (code, found["files"], found["failed"]) == (0, 1, [])
