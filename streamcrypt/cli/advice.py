@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from streamcrypt.cli import diagnosis, output, permissions
 from streamcrypt.cli.permissions import BranchKeyRows, KeyUse
@@ -58,6 +58,7 @@ def _add_iam_policy(subparsers: Any) -> None:
         metavar="REF",
         help="rekey: the keys that open the old messages",
     )
+    parser.add_argument("--key-map", metavar="FILE", help="keys by partition, as for encrypt")
     parser.add_argument(
         "--sign-manifest",
         metavar="REF",
@@ -104,6 +105,7 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
         raise output.UsageError("iam-policy: name the job's keys: --key REF, or --sign-manifest REF")
     try:
         keys = [_key_use(reference) for reference in arguments.key]
+        partitions = _partitions(arguments.key_map) if arguments.key_map else []
         from_keys = [_key_use(reference) for reference in arguments.from_key]
         signing_key = (
             KeyUse(_arn_of(arguments.sign_manifest), kind="signing") if arguments.sign_manifest else None
@@ -120,14 +122,18 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
                 "a grant has no conditions on services; use a policy for sagemaker, sagemaker-output and "
                 "--via-service"
             )
-        needed = permissions.permissions(
-            arguments.roles,
-            keys,
-            from_keys,
-            signing_key=signing_key,
-            context=context,
-            exact_context=arguments.exact_context,
-        )
+        # The keys of each partition stand for those of the job: the first of them makes data keys.
+        needed: list[permissions.Permission] = []
+        for group in (keys, *partitions):
+            found = permissions.permissions(
+                arguments.roles,
+                group,
+                from_keys,
+                signing_key=signing_key,
+                context=context,
+                exact_context=arguments.exact_context,
+            )
+            needed += [permission for permission in found if permission not in needed]
         of_kms = [permission for permission in needed if permission.action.startswith("kms:")]
         document: Any
         if arguments.form == "grants":
@@ -163,6 +169,18 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
         hint = "no --context: the role may use these keys for every dataset; name the pairs of this one to narrow it"
         output.say(f"streamcrypt: {hint}")
     return 0
+
+
+def _partitions(path: str) -> list[list[KeyUse]]:
+    """The keys of each pattern of a key map that has any."""
+    from streamcrypt.keys.partition import read_key_map
+
+    made = []
+    for given in read_key_map(path).values():
+        references = [given] if isinstance(given, str) else list(cast("Sequence[str]", given))
+        if references:
+            made.append([_key_use(reference) for reference in references])
+    return made
 
 
 def _key_use(reference: str) -> KeyUse:

@@ -582,6 +582,40 @@ def test_the_commands_run_under_exactly_the_printed_policy(
     assert "kms:Decrypt" in capsys.readouterr().err
 
 
+def test_keys_by_partition(
+    keys: list[str],
+    dataset: Path,
+    url: str,
+    become: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A key of each pattern makes data keys, and a further one wraps them."""
+    first, second, third = (
+        f"local:{arn}@{url}" for arn in (keys[0], keys[1], open_service().create_key()["KeyMetadata"]["Arn"])
+    )
+    rules = tmp_path / "keys.toml"
+    rules.write_text(f'"a" = ["{second}", "{third}"]\n"nothing/*" = []\n')
+    words = ["--key", first, "--key-map", str(rules)]
+    told = printed(capsys, *words, "--for", "encrypt", "--json", *WORDS)
+    actions = {
+        keys[0]: ["kms:GenerateDataKey"],
+        keys[1]: ["kms:GenerateDataKey"],
+        third.removeprefix("local:").partition("@")[0]: ["kms:Encrypt"],
+    }
+    assert told["actions"] == actions
+
+    def encrypt(policy: Any) -> int:
+        become(policy)
+        out = tmp_path / os.urandom(8).hex()
+        return main(["encrypt", str(dataset.parent / "plain"), str(out), *words, "--quiet", *WORDS])
+
+    assert encrypt(told["document"]) == 0
+    for arn, (action,) in actions.items():
+        assert encrypt(without(told["document"], action, arn)) == 4
+        assert action in capsys.readouterr().err
+
+
 # --- doctor -----------------------------------------------------------------------------------------
 
 
