@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from families.measured import synthetic_records
@@ -11,6 +13,8 @@ from streamcrypt.bench.records import Cell, Records, read, this_machine, write_j
 from streamcrypt.bench.sweep import held_out
 from streamcrypt.cli import main
 from streamcrypt.plan import REFERENCE, validate
+from streamcrypt.plan import predict as planner
+from streamcrypt.plan.limits import Prices
 
 
 @pytest.fixture(scope="module")
@@ -348,3 +352,16 @@ def test_validating_measures_judges_and_goes_on(capsys, tmp_path):
     assert code == 0
     assert json.loads(out)["measured"] == 3
     assert "the same command goes on" in err
+
+
+def test_the_page_names_every_limit_and_its_prices_are_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    rows = page.partition("| if `limit` is |")[2].partition("\n\n")[0].splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    job = planner.Job(bytes=1 << 30, files=100)
+    jobs = (job, dataclasses.replace(job, engine="ray"))
+    assert named == {name for one in jobs for name in planner.evaluate(one, synthetic_records()).parts}
+    told = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert told is not None
+    (tmp_path / "prices.toml").write_text(told[1])
+    assert Prices.read(tmp_path / "prices.toml").vcpu_hour.source == "our contract"
