@@ -48,7 +48,7 @@ from streamcrypt.message.header import (
     authenticate_header,
     parse_header,
 )
-from streamcrypt.message.suites import CommitmentPolicy
+from streamcrypt.message.suites import AlgorithmSuite, CommitmentPolicy
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -88,8 +88,7 @@ class OutgoingMessage(NamedTuple):
     def begin(
         cls, materials: EncryptionMaterials, template: HeaderTemplate, frame_length: int
     ) -> OutgoingMessage:
-        # 256 random bits: the salt of the derivation, so that no two messages share a content key.
-        message_id = os.urandom(materials.suite.message_id_length)
+        message_id = new_message_ids(materials.suite, 1)
         keys = derive_keys(materials.suite, materials.data_key, message_id)
         cipher = FrameCipher(keys.content_key, message_id)
         header = template.seal(message_id, keys.commitment, cipher.aead)
@@ -101,6 +100,12 @@ class OutgoingMessage(NamedTuple):
         return Geometry.for_plaintext(
             len(self.header), self.frame_length, plaintext_length, signed=self.signing_key is not None
         )
+
+
+def new_message_ids(suite: AlgorithmSuite, count: int) -> bytes:
+    """Ids for so many messages, one after the other."""
+    # 256 random bits each: the salt of the derivation, so that no two messages share a content key.
+    return os.urandom(count * suite.message_id_length)
 
 
 def header_template(
@@ -117,6 +122,13 @@ def header_template(
 
 def seal_message(message: OutgoingMessage, plaintext: Buffer) -> bytes:
     """The whole message for a plaintext that is in memory."""
+    if message.signing_key is None and len(plaintext) < message.frame_length:  # the usual one, in one frame
+        start = len(message.header)
+        sealed = bytearray(start + FINAL_OVERHEAD + len(plaintext))
+        sealed[:start] = message.header
+        with memoryview(sealed) as view:
+            message.cipher.seal_final(plaintext, 0, view[start:])
+        return bytes(sealed)
     geometry = message.geometry(len(plaintext))
     sealed = bytearray(geometry.body_end)
     sealed[: geometry.header_length] = message.header
@@ -133,6 +145,23 @@ def seal_message(message: OutgoingMessage, plaintext: Buffer) -> bytes:
         signer.update(sealed)
         sealed += signer.footer()
     return bytes(sealed)
+
+
+def seal_one_frame(
+    template: HeaderTemplate,
+    message_id: bytes,
+    content_key: bytes,
+    commitment: bytes,
+    plaintext: Buffer,
+    message: memoryview,
+) -> bytes:
+    """The whole message of a plaintext that is shorter than a frame, into ``message``; returns its header."""
+    cipher = FrameCipher(content_key, message_id)
+    header = template.seal(message_id, commitment, cipher.aead)
+    start = len(header)
+    message[:start] = header
+    cipher.seal_final(plaintext, 0, message[start:])
+    return header
 
 
 def seal_frames(
@@ -262,27 +291,30 @@ class UnlockedMessage(NamedTuple):
 
     header: Header
     content_key: bytes
+    cipher: FrameCipher
     verification_key: ec.EllipticCurvePublicKey | None
 
     def __repr__(self) -> str:
         return f"<UnlockedMessage {self.header.message_id.hex()}>"
 
-    @property
-    def cipher(self) -> FrameCipher:
-        return FrameCipher(self.content_key, self.header.message_id)
+    @classmethod
+    def of(
+        cls, header: Header, content_key: bytes, verification_key: ec.EllipticCurvePublicKey | None
+    ) -> UnlockedMessage:
+        return cls(header, content_key, FrameCipher(content_key, header.message_id), verification_key)
 
 
 def unlock(header: Header, materials: Materials, rules: ReadingRules) -> UnlockedMessage:
     """Check the rules, unwrap the data key, compare the commitment, authenticate the header."""
     rules.check(header)
-    unstored = {
-        name: value for name, value in rules.authenticated_context.items() if name not in header.context
-    }
-    unwrapped = materials.for_decryption(
-        header.suite, {**header.context, **unstored}, header.encrypted_data_keys
-    )
+    unstored: Mapping[str, str] = {}
+    context = header.context
+    if rules.authenticated_context:
+        unstored = {name: value for name, value in rules.authenticated_context.items() if name not in context}
+        context = {**context, **unstored}
+    unwrapped = materials.for_decryption(header.suite, context, header.encrypted_data_keys)
     # No variable of its own for the content key: one is shown with a traceback by many tools.
-    message = UnlockedMessage(
+    message = UnlockedMessage.of(
         header, derive_for_reading(header, unwrapped.data_key), unwrapped.verification_key
     )
     authenticate_header(header, message.cipher.aead, unstored)

@@ -31,6 +31,7 @@ from streamcrypt.message.header import Header
 from streamcrypt.storage import State, check_name, sort_key
 from streamcrypt.streams import EncryptingFile
 
+quoted: Final = json.encoder.encode_basestring_ascii  # a name as json.dumps writes it
 _VERSION: Final = 1
 MANIFEST_START: Final = b'{"streamcrypt":"manifest","version":1}\n'  # its first line
 # Up to this the lines are held back, so that the manifest's length is known when its data key is
@@ -70,11 +71,22 @@ class Listed(NamedTuple):
             return _line({"name": self.name, "folder": True})
         if self.failed is not None:
             return _line({"name": self.name, "failed": self.failed})
-        # Written out for speed: numbers and hexadecimal digits need no escapes.
-        return (
-            f'{{"name":{json.dumps(self.name)},"size":{self.size},"message_length":{self.message_length},'
-            f'"message_id":"{self.message_id}","header_tag":"{self.header_tag}"}}\n'
+        return file_line(
+            quoted(self.name), self.size, self.message_length, self.message_id, self.header_tag
         ).encode()
+
+
+def file_line(quoted_name: str, size: int, message_length: int, message_id: str, header_tag: str) -> str:
+    # Written out for speed: numbers and hexadecimal digits need no escapes.
+    return (
+        f'{{"name":{quoted_name},"size":{size},"message_length":{message_length},'
+        f'"message_id":"{message_id}","header_tag":"{header_tag}"}}\n'
+    )
+
+
+def source_line(quoted_name: str, state: State) -> str:
+    size, modified, identity = state
+    return f"[{quoted_name},{size},{modified or identity}]\n"
 
 
 class Ending(NamedTuple):
@@ -97,9 +109,11 @@ class SourcesDigest:
         self._hash = hashlib.sha256(_line({"settings": settings}))
 
     def add(self, name: str, state: State) -> None:
-        size, modified, identity = state
-        # Written out for speed, as the lines of the manifest are.
-        self._hash.update(f"[{json.dumps(name)},{size},{modified or identity}]\n".encode())
+        self.add_lines(source_line(quoted(name), state))
+
+    def add_lines(self, lines: str) -> None:
+        """Several lines of ``source_line``."""
+        self._hash.update(lines.encode())
 
     def add_folder(self, name: str) -> None:
         self._hash.update(_line({"folder": name}))
@@ -124,6 +138,12 @@ class ManifestWriter:
             self._files += 1
             self._bytes += listed.size
         self._write(listed.line())
+
+    def add_files(self, lines: str, files: int, size: int) -> None:
+        """Add several lines of ``file_line``, of files whose sizes make ``size``."""
+        self._files += files
+        self._bytes += size
+        self._write(lines.encode())
 
     def publish(self, sources: str | None) -> None:
         """Write the last line and give the manifest its name."""

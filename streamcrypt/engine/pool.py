@@ -22,17 +22,17 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from streamcrypt.engine.spans import FileTask, SpanTask
-from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker
+from streamcrypt.engine.spans import FileTask, SmallFiles, SpanTask
+from streamcrypt.engine.worker import Cancelled, Outcome, Setup, SmallOutcome, Worker
 from streamcrypt.errors import StreamcryptError
 from streamcrypt.system import c_call
 
 # What only processes need is imported where they are made: a small job runs in threads, and must not
 # wait for it (benchmarks/README.md, "start-up").
 
-Tasks: TypeAlias = Sequence[FileTask | SpanTask]
+Tasks: TypeAlias = Sequence[FileTask | SpanTask | SmallFiles]
 
 # Lists that a worker holds: the one that it works on, and one more so that it need not wait for it.
 _HELD: Final = 2
@@ -46,6 +46,9 @@ class Lost(NamedTuple):
     reason: str
 
 
+Taken: TypeAlias = Outcome | SmallOutcome | Lost
+
+
 class Pool(Protocol):
     """What the engine needs of workers."""
 
@@ -57,7 +60,7 @@ class Pool(Protocol):
 
     def submit(self, tasks: Tasks) -> None: ...
 
-    def collect(self) -> list[Outcome | Lost]: ...
+    def collect(self) -> list[Taken]: ...
 
     def close(self, *, cancel: bool = False) -> None:
         """Stop the workers; with ``cancel`` in the middle of what they do."""
@@ -68,7 +71,7 @@ class ThreadPool:
 
     def __init__(self, setup: Setup, workers: int) -> None:
         self._tasks: queue.SimpleQueue[Tasks | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[list[Outcome | Lost]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[list[Taken]] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._limit = workers * _HELD
         self._in_flight = 0
@@ -96,7 +99,7 @@ class ThreadPool:
         self._in_flight += 1
         self._tasks.put(tasks)
 
-    def collect(self) -> list[Outcome | Lost]:
+    def collect(self) -> list[Taken]:
         results = self._results.get()
         self._in_flight -= 1
         return results
@@ -115,7 +118,7 @@ class ThreadPool:
                 if self._cancelled.is_set():
                     continue
                 try:
-                    self._results.put(list(worker.run(tasks)))
+                    self._results.put(list[Taken](worker.take(tasks)))
                 except Cancelled:
                     return
                 except BaseException as error:  # noqa: BLE001  (a thread that dies must not leave the job waiting)
@@ -124,13 +127,52 @@ class ThreadPool:
             worker.close()
 
 
+class _Channel:
+    """Objects through a socket, each pickled, after its length.
+
+    What multiprocessing's Connection does too, whose import takes a worker as long as all the others
+    together (benchmarks/README.md, "small files").
+    """
+
+    _LENGTH: Final = 8
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def send(self, value: object) -> None:
+        import pickle
+
+        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        rest = memoryview(len(data).to_bytes(self._LENGTH, "big") + data)
+        while rest:
+            rest = rest[os.write(self.descriptor, rest) :]
+
+    def receive(self) -> Any:
+        """The next object; EOFError when the other end is closed."""
+        import pickle
+
+        length = int.from_bytes(self._read(self._LENGTH), "big")
+        return pickle.loads(self._read(length))  # noqa: S301  (from the process that we started, or were started by)
+
+    def _read(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            part = os.read(self.descriptor, length - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
 class _Process:
     """One worker process and the lists that it holds."""
 
     def __init__(self, setup: Setup) -> None:
         import socket
         import subprocess
-        from multiprocessing.connection import Connection
 
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from streamcrypt.engine.pool import serve; serve()"
@@ -141,15 +183,15 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C is for the parent, which tells its workers to stop
             )
-        self.connection = Connection(ours.detach())
+        self.channel = _Channel(ours.detach())
         self.held: deque[Tasks] = deque()
         self.delivered = False
         with contextlib.suppress(OSError):  # one that has died already is noticed in collect
-            self.connection.send(setup)
+            self.channel.send(setup)
 
     def stop(self, *, kill: bool) -> None:
         with contextlib.suppress(OSError):
-            self.connection.close()  # the worker reads the end of its input and leaves
+            self.channel.close()  # the worker reads the end of its input and leaves
         if kill:
             self.process.kill()
         self.process.wait()
@@ -183,17 +225,20 @@ class ProcessPool:
         worker.held.append(tasks)
         # A worker that has died is noticed in collect, where its lists come back.
         with contextlib.suppress(OSError):
-            worker.connection.send(tasks)
+            worker.channel.send(tasks)
 
-    def collect(self) -> list[Outcome | Lost]:
-        from multiprocessing.connection import wait
+    def collect(self) -> list[Taken]:
+        import select
 
-        results: list[Outcome | Lost] = []
-        by_connection = {worker.connection: worker for worker in self._processes if worker.held}
-        for ready in wait(list(by_connection)):
-            worker = by_connection[ready]  # type: ignore[index]  # wait gives back what it was given
+        results: list[Taken] = []
+        by_descriptor = {worker.channel.descriptor: worker for worker in self._processes if worker.held}
+        ready = select.poll()
+        for descriptor in by_descriptor:
+            ready.register(descriptor, select.POLLIN)
+        for descriptor, _ in ready.poll():
+            worker = by_descriptor[descriptor]
             try:
-                outcomes = worker.connection.recv()
+                outcomes = worker.channel.receive()
             except (EOFError, OSError):
                 results += self._replace(worker)
             else:
@@ -220,17 +265,15 @@ class ProcessPool:
 
 def serve() -> None:
     """The main function of a worker process; its argument is the descriptor of its socket."""
-    from multiprocessing.connection import Connection
-
     from streamcrypt.hygiene import protect_process
 
     protect_process()
     _die_with_parent()
-    connection = Connection(int(sys.argv[1]))
+    channel = _Channel(int(sys.argv[1]))
     try:
-        worker = Worker(connection.recv())
+        worker = Worker(channel.receive())
         while True:
-            connection.send(worker.run(connection.recv()))
+            channel.send(worker.take(channel.receive()))
     except (EOFError, ConnectionError):
         pass  # the parent has closed its end: done, or gone
 

@@ -33,9 +33,18 @@ from typing import Any, Final, NamedTuple
 
 from streamcrypt import __version__
 from streamcrypt.engine.job import Failure, Job, Place, Report
-from streamcrypt.engine.pool import Lost, Pool, Tasks
+from streamcrypt.engine.pool import Lost, Pool, Taken, Tasks
 from streamcrypt.engine.run import SAMPLE, _Item, _Run, made_by, outcome_of, own_rules
-from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, FileTask, Opening, Sealing, SpanTask
+from streamcrypt.engine.spans import (
+    BATCH_BYTES,
+    BATCH_FILES,
+    FileTask,
+    Opening,
+    Sealing,
+    SmallFile,
+    SmallFiles,
+    SpanTask,
+)
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker, unexpected
 from streamcrypt.errors import (
     DestinationError,
@@ -293,6 +302,7 @@ class _ClusterRun(_Run):
 
     def __init__(self, job: Job, ray: Any, access: Access, stats: KmsStats) -> None:
         super().__init__(job)
+        self._small_below = 0  # a node draws the ids itself
         self._ray = ray
         self._access = access
         self._stats = stats
@@ -327,11 +337,12 @@ class _ClusterRun(_Run):
         self._batch_files = min(BATCH_FILES, self._list_files)
         return pool
 
-    def _lists(self, tasks: Iterator[FileTask]) -> Iterator[Tasks]:
+    def _lists(self, tasks: Iterator[FileTask | SmallFile]) -> Iterator[Tasks]:
         """The lists of the local engine, several of them put together."""
         held: list[FileTask | SpanTask] = []
         size = 0
-        for group in super()._lists(tasks):
+        for tasks_of_one in super()._lists(tasks):
+            group = [task for task in tasks_of_one if not isinstance(task, SmallFiles)]
             length = sum(_length(task) for task in group)
             if held and (
                 type(held[0]) is not type(group[0])
@@ -508,10 +519,12 @@ class RayPool:
 
             node = self._least_busy()
             work = work.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-        self._held[work.remote(self._common, [_wrapped(task) for task in tasks])] = (tasks, node)
+        self._held[
+            work.remote(self._common, [_wrapped(task) for task in tasks if not isinstance(task, SmallFiles)])
+        ] = (tasks, node)
 
-    def collect(self) -> list[Outcome | Lost]:
-        results: list[Outcome | Lost] = []
+    def collect(self) -> list[Taken]:
+        results: list[Taken] = []
         errors = self._ray.exceptions
         for reference in self._ready():
             tasks, _ = self._held.pop(reference)

@@ -27,23 +27,34 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
 from streamcrypt.engine.journal import Finished, Journal, StoreJournal
-from streamcrypt.engine.manifest import Listed, ManifestWriter, SourcesDigest, read_manifest
+from streamcrypt.engine.manifest import (
+    Listed,
+    ManifestWriter,
+    SourcesDigest,
+    file_line,
+    quoted,
+    read_manifest,
+    source_line,
+)
 from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
 from streamcrypt.engine.spans import (
     BATCH_FILES,
     MANIFEST,
     SIGNATURE,
+    SMALL_LENGTH,
     SPAN_LENGTH,
     SPLIT_LENGTH,
     STATEMENT,
     FileTask,
     Opening,
     Sealing,
+    SmallFile,
+    SmallFiles,
     cut,
     in_batches,
     is_large,
 )
-from streamcrypt.engine.worker import Outcome, Setup, Worker, located
+from streamcrypt.engine.worker import Outcome, Setup, SmallOutcome, Worker, located
 from streamcrypt.errors import (
     ContextMismatchError,
     DestinationError,
@@ -54,7 +65,8 @@ from streamcrypt.errors import (
     TemporaryError,
 )
 from streamcrypt.keys.materials import EncryptionMaterials, Materials
-from streamcrypt.message.frames import UNFRAMED_PREFIX, FrameCipher, unframed_length
+from streamcrypt.message.derive import derive_keys
+from streamcrypt.message.frames import FINAL_OVERHEAD, UNFRAMED_PREFIX, FrameCipher, unframed_length
 from streamcrypt.message.header import Header, HeaderTemplate
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import (
@@ -76,6 +88,7 @@ from streamcrypt.streams import (
     OutgoingMessage,
     ReadingRules,
     header_template,
+    new_message_ids,
     read_bytes,
     source_geometry,
     source_header,
@@ -156,6 +169,15 @@ class _Large:
         self.lost: str | None = None
 
 
+class _Lines(NamedTuple):
+    """Lines of the manifest for files of following numbers."""
+
+    lines: str
+    files: int
+    bytes: int
+    sources: str
+
+
 class _Run:
     """The state of one job while it runs."""
 
@@ -167,8 +189,9 @@ class _Run:
         self._tasks: dict[int, FileTask] = {}  # that are with a worker
         self._large: dict[int, _Large] = {}
         self._feeds: list[Iterator[Tasks]] = []  # the last one is served first
+        self._small: dict[int, SmallFiles] = {}  # the same, by their first number
         # Finished, and waiting for those before them: the line of each, and its source as it was read.
-        self._listings: dict[int, tuple[Listed | None, State | None]] = {}
+        self._listings: dict[int, tuple[Listed | _Lines | None, State | None]] = {}
         self._next_listing = 0
         self._folders: set[str] = set()  # that were looked through for leftovers
         self._written_folders: set[str] = set()
@@ -191,6 +214,7 @@ class _Run:
         self._unlisted: set[int] = set()  # decrypted files that are there without a line in the journal
         tree = job.destination.tree if job.destination is not None else None
         self._undivided = (tree is not None and tree.in_order) or job.signing is not None
+        self._small_below = self._small_files_below()
         if self._whole_tree and tree is not None and not job.dry_run:
             self._journal = self._open_journal(tree)
         if self._whole_tree and job.writing is not None and not job.dry_run:
@@ -203,6 +227,24 @@ class _Run:
                 self._statement = StatementWriter(
                     tree, job.signing, overwrite=self._may_replace, durable=job.durable
                 )
+
+    def _small_files_below(self) -> int:
+        """Files of fewer bytes are encrypted several at a time (``SmallFiles``); none where a job asks for more."""
+        job = self.job
+        if (
+            not self._whole_tree
+            or job.writing is None
+            or job.reading is not None
+            or job.suite.signed
+            or job.signing is not None
+            or job.key_map is not None
+            or job.audit is not None
+            or job.destination is None
+            or not isinstance(job.source.tree, LocalTree)
+            or not isinstance(job.destination.tree, LocalTree)
+        ):
+            return 0
+        return min(job.frame_length, SMALL_LENGTH)
 
     def _open_journal(self, tree: Tree) -> Journal | StoreJournal:
         job = self.job
@@ -387,11 +429,13 @@ class _Run:
 
     # -- one file into a task
 
-    def seal(self, item: _Item) -> FileTask | None:
+    def seal(self, item: _Item) -> FileTask | SmallFile | None:
         """The task that encrypts a file; a key that cannot be used ends the job."""
         number, entry, _ = item
         if self.job.dry_run:
             return FileTask(number, entry.name, None, entry.size)
+        if entry.size < self._small_below:
+            return SmallFile(number, entry.name, entry.size)
         sealing = self._sealing_or_failure(number, entry.name, entry.size)
         if sealing is None:
             return None
@@ -662,12 +706,12 @@ class _Run:
     def drive(
         self,
         items: Iterator[_Item],
-        task_of: Callable[[_Item], FileTask | None],
+        task_of: Callable[[_Item], FileTask | SmallFile | None],
     ) -> None:
         """Make a task of every entry, and keep the workers fed until each has an outcome."""
         if self.job.dry_run:
             for item in items:
-                if (task := task_of(item)) is not None:
+                if isinstance(task := task_of(item), FileTask):
                     self._finish_file(task, Outcome(task.number, bytes_in=task.length))
             return
         if self._manifest is not None and self._may_replace:
@@ -693,6 +737,8 @@ class _Run:
             for outcome in pool.collect():
                 if isinstance(outcome, Lost):
                     self._lost(outcome)
+                elif isinstance(outcome, SmallOutcome):
+                    self._take_small(outcome)
                 else:
                     self._take(outcome)
             if self._journal is not None:
@@ -765,14 +811,46 @@ class _Run:
             self._feeds.pop()
         return None
 
-    def _lists(self, tasks: Iterator[FileTask]) -> Iterator[Tasks]:
+    def _lists(self, tasks: Iterator[FileTask | SmallFile]) -> Iterator[Tasks]:
         """What goes to workers: small files together, a large one span by span."""
         for group in in_batches(tasks, self._batch_files):
-            if is_large(group[0]):
+            if isinstance(group[0], SmallFile):
+                for small in self._small_files([file for file in group if isinstance(file, SmallFile)]):
+                    yield [small]
+            elif is_large(group[0]):
                 yield from self._spans(group[0])
             else:
                 self._tasks.update((task.number, task) for task in group)
                 yield group
+
+    def _small_files(self, files: list[SmallFile]) -> Iterator[SmallFiles]:
+        """Their ids and keys; those of one data key together."""
+        job = self.job
+        assert job.writing is not None
+        context = {**job.context, **job.authenticated_context}
+        for file in files:
+            self._target_name(file.source)
+        while files:
+            lengths = [file.length for file in files]
+            materials, count = job.writing.for_encryption_of_several(job.suite, context, lengths)
+            suite, data_key = materials.suite, materials.data_key
+            if self._journal is not None:
+                self._journal.begin(materials)
+            template, _ = self._template_for(materials)
+            drawn, width = new_message_ids(suite, count), suite.message_id_length
+            ids = [drawn[start : start + width] for start in range(0, len(drawn), width)]
+            keys = [derive_keys(suite, data_key, message_id) for message_id in ids]
+            small = self._small[files[0].number] = SmallFiles(
+                files[0].number,
+                [file.source for file in files[:count]],
+                lengths[:count],
+                template,
+                ids,
+                [key.content_key for key in keys],
+                [key.commitment for key in keys],
+            )
+            yield small
+            files = files[count:]
 
     def _spans(self, task: FileTask) -> Iterator[Tasks]:
         """Begin a large file: its target, its final frame; then its spans."""
@@ -825,6 +903,51 @@ class _Run:
         else:
             self._finish_file(self._tasks.pop(outcome.number), outcome)
 
+    def _take_small(self, outcome: SmallOutcome) -> None:
+        """As ``_take`` and ``_finish_file``, for several at once."""
+        files = self._small.pop(outcome.number)
+        self._done_bytes += sum(files.lengths)
+        if outcome.errors:
+            for row, name in enumerate(files.names):
+                if (error := outcome.errors.get(row)) is not None:
+                    self._fail(files.number + row, name, error)
+                else:
+                    self._finish_small(files, row, outcome)
+            return
+        overhead = files.template.length + FINAL_OVERHEAD
+        total, count = sum(files.lengths), len(files.names)
+        report = self.report
+        report.files += count
+        report.bytes_in += total
+        report.bytes_out += total + count * overhead
+        lines, sources = [], []
+        for name, length, message_id, tag, source, made in zip(
+            files.names,
+            files.lengths,
+            files.message_ids,
+            outcome.tags,
+            outcome.source_states,
+            outcome.made_states,
+            strict=True,
+        ):
+            assert source is not None
+            assert made is not None
+            message = length + overhead, message_id.hex(), tag.hex()
+            quoted_name = quoted(name)
+            lines.append(file_line(quoted_name, length, *message))
+            sources.append(source_line(quoted_name, source))
+            if self._journal is not None:
+                self._journal.add(Finished(name, source, made, length, *message))
+        self._written_folders.update({name.rpartition("/")[0] for name in files.names})
+        self._list(files.number, _Lines("".join(lines), count, total, "".join(sources)))
+
+    def _finish_small(self, files: SmallFiles, row: int, outcome: SmallOutcome) -> None:
+        task = files.task(row, outcome.tags[row])
+        read, made = outcome.source_states[row], outcome.made_states[row]
+        self._finish_file(
+            task, Outcome(task.number, task.length, task.target_length or 0, task.length, None, read, made)
+        )
+
     def _end_large_if_done(self, large: _Large) -> None:
         if large.spans_out or not (large.all_sent or large.error or large.lost):
             return
@@ -857,6 +980,11 @@ class _Run:
         """A worker died: its messages start again, each under a new message id."""
         self._deaths = True
         for task in lost.tasks:
+            if isinstance(task, SmallFiles):
+                del self._small[task.number]
+                for row in range(len(task.names)):
+                    self._retry(task.task(row), lost.reason)
+                continue
             large = self._large.get(task.number)
             if large is not None:
                 large.lost = lost.reason
@@ -894,8 +1022,12 @@ class _Run:
         except SourceError:
             return None
         try:
-            header = task.sealing.header
-            return task if read_bytes(source, 0, len(header)) == header else None
+            # All but the tag, which the worker may have made: the id alone tells this message from any other.
+            header, length = task.sealing.header, len(task.sealing.header)
+            found = bytes(read_bytes(source, 0, length))
+            if found[:-TAG_LENGTH] != header[:-TAG_LENGTH]:
+                return None
+            return task._replace(sealing=task.sealing._replace(header=found))
         finally:
             source.close()
 
@@ -956,11 +1088,17 @@ class _Run:
     def _fail_integrity(self, name: str, reason: str) -> None:
         self._fail(self._take_number(), name, IntegrityError(f"{self._path(name)}: {reason}"))
 
-    def _list(self, number: int, listed: Listed | None, source: State | None = None) -> None:
+    def _list(self, number: int, listed: Listed | _Lines | None, source: State | None = None) -> None:
         """Lines of the manifest leave in walk order, whatever the order in which files are done."""
         self._listings[number] = listed, source
         while self._next_listing in self._listings:
             line, state = self._listings.pop(self._next_listing)
+            if isinstance(line, _Lines):
+                self._next_listing += line.files
+                if self._manifest is not None:
+                    self._manifest.add_files(line.lines, line.files, line.bytes)
+                    self._sources.add_lines(line.sources)
+                continue
             self._next_listing += 1
             if self._manifest is not None and line is not None:
                 self._manifest.add(line)

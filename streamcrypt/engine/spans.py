@@ -2,6 +2,7 @@
 
     FileTask   a whole file: the worker opens, writes, flushes and publishes it
     SpanTask   some whole frames of one large file, whose target the parent has made
+    SmallFiles several files that become messages of one frame each
 
 A task carries a message's own derived key, never a data key; where it goes to another process it
 goes through that process's own pipe.  Tasks are named tuples, which pickle several times faster than
@@ -11,9 +12,11 @@ dataclasses with slots; their ``repr`` shows no key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from streamcrypt.message.frames import Geometry
+from streamcrypt.message.header import HeaderTemplate
+from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import RESERVED_FOLDER
 
 # A file of more than this is cut, so that the last one does not keep one worker busy while the
@@ -23,6 +26,8 @@ SPAN_LENGTH: Final = 32 * 2**20
 # Small files travel together: up to so many, or so many bytes.
 BATCH_FILES: Final = 64
 BATCH_BYTES: Final = 16 * 2**20
+# Above this the cost of a file is its bytes.
+SMALL_LENGTH: Final = 256 * 2**10
 
 MANIFEST: Final = f"{RESERVED_FOLDER}/manifest"
 # What is signed of a tree, and the signature (signature.py).
@@ -120,6 +125,43 @@ class SpanTask(NamedTuple):
         return self.file.number
 
 
+class SmallFile(NamedTuple):
+    """A file that is going to be one of ``SmallFiles``; its keys are derived when those are put together."""
+
+    number: int
+    source: str
+    length: int
+
+
+class SmallFiles(NamedTuple):
+    """Files of following numbers, each shorter than a frame, that are encrypted under their own names.
+
+    Columns instead of an object for each: what a small file costs is the interpreter's time
+    (benchmarks/README.md, "small files").  Ids are drawn and keys derived already; the worker makes the
+    headers too, since it has the ciphers.
+    """
+
+    number: int
+    names: list[str]
+    lengths: list[int]
+    template: HeaderTemplate
+    message_ids: list[bytes]
+    content_keys: list[bytes]
+    commitments: list[bytes]
+
+    def __repr__(self) -> str:
+        return f"<SmallFiles {self.number} to {self.number + len(self.names) - 1}>"
+
+    def task(self, row: int, tag: bytes = bytes(TAG_LENGTH)) -> FileTask:
+        """One of them as a task of its own, with the tag that its header got."""
+        name, length, message_id = self.names[row], self.lengths[row], self.message_ids[row]
+        header = self.template.body(message_id, self.commitments[row]) + tag
+        # It is shorter than a frame, so how long a frame may be does not matter.
+        geometry = Geometry(len(header), length + 1, 0, length)
+        sealing = Sealing(self.template.suite.id, header, message_id, self.content_keys[row], geometry)
+        return FileTask(self.number + row, name, name, length, sealing=sealing)
+
+
 def is_large(task: FileTask) -> bool:
     """Whether a file is cut into spans."""
     return task.length > SPLIT_LENGTH and not task.in_order
@@ -143,15 +185,25 @@ def unit_length(task: FileTask) -> int:
     return 2**20
 
 
-def in_batches(tasks: Iterable[FileTask], files: int = BATCH_FILES) -> Iterator[list[FileTask]]:
+def in_batches(
+    tasks: Iterable[FileTask | SmallFile], files: int = BATCH_FILES
+) -> Iterator[list[FileTask] | list[SmallFile]]:
     """Tasks in lists of up to ``files`` that are worth a hand-over each; a large one is a list of its own."""
-    batch: list[FileTask] = []
+    batch: list[Any] = []
     size = 0
     for task in tasks:
-        if batch and (len(batch) >= files or size + task.length > BATCH_BYTES):
+        if batch and (
+            len(batch) >= files or size + task.length > BATCH_BYTES or not _go_together(batch[-1], task)
+        ):
             yield batch
             batch, size = [], 0
         batch.append(task)
         size += task.length
     if batch:
         yield batch
+
+
+def _go_together(task: FileTask | SmallFile, following: FileTask | SmallFile) -> bool:
+    if isinstance(task, SmallFile):
+        return isinstance(following, SmallFile) and following.number == task.number + 1
+    return not isinstance(following, SmallFile)

@@ -11,24 +11,35 @@ others' metadata with it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from streamcrypt.engine.spans import FileTask, Opening, Sealing, SpanTask, unit_length
+from streamcrypt.engine.spans import FileTask, Opening, Sealing, SmallFiles, SpanTask, unit_length
 from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.materials import read_public_key
 from streamcrypt.message.footer import Signer
 from streamcrypt.message.frames import FINAL_OVERHEAD, REGULAR_OVERHEAD, FrameCipher, Geometry
 from streamcrypt.message.header import Buffer, parse_header
-from streamcrypt.message.suites import suite_by_id
+from streamcrypt.message.suites import TAG_LENGTH, suite_by_id
 from streamcrypt.storage import LocalTree, Source, State, Target, Tree
-from streamcrypt.streams import BATCH_LENGTH, FrameReader, SequentialReader, UnlockedMessage, seal_frames
+from streamcrypt.streams import (
+    BATCH_LENGTH,
+    FrameReader,
+    SequentialReader,
+    UnlockedMessage,
+    seal_frames,
+    seal_one_frame,
+)
 
 if TYPE_CHECKING:
     from streamcrypt.engine.hashing import HashingSource, HashingTarget
 
 # Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
 LOOP_LENGTH: Final = 2**20
+
+
+# Small files that are read, then sealed, then written together: see benchmarks/README.md, "small files".
+_STEP_BYTES: Final = 256 * 2**10
 
 
 class Setup(NamedTuple):
@@ -58,6 +69,19 @@ class Outcome(NamedTuple):
     sha256: str = ""
 
 
+class SmallOutcome(NamedTuple):
+    """What became of ``SmallFiles``: the tag that each header got, the states of what was read and made.
+
+    ``errors``: by row, of those that failed; then the other columns mean nothing there.
+    """
+
+    number: int
+    tags: list[bytes]
+    source_states: list[State | None]
+    made_states: list[State | None]
+    errors: dict[int, StreamcryptError]
+
+
 class Cancelled(Exception):  # noqa: N818  (not an error of the job: it was told to stop)
     """The job was told to stop while this task ran."""
 
@@ -73,14 +97,19 @@ class Worker:
         self._durable = setup.durable
         self._hashing = setup.hashing
         self._cancelled = cancelled or threading.Event()
-        self._plaintext = memoryview(b"")
-        self._sealed = memoryview(b"")  # frames that are read
-        self._frames = memoryview(b"")  # frames that are written
+        self._plaintext = memoryview(bytearray())
+        self._sealed = memoryview(bytearray())  # frames that are read
+        self._frames = memoryview(bytearray())  # frames that are written
 
     def close(self) -> None:
         for tree in (self._source_tree, self._target_tree, self._against_tree):
             if tree is not None:
                 tree.close()
+
+    def take(self, tasks: Sequence[FileTask | SpanTask | SmallFiles]) -> list[Outcome | SmallOutcome]:
+        """Do the tasks, all of one kind, of any kind."""
+        small = [self._small_files(task) for task in tasks if isinstance(task, SmallFiles)]
+        return [*small] or [*self.run([task for task in tasks if not isinstance(task, SmallFiles)])]
 
     def run(self, tasks: Sequence[FileTask | SpanTask]) -> list[Outcome]:
         """Do the tasks; what goes wrong with one is its outcome and does not stop the others."""
@@ -129,6 +158,87 @@ class Worker:
                 outcomes[position] = Outcome(outcome.number, error=failed[outcome.number])
             elif outcome.number in made:
                 outcomes[position] = outcome._replace(made_state=made[outcome.number])
+
+    # -- small files
+
+    def _small_files(self, files: SmallFiles) -> SmallOutcome:
+        """Encrypt them; all are written, then all flushed, then all get their names.
+
+        Each step is done for several files before the next one, since the code of one step stays in the
+        processor's cache (benchmarks/README.md, "small files").
+        """
+        names, lengths, template = files.names, files.lengths, files.template
+        assert self._target_tree is not None
+        open_source, create, overwrite = self._source_tree.open, self._target_tree.create, self._overwrite
+        ids, content_keys, commitments = files.message_ids, files.content_keys, files.commitments
+        overhead = template.length + FINAL_OVERHEAD
+        everything = range(len(names))
+        states: list[State | None] = [None] * len(names)
+        outcome = SmallOutcome(files.number, [b""] * len(names), states, states.copy(), {})
+        contents: dict[int, memoryview] = {}
+        messages: dict[int, memoryview] = {}
+        targets: dict[int, Target] = {}
+
+        def read(row: int) -> None:
+            source, content = open_source(names[row]), contents[row]
+            try:
+                if source.size != len(content) or source.read_at(0, content) < len(content):
+                    raise _changed(self._source_tree.path(names[row]))
+                source.check_unchanged()
+                outcome.source_states[row] = source.state
+            finally:
+                source.close()
+
+        def seal(row: int) -> None:
+            header = seal_one_frame(
+                template, ids[row], content_keys[row], commitments[row], contents[row], messages[row]
+            )
+            outcome.tags[row] = header[-TAG_LENGTH:]
+
+        def write(row: int) -> None:
+            message = messages[row]
+            target = targets[row] = create(names[row], size=len(message), overwrite=overwrite)
+            target.write_at(0, message)
+            outcome.made_states[row] = target.state()
+
+        def flush(row: int) -> None:
+            targets[row].flush()
+
+        def publish(row: int) -> None:
+            targets[row].publish(overwrite=overwrite)
+
+        def each(step: Callable[[int], None], rows: range) -> None:
+            self._stop_if_cancelled()
+            for row in rows:
+                if row in outcome.errors:
+                    continue
+                try:
+                    step(row)
+                except StreamcryptError as error:
+                    outcome.errors[row] = error
+                except Exception as error:  # noqa: BLE001  (the outermost loop, as in _guard)
+                    outcome.errors[row] = unexpected(self._source_tree.path(names[row]), error)
+
+        try:
+            for rows in _steps(lengths):
+                total = sum(lengths[row] for row in rows)
+                plaintext = self._room("_plaintext", total)
+                frames = self._room("_frames", total + len(rows) * overhead)
+                start = end = 0
+                for row in rows:
+                    contents[row] = plaintext[start : start + lengths[row]]
+                    messages[row] = frames[end : end + lengths[row] + overhead]
+                    start, end = start + lengths[row], end + lengths[row] + overhead
+                each(read, rows)
+                each(seal, rows)
+                each(write, rows)
+            if self._durable:
+                each(flush, everything)
+            each(publish, everything)
+        finally:
+            for target in targets.values():
+                target.discard()
+        return outcome
 
     # -- one file
 
@@ -186,7 +296,9 @@ class Worker:
     def _copy_in_order(self, task: FileTask, opening: Opening, source: Source, writing: Writing) -> None:
         """A message that must be read in order: its signature, or its one tag, comes at the end."""
         header, _ = parse_header(opening.header, max_encrypted_data_keys=None)
-        message = UnlockedMessage(header, opening.content_key, read_public_key(header.suite, header.context))
+        message = UnlockedMessage.of(
+            header, opening.content_key, read_public_key(header.suite, header.context)
+        )
         regrouped = _Regrouping(writing, step_length(task))
         position = 0
         signed: HashingSource | None = None
@@ -422,6 +534,17 @@ class _Regrouping:
     def _pass_on(self, data: memoryview) -> None:
         self._write(self._position, data)
         self._position += len(data)
+
+
+def _steps(lengths: list[int]) -> Iterator[range]:
+    """Files whose steps are done together: few enough for the processor's cache."""
+    start = total = 0
+    for row, length in enumerate(lengths):
+        if total + length > _STEP_BYTES and row > start:
+            yield range(start, row)
+            start, total = row, 0
+        total += length
+    yield range(start, len(lengths))
 
 
 def step_length(task: FileTask) -> int:

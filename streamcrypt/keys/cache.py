@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final, Generic, NoReturn, TypeVar, cast
 
 from streamcrypt.errors import StreamcryptError
@@ -153,6 +153,26 @@ class DataKeyCache:
             if entry.materials is not None or self._wait(entry):
                 return cast(M, entry.materials)
         return make()
+
+    def encryption_of_several(
+        self, key: Hashable, plaintext_lengths: Sequence[int], make: Callable[[], M]
+    ) -> tuple[M, int]:
+        """Materials for as many of these messages, from the first on, as one entry takes; and their number."""
+        materials = self.encryption(key, plaintext_lengths[0], make)
+        count = 1
+        with self._lock:
+            entry = self._entries.get(key)
+            # Another thread may have used it up meanwhile, or it had no room for an entry.
+            if entry is not None and entry.materials is materials:
+                for length in plaintext_lengths[1:]:
+                    if entry.messages >= self._max_messages or entry.bytes + length > self._max_bytes:
+                        break  # the next call counts this use, is refused, and drops the entry
+                    entry.messages += 1
+                    entry.bytes += length
+                    count += 1
+                self._hits += count - 1
+                self._encryption_hits += count - 1
+        return materials, count
 
     def decryption(self, key: Hashable, make: Callable[[], M]) -> M:
         """Materials to read a message with, from the cache or from ``make``; age is the only limit."""

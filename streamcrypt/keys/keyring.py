@@ -268,6 +268,8 @@ def printable(text: str | bytes) -> str:
     """Text from a message, safe on a terminal: control characters escaped, length bounded."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
+    if len(text) <= 200 and text.isprintable():  # the usual name: this is asked of every message
+        return text
     shown = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:200]
     )

@@ -109,6 +109,19 @@ class Materials:
             lambda: self._new_materials(suite, context),
         )
 
+    def for_encryption_of_several(
+        self, suite: AlgorithmSuite, context: Mapping[str, str], plaintext_lengths: Sequence[int]
+    ) -> tuple[EncryptionMaterials, int]:
+        """Materials for as many of these messages, from the first on, as may share them; and their number."""
+        cache = self._cache
+        if cache is None or suite.kdf_hash is None:
+            return self._new_materials(suite, context), 1
+        return cache.encryption_of_several(
+            (self._identity, suite.id, frozenset(context.items())),
+            plaintext_lengths,
+            lambda: self._new_materials(suite, context),
+        )
+
     def for_decryption(
         self,
         suite: AlgorithmSuite,

@@ -12,6 +12,8 @@ content key of its own: that is what makes frame numbers safe as IVs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Final, NamedTuple
 
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
@@ -60,10 +62,15 @@ def derive_for_reading(header: Header, data_key: bytes) -> bytes:
     The commitment is compared before anything is decrypted with the key: a message that was made
     to open under two data keys ends here.  IntegrityError when it does not hold.
     """
+    keys = derive_keys(header.suite, data_key, header.message_id)
+    if header.suite.committing and not _bytes_eq()(keys.commitment, header.commitment):
+        raise IntegrityError("the message does not commit to this data key")
+    return keys.content_key
+
+
+@cache
+def _bytes_eq() -> Callable[[bytes, bytes], bool]:
     # Here, because it imports hashlib and with it a second OpenSSL, which writing has no use for.
     from cryptography.hazmat.primitives.constant_time import bytes_eq
 
-    keys = derive_keys(header.suite, data_key, header.message_id)
-    if header.suite.committing and not bytes_eq(keys.commitment, header.commitment):
-        raise IntegrityError("the message does not commit to this data key")
-    return keys.content_key
+    return bytes_eq

@@ -117,7 +117,11 @@ class _Fields:
         return int.from_bytes(self.take(length), "big")
 
     def counted(self) -> bytes:
-        return self.take(self.number(2))
+        position = self.position
+        if position + 2 > self.end:
+            self.take(2)  # says what is wrong
+        self.position = position + 2
+        return self.take(_U16.unpack_from(self.buffer, position)[0])
 
 
 def parse_header(
@@ -236,9 +240,13 @@ class HeaderTemplate:
             + TAG_LENGTH
         )
 
+    def body(self, message_id: bytes, commitment: bytes) -> bytes:
+        """The header of one message without its tag."""
+        return b"".join((self._start, message_id, self._middle, commitment))
+
     def seal(self, message_id: bytes, commitment: bytes, aead: AESGCM) -> bytes:
         """The header of one message, with its tag.  Once for a content key, never twice."""
-        body = b"".join((self._start, message_id, self._middle, commitment))
+        body = self.body(message_id, commitment)
         return body + aead.encrypt(_ZERO_IV, b"", body + self._unstored)
 
 

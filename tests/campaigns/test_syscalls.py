@@ -57,7 +57,7 @@ class InlinePool:
         return bool(self._results)
 
     def submit(self, tasks):
-        self._results.append(list(self._worker.run(tasks)))
+        self._results.append(list(self._worker.take(tasks)))
 
     def collect(self):
         return self._results.pop()

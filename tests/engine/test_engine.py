@@ -31,7 +31,8 @@ from families.trees import (
 
 import streamcrypt as sc
 from streamcrypt.engine.pool import ProcessPool, ThreadPool
-from streamcrypt.engine.spans import MANIFEST
+from streamcrypt.engine.spans import MANIFEST, SmallFiles
+from streamcrypt.engine.worker import Worker
 from streamcrypt.kms import open_service
 from streamcrypt.message.header import parse_header
 from streamcrypt.storage import LocalTree
@@ -561,6 +562,40 @@ WAYS_TO_DIE = {
     "SIGTERM": signal.SIGTERM,
     "SIGBUS": signal.SIGBUS,
 }
+
+
+@pytest.mark.parametrize("moment", ["at once", "half way", "done"])
+def test_small_files_of_a_worker_that_died(tmp_path, monkeypatch, moment):
+    """Whole messages that are there already are kept and listed, the others begin again under new ids."""
+    contents = make_tree(tmp_path / "in", {f"d{i % 3}/{i}": i * 10 for i in range(200)})
+    kept = []
+
+    class Dying(Worker):
+        def take(self, tasks):
+            assert isinstance(tasks[0], SmallFiles) or moment != "at once" or kept
+            if not kept:
+                (files,) = tasks
+                rows = {"at once": 0, "half way": len(files.names) // 2, "done": len(files.names)}[moment]
+                if rows:
+                    part = files._replace(names=files.names[:rows], lengths=files.lengths[:rows])
+                    assert not super().take([part])[0].errors
+                kept.extend(files.message_ids[:rows] or files.message_ids[:1])
+                sys.exit("died")
+            return super().take(tasks)
+
+    monkeypatch.setattr("streamcrypt.engine.pool.Worker", Dying)
+    report = sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, workers=1, fsync=False)
+    assert (report.files, report.failed) == (200, [])
+    encrypted = read_tree(tmp_path / "enc")
+    ids = {parse_header(data)[0].message_id for data in encrypted.values()}
+    assert len(ids) == 201
+    if moment == "at once":
+        assert not ids & set(kept), "these keys may have been used"
+    else:
+        assert set(kept) <= ids
+    assert sc.verify(tmp_path / "enc", keys=KEYS, against=tmp_path / "in").files == 200
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS, fsync=False)
+    assert read_tree(tmp_path / "dec") == contents
 
 
 @pytest.mark.parametrize("how", WAYS_TO_DIE.values(), ids=WAYS_TO_DIE)

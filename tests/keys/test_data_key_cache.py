@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import random
 import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,24 @@ def test_a_limit_of_20_bytes_gives_two_messages_of_10():
     cache, make = DataKeyCache(max_bytes=20), maker()
     assert [cache.encryption("key", 10, make) for _ in range(5)] == [0, 0, 1, 1, 2]
     assert cache.stats()["evictions"]["bytes"] == 2
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_messages": 7}, {"max_bytes": 50}, {"max_messages": 5, "max_bytes": 37}, {}]
+)
+def test_several_messages_at_once_are_counted_as_one_by_one(limits):
+    lengths = random.Random(7).choices(range(60), k=300)  # some longer than a limit of bytes
+    one, several = DataKeyCache(**limits), DataKeyCache(**limits)
+    make, make_several = maker(), maker()
+    singly = [one.encryption("key", length, make) for length in lengths]
+    together: list[int] = []
+    while len(together) < len(lengths):
+        part = lengths[len(together) : len(together) + 64]
+        materials, count = several.encryption_of_several("key", part, make_several)
+        assert 1 <= count <= len(part)
+        together += [materials] * count
+    assert together == singly
+    assert several.stats() == one.stats()
 
 
 def test_a_first_message_that_reaches_the_byte_limit_is_not_stored():
