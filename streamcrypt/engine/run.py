@@ -67,7 +67,7 @@ from streamcrypt.errors import (
 from streamcrypt.keys.materials import EncryptionMaterials, Materials
 from streamcrypt.message.derive import derive_keys
 from streamcrypt.message.frames import FINAL_OVERHEAD, UNFRAMED_PREFIX, FrameCipher, unframed_length
-from streamcrypt.message.header import Header, HeaderTemplate
+from streamcrypt.message.header import Header, HeaderTemplate, authenticate_header, parse_header
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import (
     KEPT_FOLDERS,
@@ -1022,12 +1022,17 @@ class _Run:
         except SourceError:
             return None
         try:
-            # All but the tag, which the worker may have made: the id alone tells this message from any other.
-            header, length = task.sealing.header, len(task.sealing.header)
-            found = bytes(read_bytes(source, 0, length))
-            if found[:-TAG_LENGTH] != header[:-TAG_LENGTH]:
+            # The tag of a small file's header was made by its worker, and so is known from there.
+            sealing, body = task.sealing, task.sealing.header[:-TAG_LENGTH]
+            found = bytes(read_bytes(source, 0, len(sealing.header)))
+            if found[: len(body)] != body:
                 return None
-            return task._replace(sealing=task.sealing._replace(header=found))
+            header, _ = parse_header(found, max_encrypted_data_keys=None)
+            cipher = FrameCipher(sealing.content_key, sealing.message_id)
+            authenticate_header(header, cipher.aead, self.job.authenticated_context)
+            return task._replace(sealing=sealing._replace(header=found))
+        except IntegrityError:
+            return None
         finally:
             source.close()
 

@@ -170,7 +170,6 @@ class Worker:
         names, lengths, template = files.names, files.lengths, files.template
         assert self._target_tree is not None
         open_source, create, overwrite = self._source_tree.open, self._target_tree.create, self._overwrite
-        ids, content_keys, commitments = files.message_ids, files.content_keys, files.commitments
         overhead = template.length + FINAL_OVERHEAD
         everything = range(len(names))
         states: list[State | None] = [None] * len(names)
@@ -191,7 +190,12 @@ class Worker:
 
         def seal(row: int) -> None:
             header = seal_one_frame(
-                template, ids[row], content_keys[row], commitments[row], contents[row], messages[row]
+                template,
+                files.message_ids[row],
+                files.content_keys[row],
+                files.commitments[row],
+                contents[row],
+                messages[row],
             )
             outcome.tags[row] = header[-TAG_LENGTH:]
 
