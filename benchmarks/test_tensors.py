@@ -27,6 +27,7 @@ import os
 import random
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,8 +170,8 @@ def here(variants: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], tuple
 class Apart:
     """One way to save and load the same weights, in a process of its own; ``"ours"`` or a peer."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        folder.mkdir()
+    def __init__(self, name: str, beside: Path) -> None:
+        folder = Path(tempfile.mkdtemp(dir=beside))
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, folder))
@@ -288,7 +289,7 @@ def test_peers(case: Case, peer: str) -> None:
     if importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
     _, save_target, load_target = PEERS[peer]
-    processes = {name: Apart(name, case.folder / f"{name}-apart") for name in ("ours", peer)}
+    processes = {name: Apart(name, case.folder) for name in ("ours", peer)}
     try:
         found = {}
         for what in ("save", "load"):

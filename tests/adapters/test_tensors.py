@@ -674,6 +674,24 @@ def test_numpy_files_never_run_code(tmp_path, keys):
             load(tmp_path / "a", keys=keys)
 
 
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_a_flipped_bit_in_numpys_files(tmp_path, keys, kind):
+    path = tmp_path / "a"
+    if kind == "npy":
+        tensors.save_npy(path, np.arange(900.0), keys=keys, frame_size=F)
+    else:
+        tensors.save_npz(path, {"x": np.arange(900.0)}, keys=keys, frame_size=F)
+    whole = path.read_bytes()
+    for place in range(header_length(whole), len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(sc.IntegrityError):
+            tensors.load_npy(path, keys=keys) if kind == "npy" else tensors.load_npz(path, keys=keys)[
+                "x"
+            ].sum()
+
+
 @pytest.mark.parametrize("load", [tensors.load_npy, tensors.load_npz], ids=["npy", "npz"])
 @pytest.mark.parametrize("plaintext", [b"", b"PK", b"\x93NUMPY\1\0\x10\0{'descr': '<f8'}", os.urandom(500)])
 def test_what_is_no_numpy_file_is_refused(tmp_path, keys, load, plaintext):
