@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -39,8 +38,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cryptography.hazmat.primitives.constant_time import bytes_eq
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
@@ -252,7 +250,9 @@ class _Tags:
 
     def next(self, text: bytes) -> bytes:
         if self._mac is None:
-            tag = hashlib.sha256(self._last + text).digest()
+            chained = Hash(SHA256())
+            chained.update(self._last + text)
+            tag = chained.finalize()
         else:
             mac = self._mac.copy()
             mac.update(self._last + text)
@@ -261,6 +261,9 @@ class _Tags:
         return tag.hex().encode()
 
     def is_next(self, tag: bytes, text: bytes) -> bool:
+        # Here, because it imports hashlib and with it a second OpenSSL, which writing has no use for.
+        from cryptography.hazmat.primitives.constant_time import bytes_eq
+
         return bytes_eq(self.next(text), tag)
 
 

@@ -20,11 +20,12 @@ the whole tree is the newest one: for that, keep the manifest's digest elsewhere
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Final, NamedTuple
+
+from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
 from streamcrypt.errors import IntegrityError
 from streamcrypt.message.header import Header
@@ -106,7 +107,9 @@ class SourcesDigest:
     """
 
     def __init__(self, settings: str) -> None:
-        self._hash = hashlib.sha256(_line({"settings": settings}))
+        # Not hashlib's, which brings a second OpenSSL that few commands need.
+        self._hash = Hash(SHA256())
+        self._hash.update(_line({"settings": settings}))
 
     def add(self, name: str, state: State) -> None:
         self.add_lines(source_line(quoted(name), state))
@@ -119,7 +122,7 @@ class SourcesDigest:
         self._hash.update(_line({"folder": name}))
 
     def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        return self._hash.copy().finalize().hex()
 
 
 class ManifestWriter:

@@ -386,7 +386,7 @@ def test_a_small_job_imports_nothing_heavy(folder: Path) -> None:
     modules = imported_by("encrypt", "a", "a.enc", "--key", KEY, "--quiet")
     assert not modules & HEAVY
     unneeded = {
-        "subprocess", "multiprocessing", "socket", "ctypes", "logging", "shutil",
+        "subprocess", "multiprocessing", "socket", "ctypes", "logging", "shutil", "hashlib",
         "streamcrypt.keys.ecdh", "streamcrypt.keys.hierarchy", "cryptography.hazmat.primitives.serialization",
     }  # fmt: skip
     assert not modules & unneeded
