@@ -136,6 +136,8 @@ def _operations(roles: Collection[str], *, first: bool, symmetric: bool) -> list
     operations = []
     if {"encrypt", "rekey"} & set(roles):
         operations.append("GenerateDataKey" if first else "Encrypt")
+    elif "wrap" in roles:
+        operations.append("Encrypt")
     if {"decrypt", "loader", "rekey"} & set(roles) or (first and {"resume", "ray"} & set(roles)):
         operations.append("Decrypt")
     return operations if symmetric else []
@@ -240,6 +242,7 @@ def _check_clock(response: Mapping[str, Any], now: float | None = None) -> Check
 
 
 _USER: Final = re.compile(r"User: (\S+) is not authorized")
+_SESSION: Final = re.compile(r"arn:([\w-]+):sts::(\d+):assumed-role/([^/]+)/.+")
 
 
 def _caller(calls: KmsCalls, client: Any, described: _Answer) -> str | None:
@@ -360,6 +363,7 @@ def _explain(
     action = f"kms:{operation}"
     named = _USER.search(said)
     who = named[1] if named else caller or "the caller"
+    principal = shlex.quote(_lasting(who) if who.startswith("arn:") else "ARN-OF-THE-CALLER")
     role = {"Decrypt": "decrypt", "Encrypt": "wrap"}.get(operation, "encrypt")
     allow = _iam_policy(arn, role, context)
     if "explicit deny" in said:
@@ -383,7 +387,7 @@ def _explain(
             cause,
             "; ".join(constraints),
             f"use the grant's encryption context (--context), or create another one: {allow} --form grants "
-            f"--principal {who}",
+            f"--principal {principal}",
         )
     if unmet:
         cause = "context" if all("kms:EncryptionContext" in reason for reason in unmet) else "key policy"
@@ -397,7 +401,7 @@ def _explain(
         return (
             "grant",
             "; ".join(lacking),
-            f"create a grant of {operation} as well: {allow} --form grants --principal {who}",
+            f"create a grant of {operation} as well: {allow} --form grants --principal {principal}",
         )
     if "identity-based" in said:
         found = f"the key policy leaves it to IAM, and no policy of {who} allows {action}"
@@ -406,10 +410,18 @@ def _explain(
         return "identity policy", found, f"attach the least policy: {allow}"
     if "resource-based policies allow" in said:
         found = "the key is of another account: it does not exist there, or its key policy does not allow this account"
-        return "key policy", found, f"its owner must allow it: {allow} --form grants --principal {who}"
+        return "key policy", found, f"its owner must allow it: {allow} --form grants --principal {principal}"
     found = f"the key policy names neither {who} nor its account, and no grant does"
-    mend = f"add the last statement of this to the key policy: {allow} --form key-policy --principal {who}"
-    return "key policy", found, f"{mend}; or create a grant: {allow} --form grants --principal {who}"
+    mend = (
+        f"add the last statement of this to the key policy: {allow} --form key-policy --principal {principal}"
+    )
+    return "key policy", found, f"{mend}; or create a grant: {allow} --form grants --principal {principal}"
+
+
+def _lasting(arn: str) -> str:
+    """The role of a session, which will have another name tomorrow; any other caller itself."""
+    session = _SESSION.fullmatch(arn)
+    return f"arn:{session[1]}:iam::{session[2]}:role/{session[3]}" if session else arn
 
 
 def _unmet(

@@ -637,6 +637,44 @@ def test_all_is_well(keys: list[str], capsys: pytest.CaptureFixture[str]) -> Non
         assert checks[name]["status"] == "ok", checks[name]
 
 
+def test_a_further_key_alone(
+    keys: list[str], url: str, become: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--key", f"local:{keys[0]}@{url}", "--for", "wrap"]
+    for action, status in (("kms:GenerateDataKey", "failed"), ("kms:Encrypt", "ok")):
+        become(LOOK, allow(action))
+        _, checks = diagnosed(capsys, *words)
+        assert checks["kms:Encrypt"]["status"] == status
+        assert "kms:GenerateDataKey" not in checks
+
+
+def test_a_session_is_mended_for_its_role(
+    service: Service,
+    keys: list[str],
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A session has another name tomorrow."""
+    service.create_grant(KeyId=keys[0], GranteePrincipal=ROLE, Operations=["Encrypt"])
+    made = principals.session_key(service.store, SESSION, expires=2**33, policies=[json.dumps(LOOK)])
+    for name, value in (
+        ("ACCESS_KEY_ID", made.id),
+        ("SECRET_ACCESS_KEY", made.secret),
+        ("SESSION_TOKEN", made.session_token),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", str(value))
+    words = ["--key", f"local:{keys[0]}@{url}", "--for", "loader"]
+    check = diagnosed(capsys, *words)[1]["kms:Decrypt"]
+    assert (check["status"], check["cause"]) == ("failed", "grant"), check
+    assert f"User: {SESSION}" in check["found"]
+    mend = check["mend"]
+    for grant in printed(capsys, *shlex.split(mend[mend.index("streamcrypt iam-policy") :])[2:]):
+        assert grant["GranteePrincipal"] == ROLE
+        service.create_grant(**grant)
+    assert diagnosed(capsys, *words)[1]["kms:Decrypt"]["status"] == "ok"
+
+
 @pytest.mark.parametrize("role", ["resume", "ray"])
 def test_what_a_job_asks_besides(
     keys: list[str], url: str, become: Callable[..., None], capsys: pytest.CaptureFixture[str], role: str
