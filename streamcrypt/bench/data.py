@@ -81,23 +81,17 @@ def own_sizes(given: str | list[str | int]) -> dict[str, object]:
 
 
 def _listed(source: str) -> list[int]:
-    if "://" in source:
-        try:
-            import fsspec
-        except ImportError as error:
-            raise ValueError(
-                f"{source}: a listing of a URL needs fsspec: pip install 'streamcrypt[fsspec]'"
-            ) from error
-        try:
-            filesystem, root = fsspec.core.url_to_fs(source)
-            return [int(entry["size"] or 0) for entry in filesystem.find(root, detail=True).values()]
-        except (OSError, ImportError) as error:
-            raise ValueError(f"{source}: {error}") from error
+    from streamcrypt import api
+    from streamcrypt.errors import StreamcryptError
+
     path = Path(source)
     try:
-        if path.is_dir():
-            return [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+        if "://" in source or path.is_dir():
+            entries = api.entries(source)
+            return [entry.size for entry in entries if not entry.folder and entry.problem is None]
         lines = path.read_text(encoding="utf-8").splitlines()
+    except (StreamcryptError, ImportError) as error:
+        raise ValueError(str(error)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{source}: neither a folder nor a file with a size on each line ({error})"
