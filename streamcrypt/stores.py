@@ -396,24 +396,39 @@ class StoreSource:
         return len(self._head)
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
-        length = max(0, min(len(buffer), self.size - offset))
         done = 0
-        if offset < len(self._head):
-            known = self._head[offset : offset + length]
-            done = len(known)
-            buffer[:done] = known
+        for piece in self._pieces(offset, len(buffer)):
+            buffer[done : done + len(piece)] = piece
+            done += len(piece)
+        return done
+
+    def view_at(self, offset: int, buffer: memoryview) -> memoryview:
+        """What ``read_at`` gives: where it lies already if that is one piece, in ``buffer`` otherwise."""
+        pieces = self._pieces(offset, len(buffer))
+        if len(pieces) == 1:
+            return pieces[0]
+        done = 0
+        for piece in pieces:
+            buffer[done : done + len(piece)] = piece
+            done += len(piece)
+        return buffer[:done]
+
+    def _pieces(self, offset: int, length: int) -> list[memoryview]:
+        """The bytes from ``offset`` on, up to ``length``, as they came from the store."""
+        stop = max(offset, min(offset + length, self.size))
+        pieces = [self._head[offset:stop]] if offset < len(self._head) else []
+        position = max(offset, min(stop, len(self._head)))
         with self._lock:
             if offset != self._expected:
                 self._read_on = 0
                 self._from_start = offset == 0 or (self.is_read_whole and offset < len(self._head))
-            self._expected = offset + length
-            self._read_on += length
-            if done < length and (self._from_start or self._read_on > _SEQUENTIAL):
-                self._read_ahead(offset + done, buffer[done:length])
-                return length
-        if done < length:
-            buffer[done:length] = self._get(offset + done, offset + length)
-        return length
+            self._expected = stop
+            self._read_on += stop - offset
+            if position < stop and (self._from_start or self._read_on > _SEQUENTIAL):
+                return pieces + self._read_ahead(position, stop)
+        if position < stop:
+            pieces.append(self._get(position, stop))
+        return pieces
 
     def check_unchanged(self) -> None:
         """Every request named the version that it wanted; only a store without ETags must be asked."""
@@ -427,22 +442,21 @@ class StoreSource:
             while self._blocks:
                 self._blocks.pop().data.cancel()
 
-    def _read_ahead(self, offset: int, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
-            position = offset + done
+    def _read_ahead(self, position: int, stop: int) -> list[memoryview]:
+        pieces = []
+        while position < stop:
             while self._blocks and not self._blocks[0].start <= position < self._blocks[0].stop:
                 self._blocks.popleft().data.cancel()
             start = self._blocks[-1].stop if self._blocks else position
             while len(self._blocks) < _AHEAD and start < self.size:
-                stop = min(start + self._window, self.size)
-                self._blocks.append(_Block(start, stop, _threads().submit(self._get, start, stop)))
-                start = stop
+                end = min(start + self._window, self.size)
+                self._blocks.append(_Block(start, end, _threads().submit(self._get, start, end)))
+                start = end
                 self._window = min(2 * self._window, _AHEAD_LENGTH)
             block = self._blocks[0]
-            part = block.data.result()[position - block.start :][: len(view) - done]
-            view[done : done + len(part)] = part
-            done += len(part)
+            pieces.append(block.data.result()[position - block.start : stop - block.start])
+            position += len(pieces[-1])
+        return pieces
 
     def _get(self, start: int, stop: int) -> memoryview:
         import obstore
@@ -932,6 +946,7 @@ def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
         config["endpoint"] = endpoint
         if endpoint.startswith("http:"):
             options["allow_http"] = True
+    config["unsigned_payload"] = _is_payload_unsigned(endpoint)
     encryption = _server_side_encryption()
     if encryption:
         config["server_side_encryption"] = encryption["ServerSideEncryption"]
@@ -959,6 +974,7 @@ def _make_client(session: Any) -> Any:
         retries={"total_max_attempts": 1, "mode": "standard"},  # `call` does it, with the same pauses
         max_pool_connections=_THREADS,
         connect_timeout=5,
+        s3={"payload_signing_enabled": not _is_payload_unsigned(_s3_endpoint())},
         **({} if session is not None else {"signature_version": botocore.UNSIGNED}),
     )
     session = session or boto3.Session()
@@ -993,13 +1009,27 @@ def _s3_endpoint() -> str | None:
 
 def _checked_endpoint(endpoint: str) -> str:
     """The endpoint; StreamcryptError where it would send data in the clear."""
-    host = urlsplit(endpoint).hostname or ""
-    loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host)
-    if not endpoint.startswith("https:") and not loopback and not _is_true("AWS_ALLOW_HTTP"):
+    if not _is_guarded(endpoint) and not _is_true("AWS_ALLOW_HTTP"):
+        host = urlsplit(endpoint).hostname or ""
         raise StreamcryptError(
             f"the store's endpoint at {host} is not https; AWS_ALLOW_HTTP=true allows plain HTTP all the same"
         )
     return endpoint.rstrip("/")
+
+
+def _is_guarded(endpoint: str) -> bool:
+    """Whether nobody on the way can change what is sent."""
+    host = urlsplit(endpoint).hostname or ""
+    loopback = host in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", host) is not None
+    return endpoint.startswith("https:") or loopback
+
+
+def _is_payload_unsigned(endpoint: str | None) -> bool:
+    """Whether a request's signature leaves its body out: SHA-256 of every byte costs what encrypting it does.
+
+    TLS guards the body on its way; what is sent is authenticated when it is read, in any case.
+    """
+    return not _is_false("AWS_UNSIGNED_PAYLOAD") and (endpoint is None or _is_guarded(endpoint))
 
 
 def _server_side_encryption() -> dict[str, Any]:
@@ -1018,6 +1048,10 @@ def _server_side_encryption() -> dict[str, Any]:
 
 def _is_true(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _is_false(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("0", "false", "no", "off")
 
 
 def _retry_seconds() -> float:

@@ -389,6 +389,8 @@ class FrameReader:
         self._stride = geometry.frame_length + REGULAR_OVERHEAD
         self._batch = max(1, BATCH_LENGTH // self._stride)
         self._frames = memoryview(bytearray()) if scratch is None else scratch
+        # A source whose bytes are in memory already shows them there.
+        self._view_at = getattr(source, "view_at", None)
         # The last frame that was opened for only a part of it: the next read often wants the rest.
         self._kept = memoryview(bytearray())
         self._kept_index = -1
@@ -452,7 +454,12 @@ class FrameReader:
         if len(self._frames) < length:
             self._frames = memoryview(bytearray(length))
         frames = self._frames[:length]
-        if self._source.read_at(offset, frames) < length:
+        if self._view_at is not None:
+            frames = self._view_at(offset, frames)
+            count = len(frames)
+        else:
+            count = self._source.read_at(offset, frames)
+        if count < length:
             raise IntegrityError("the message ends before its last frame: it was truncated")
         return frames
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -414,6 +415,34 @@ def test_server_side_encryption_is_asked_for(
     asked = [headers for headers in bucket.proxy.headers if "x-amz-server-side-encryption" in headers]
     assert len(asked) == 3  # the put, the start of the upload, and its record
     assert all(headers["x-amz-server-side-encryption-bucket-key-enabled"] == "true" for headers in asked)
+
+
+@pytest.mark.parametrize(
+    ("settings", "signed"),
+    [
+        ({}, False),  # on this machine
+        ({"AWS_UNSIGNED_PAYLOAD": "false"}, True),
+        ({"AWS_ENDPOINT_URL_S3": "http://store.example", "AWS_ALLOW_HTTP": "true"}, True),
+    ],
+)
+def test_a_body_is_hashed_where_nothing_else_guards_it(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], signed: bool
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{bucket.proxy.port}")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for size in (10, 9 * MiB):
+        target = stores.StoreTree(bucket.url).create("m", size=size, overwrite=True)
+        target.write_at(0, bytes(size))
+        target.publish(overwrite=True)
+    sent = [
+        headers["x-amz-content-sha256"]
+        for (method, path, _), headers in zip(bucket.proxy.requests, bucket.proxy.headers, strict=True)
+        if method == "PUT" and f"/{bucket.name}/m" in path
+    ]
+    assert len(sent) == 2  # the object, and a part
+    assert {re.fullmatch("[0-9a-f]{64}", found) is not None for found in sent} == {signed}
 
 
 def test_a_tree_is_its_url(bucket: Bucket) -> None:
