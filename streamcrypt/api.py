@@ -569,7 +569,8 @@ def _open_writer(
     )
     message = _begin(materials, context, authenticated_context, sign, _frame_length(frame_size), None)
     place = _destination(path)
-    assert place.name is not None
+    if place.name is None:
+        raise DestinationError(f"{_name(path)}: is a folder; name the file to be made")
     target = place.tree.create(place.name, overwrite=overwrite)
     place.tree.close()
     return EncryptingFile(

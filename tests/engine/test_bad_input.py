@@ -181,6 +181,12 @@ def test_a_url_of_no_store_never_becomes_a_folder(folder, tmp_path, monkeypatch,
     assert sc.open("./http:/x", keys=key).read() == b"plain"
 
 
+def test_a_message_is_not_written_to_a_folder(folder, tmp_path):
+    with pytest.raises(sc.StreamcryptError, match="is a folder; name the file"):
+        sc.open(tmp_path, "wb", keys=f"raw-aes:tests/aes-256@{folder / 'key'}")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_message_on_a_pipe(folder):
     """To standard output goes what was authenticated and no more."""
     good = (folder / "good.enc").read_bytes()
