@@ -353,10 +353,11 @@ def driver(nodes, *words, address=None):
     )
 
 
-def wait_for_journal(process, root, seconds=60):
-    """Wait until the job has finished its first files."""
+def wait_for_journal(process, root, seconds=120):
+    """Wait until the job has noted its first files: a line after the one that the journal begins with."""
     deadline = time.monotonic() + seconds
-    while not (root / "_streamcrypt" / "journal").exists():
+    journal = root / "_streamcrypt" / "journal"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 1):
         assert time.monotonic() < deadline, "the job does not begin"
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
@@ -399,7 +400,7 @@ def test_an_interrupt_leaves_nothing_partial_and_no_task(nodes, tmp_path):
     with driver(nodes, "encrypt", tmp_path / "in", tmp_path / "out", "--key", nodes.key) as process:
         wait_for_journal(process, tmp_path / "out")
         process.send_signal(signal.SIGINT)
-        out, said = process.communicate(timeout=60)
+        out, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert json.loads(out)["exit_code"] == 130
     assert not leftovers(tmp_path / "out")
