@@ -107,6 +107,12 @@ def _add_operation(commands: Any, name: str) -> None:
     )
     for member, shape in operation.options.items():
         _add_option(parser, member, shape)
+    parser.add_argument(
+        "--cli-input-json",
+        action=_WholeRequest,
+        metavar="JSON",
+        help="the request as JSON, or file://FILE; options beside it win",
+    )
     if "Marker" in operation.options:
         parser.add_argument(
             "--no-paginate",
@@ -133,6 +139,17 @@ def _add_operation(commands: Any, name: str) -> None:
     )
     _add_common(parser)
     parser.set_defaults(run=_run_operation, operation=name)
+
+
+class _WholeRequest(argparse.Action):
+    """A request in one piece: what must be given may stand there."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            action.required = False
 
 
 def _add_option(parser: argparse.ArgumentParser, member: str, shape: shapes.Option) -> None:
@@ -170,7 +187,7 @@ def _kebab(name: str) -> str:
 
 def _run_operation(args: argparse.Namespace) -> int:
     name: str = args.operation
-    request = {}
+    request = _whole_request(name, args.cli_input_json) if args.cli_input_json is not None else {}
     for member, shape in shapes.operations()[name].options.items():
         given = getattr(args, member)
         if given is not None:
@@ -188,6 +205,23 @@ def _run_operation(args: argparse.Namespace) -> int:
         _remind_of_backup()
     _print_response(response, args)
     return 0
+
+
+def _whole_request(name: str, text: str) -> dict[str, Any]:
+    option, operation = "--cli-input-json", shapes.operations()[name]
+    given = _json(option, _file_text(option, text))
+    if not isinstance(given, dict):
+        raise StreamcryptError(f"{option}: not a JSON object")
+    unknown = sorted(given.keys() - operation.members)
+    if unknown:
+        raise StreamcryptError(f"{option}: {name} has no member {', '.join(unknown)}")
+    try:
+        request: dict[str, Any] = operation.read(given)
+    except KmsError as error:
+        raise StreamcryptError(
+            f"{option}: a member is of another type; bytes are Base64, times seconds"
+        ) from error
+    return request
 
 
 def _every_page(

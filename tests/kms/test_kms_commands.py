@@ -122,6 +122,27 @@ def test_lists_are_whole_as_the_aws_cli_s_are(run: Run, home: Path):
     assert len(json.loads(run("list-resource-tags", "--key-id", arn))["Tags"]) == 50
 
 
+def test_a_request_in_json(run: Run, tmp_path: Path):
+    arn = json.loads(run("create-key", "--quiet", "--cli-input-json", '{"Description": "a key"}'))[
+        "KeyMetadata"
+    ]["Arn"]
+    assert run("describe-key", "--key-id", arn, "--query", "KeyMetadata.Description") == '"a key"\n'
+    request = {"KeyId": arn, "GranteePrincipal": "arn:aws:iam::000000000000:user/x", "Operations": ["Decrypt"],
+               "Constraints": {"EncryptionContextSubset": {"a": "b"}}}  # fmt: skip
+    path = tmp_path / "grant.json"
+    path.write_text(json.dumps(request))
+    run("create-grant", "--cli-input-json", f"file://{path}")
+    (grant,) = json.loads(run("list-grants", "--key-id", arn))["Grants"]
+    assert {name: grant[name] for name in request} == request
+    # What stands beside it wins; bytes are Base64.
+    sealed = ["encrypt", "--cli-input-json", '{"KeyId": "absent", "Plaintext": "eA=="}', "--key-id", arn]
+    blob = run(*sealed, "--output", "text", "--query", "CiphertextBlob").strip()
+    assert run("decrypt", "--ciphertext-blob", blob, "--output", "text", "--query", "Plaintext") == "eA==\n"
+    for text in ("[]", "{", '{"KeyId": 7}', '{"Plaintext": "?"}', '{"Unknown": 1}'):
+        with pytest.raises(StreamcryptError, match="--cli-input-json"):
+            run("encrypt", "--cli-input-json", text)
+
+
 def test_inline_blobs_are_base64(run: Run):
     run("create-key", "--alias", "alias/ml", "--quiet")
     inline = ["encrypt", "--key-id", "alias/ml", "--query", "CiphertextBlob", "--output", "text"]
