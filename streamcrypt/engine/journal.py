@@ -151,9 +151,8 @@ class Journal:
             if self._job.resuming is None:
                 return _Tags(line, None) if sealed is None else None
             header, _ = parse_header(base64.b64decode(sealed), max_encrypted_data_keys=None)
-            if header.frame_length != _PART_FRAME_LENGTH:
-                return None
-            return _Tags(line, _content_key(header, self._job))
+            is_ours = header.frame_length == _PART_FRAME_LENGTH
+            return _Tags(line, _content_key(header, self._job)) if is_ours else None
         except (IntegrityError, ValueError, TypeError, KeyError):  # not ours, whoever put it there
             return None
 

@@ -215,8 +215,28 @@ MUTANTS = {
         "tests/engine/test_erasure.py", "one_key_opens",
     ),
     "an object of a store taken over whatever its ETag": Mutant(
-        "28", "engine/run.py", "finished.made == made and made[2] != 0", "finished is not None",
+        "28", "engine/run.py", "proved and finished is not None and finished.made == made", "finished is not None",
         "tests/engine/test_resume_stores.py", "altered_or_swapped",
+    ),
+    "a finished file taken over although it changed since": Mutant(
+        "12", "engine/run.py", "finished is not None and found.changed <= finished.noted", "finished is not None",
+        "tests/engine/test_resume.py", "looks_as_before",
+    ),
+    "a line of the journal believed whoever wrote it": Mutant(
+        "12", "engine/journal.py", "return bytes_eq(self.next(text), tag)", "return bool(self.next(text))",
+        "tests/engine/test_resume.py", "somebody_else_altered",
+    ),
+    "a finished folder of other sources taken for this job's": Mutant(
+        "12", "engine/complete.py", "if not ending.sources or ending.sources != _sources(job):", "if False:",
+        "tests/engine/test_resume.py", "other_sources_or_settings",
+    ),
+    "a finished folder found done although it changed since": Mutant(
+        "12", "engine/complete.py", "if latest > ending.time:", "if False:",
+        "tests/engine/test_resume.py", "was_altered",
+    ),
+    "a single file of another source found done": Mutant(
+        "12", "engine/complete.py", "there is not None and there == _digest_of_source(job)", "there is not None",
+        "tests/engine/test_resume.py", "own_is_not_replaced",
     ),
     "any message taken for a part of a journal": Mutant(
         "28", "engine/journal.py", "if header.frame_length != _PART_FRAME_LENGTH:", "if False:",
