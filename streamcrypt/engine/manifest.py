@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
@@ -34,6 +35,7 @@ from streamcrypt.streams import EncryptingFile
 
 quoted: Final = json.encoder.encode_basestring_ascii  # a name as json.dumps writes it
 _VERSION: Final = 1
+_BLOCK_LINES: Final = 256
 MANIFEST_START: Final = b'{"streamcrypt":"manifest","version":1}\n'  # its first line
 # Up to this the lines are held back, so that the manifest's length is known when its data key is
 # asked for and counted; longer ones are written as they come, in constant memory.
@@ -186,17 +188,17 @@ def read_manifest(file: Iterable[bytes]) -> Generator[Listed, None, Ending]:
     _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
     files = total = 0
     previous: list[str] = []
-    for line in lines:
-        record = _parse(line)
+    records = _records(lines)
+    for record in records:
         if "name" not in record:
             _expect({"files", "bytes"} <= record.keys() <= frozenset(Ending._fields))
-            _expect((record["files"], record["bytes"]) == (files, total) and not next(lines, b""))
+            _expect((record["files"], record["bytes"]) == (files, total) and next(records, None) is None)
             return Ending(**record)
-        listed = Listed(**record) if record.keys() <= _FIELDS else None
-        _expect(listed is not None)
-        assert listed is not None
-        _expect(isinstance(listed.name, str) and previous < sort_key(check_name(listed.name)))
-        previous = sort_key(listed.name)
+        _expect(record.keys() <= _FIELDS and isinstance(record["name"], str))
+        listed = Listed(**record)
+        parts = sort_key(check_name(listed.name))
+        _expect(previous < parts)
+        previous = parts
         if not listed.folder and listed.failed is None:
             files += 1
             total += listed.size
@@ -214,11 +216,22 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(str(line, "utf-8"))
     except ValueError:
         record = None
     _expect(isinstance(record, dict))
     return dict(record)
+
+
+def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects of lines of one each, many parsed at a time: one by one takes twice as long."""
+    while block := list(islice(lines, _BLOCK_LINES)):
+        try:
+            records = json.loads(str(b"[%s]" % b",".join(block), "utf-8"))
+        except ValueError:
+            records = []
+        _expect(len(records) == len(block) and all(type(record) is dict for record in records))
+        yield from records
 
 
 def _expect(holds: bool) -> None:

@@ -1272,15 +1272,15 @@ def merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[E
     """Two sequences in the order of their names, side by side; None where one lacks a name."""
     entry, line = next(entries, None), next(lines, None)
     while entry is not None or line is not None:
-        if line is None or (entry is not None and sort_key(entry.name) < sort_key(line.name)):
-            yield entry, None
-            entry = next(entries, None)
-        elif entry is None or sort_key(line.name) < sort_key(entry.name):
-            yield None, line
-            line = next(lines, None)
-        else:
+        if entry is not None and line is not None and entry.name == line.name:  # nearly always
             yield entry, line
             entry, line = next(entries, None), next(lines, None)
+        elif line is None or (entry is not None and sort_key(entry.name) < sort_key(line.name)):
+            yield entry, None
+            entry = next(entries, None)
+        else:
+            yield None, line
+            line = next(lines, None)
 
 
 def _used_descriptors() -> int:

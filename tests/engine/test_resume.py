@@ -324,28 +324,29 @@ def test_files_without_their_line_in_the_journal_are_looked_into(source, tmp_pat
 
 def test_a_journal_that_somebody_else_altered_is_not_believed(source, tmp_path, keys):
     """Messages that were swapped together with their lines: each authenticates, and is listed."""
-    for number in (4, 5):
+    for number in (6, 7):
         (source / "sub" / f"{number:03}").write_bytes(os.urandom(4000))
     destination = tmp_path / "encrypted"
     interrupt("encrypt", source, destination, keys, after=FILES)
-    four, five, journal = destination / "sub" / "004", destination / "sub" / "005", destination / JOURNAL
-    four.rename(destination / "x")
-    five.rename(four)
-    (destination / "x").rename(five)
+    six, seven, journal = destination / "sub" / "006", destination / "sub" / "007", destination / JOURNAL
+    six.rename(destination / "x")
+    seven.rename(six)
+    (destination / "x").rename(seven)
     altered = [forged(line, source, destination) for line in journal.read_bytes().splitlines(keepends=True)]
+    assert b"".join(altered) != journal.read_bytes(), "both stand in one line"
     journal.write_bytes(b"".join(altered))
     sc.encrypt(source, destination, keys=keys, resume=True)
     sc.verify(destination, keys=keys, against=source)
 
 
 def forged(line: bytes, source: Path, destination: Path) -> bytes:
-    """The line as it would be, had 004 been made of 005 and 005 of 004, with a checksum that anybody can make."""
+    """The line as it would be, had 006 been made of 007 and 007 of 006, with a checksum that anybody can make."""
     if b"header" in line[:200]:
         return line
     tag, _, text = line.partition(b" ")
     when, rows = json.loads(text)
     by_name = {row[0]: row for row in rows}
-    for name, other in (("sub/004", "sub/005"), ("sub/005", "sub/004")):
+    for name, other in (("sub/006", "sub/007"), ("sub/007", "sub/006")):
         if name in by_name and other in by_name:
             status = (source / name).stat()
             row = [name, [status.st_size, status.st_mtime_ns, status.st_ino], *by_name[other][2:]]
