@@ -151,6 +151,8 @@ def before_benchmarks(folder: Path, request: pytest.FixtureRequest) -> None:
     patch = pytest.MonkeyPatch()
     request.addfinalizer(patch.undo)
     patch.chdir(ROOT)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        patch.delenv(name)  # pytest-benchmark measures nothing beside others
     patch.setenv("BASELINES", str(folder / "baselines"))
     patch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
     patch.setenv("STREAMCRYPT_BENCH_DIR", str(folder))
