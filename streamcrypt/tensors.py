@@ -27,9 +27,8 @@ import re
 import sys
 import threading
 import zipfile
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
@@ -940,35 +939,33 @@ def _write(
 def _seal_all(
     message: OutgoingMessage, geometry: Geometry, plaintext: _Pieces, target: Target, threads: int
 ) -> None:
-    """Seal in threads, and write here: writes to one file exclude each other, so a second writer would wait."""
     batch = max(1, BATCH_LENGTH // geometry.frame_length)
     starts = range(0, geometry.frames, batch)
-    room = geometry.frames_end(batch) - geometry.frame_offset(0)
+    cipher = message.cipher
 
-    def seal(start: int, frames: memoryview) -> int:
-        stop = min(start + batch, geometry.frames)
-        first, last = geometry.plaintext_range(start, stop)
-        part = plaintext.view(first, last)
-        if part is None:
-            part = memoryview(bytearray(last - first))
-            plaintext.gather(first, part)
-        return seal_frames(message.cipher, geometry, start, stop, part, frames)
+    def sealer() -> Callable[[int], None]:
+        sealed = memoryview(bytearray(geometry.frames_end(batch) - geometry.frame_offset(0)))
+        held = memoryview(bytearray())
 
-    threads = min(threads, len(starts))
-    sealing: deque[tuple[int, memoryview, Future[int]]] = deque()
+        def seal(start: int) -> None:
+            nonlocal held
+            stop = min(start + batch, geometry.frames)
+            first, last = geometry.plaintext_range(start, stop)
+            part = plaintext.view(first, last)
+            if part is None:
+                if not held:
+                    held = memoryview(bytearray(batch * geometry.frame_length))
+                part = held[: last - first]
+                plaintext.gather(first, part)
+            length = seal_frames(cipher, geometry, start, stop, part, sealed)
+            target.write_at(geometry.frame_offset(start), sealed[:length])
 
-    def write_next() -> memoryview:
-        """Write the oldest of what is being sealed; returns its memory, for the next."""
-        start, frames, length = sealing.popleft()
-        target.write_at(geometry.frame_offset(start), frames[: length.result()])
-        return frames
+        return seal
 
-    with ThreadPoolExecutor(threads, "streamcrypt-tensors") as pool:
-        for start in starts:
-            frames = write_next() if len(sealing) == 2 * threads else memoryview(bytearray(room))
-            sealing.append((start, frames, pool.submit(seal, start, frames)))
-        while sealing:
-            write_next()
+    if len(starts) == 1:
+        sealer()(0)
+    else:
+        _in_threads(threads, starts, sealer)
 
 
 class _Pieces:

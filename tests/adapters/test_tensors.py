@@ -489,7 +489,6 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path, keys, monkeypatch, threads)
     running = threading.active_count()
     with pytest.raises(sc.DestinationError, match="No space left"):
         tensors.save_file({"x": np.zeros(30 * 2**20, np.uint8)}, path, keys=keys, threads=threads)
-    assert next(writes) == 10
     assert threading.active_count() == running
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a"]
