@@ -359,6 +359,23 @@ def test_small_pieces_are_read_ahead_from_the_end_of_the_first_bytes_on(bucket: 
     assert len(bucket.proxy.requests) <= 4  # the first bytes, 1 MiB, 2 MiB
 
 
+def test_bytes_are_shown_where_they_came(bucket: Bucket) -> None:
+    data = random.Random(5).randbytes(7 * MiB)
+    bucket.put("f", data)
+    tree = stores.StoreTree(bucket.url)
+    source = tree.copy().open("f")
+    buffer = memoryview(bytearray(2 * MiB))
+    assert source.view_at(100, buffer[:50]).obj is not buffer.obj
+    ways = [(0, 2 * MiB)] + [(start, MiB + 5) for start in range(2 * MiB, 7 * MiB, MiB + 5)]
+    for offset, length in [*ways, (5, 10), (6 * MiB, 100), (7 * MiB - 1, 9), (7 * MiB, 1), (8 * MiB, 1)]:
+        for read in (source, tree.open("f")):
+            shown = read.view_at(offset, buffer[:length])
+            assert shown == data[offset : offset + length]
+            assert read.read_at(offset, buffer[:length]) == len(shown)
+            assert buffer[: len(shown)] == shown
+    source.close()
+
+
 MEMORY = """
 import re, sys
 import streamcrypt as sc
