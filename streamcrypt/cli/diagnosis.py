@@ -153,11 +153,13 @@ def _check_wrapping(reference: str, roles: Collection[str], context: Mapping[str
     except StreamcryptError as error:
         code = output.TEMPORARY if isinstance(error, TemporaryError) else output.NO_KEY
         mend = ""
+        cause: Cause = ""
         if isinstance(error, KeyAccessError) and error.code == "AccessDeniedException":
+            cause = _cause(str(error))
             # To look, doctor itself wraps before it unwraps.
             tried = "encrypt" if wraps_alone else "encrypt,decrypt"
             mend = f"attach the least policy: {_iam_policy(reference, tried, context)}"
-        return Check("key", "failed", str(error), mend, code=code)
+        return Check("key", "failed", str(error), mend, cause, code)
     if opened != data_key:
         raise RuntimeError("internal error: a keyring unwrapped another data key")
     return Check("key", "ok", f"{reference}: wraps{'' if wraps_alone else ' and unwraps'}")
@@ -418,6 +420,13 @@ def _explain(
     return "key policy", found, f"{mend}; or create a grant: {allow} --form grants --principal {principal}"
 
 
+def _cause(said: str) -> Cause:
+    """What AccessDeniedException itself says of where the refusal comes from."""
+    if "identity-based policy" in said:
+        return "identity policy"
+    return "key policy" if "resource-based polic" in said else ""
+
+
 def _lasting(arn: str) -> str:
     """The role of a session, which will have another name tomorrow; any other caller itself."""
     session = _SESSION.fullmatch(arn)
@@ -506,7 +515,7 @@ def check_signing(reference: str) -> Check:
         # By its ARN where that is known: who is denied may not look it up.
         named = shlex.quote(key.arn or reference)
         mend = f"attach the least policy: streamcrypt iam-policy --sign-manifest {named}" if denied else ""
-        return Check(action, "failed", str(error), mend, code=code)
+        return Check(action, "failed", str(error), mend, _cause(str(error)) if denied else "", code)
     return Check("kms:Sign", "ok", f"{reference}: signs by {key.algorithm} (dry run)")
 
 

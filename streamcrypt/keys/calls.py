@@ -519,7 +519,8 @@ def translate(
     if code is None:
         return _translate_local(error, operation, key)
     response: dict[str, Any] = error.response  # type: ignore[attr-defined]  # error_code() saw it
-    said = printable(str(response["Error"].get("Message") or "")).removesuffix(".")  # ours goes on
+    # Why is said at the end, behind two ARNs.  Ours goes on.
+    said = printable(str(response["Error"].get("Message") or ""), limit=1000).removesuffix(".")
     details: dict[str, Any] = {"code": code, "operation": operation, "key": key}
     refused = f"{key}: KMS refused {operation} ({code})"
     if code in ("AccessDeniedException", "AccessDenied"):

@@ -264,13 +264,13 @@ def describe_wrapped_key(encrypted: EncryptedDataKey) -> str:
     return f"raw key {provider}/{printable(info)}"
 
 
-def printable(text: str | bytes) -> str:
+def printable(text: str | bytes, limit: int = 200) -> str:
     """Text from a message, safe on a terminal: control characters escaped, length bounded."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    if len(text) <= 200 and text.isprintable():  # the usual name: this is asked of every message
+    if len(text) <= limit and text.isprintable():  # the usual name: this is asked of every message
         return text
     shown = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:200]
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit]
     )
-    return shown + "…" if len(text) > 200 else shown
+    return shown + "…" if len(text) > limit else shown

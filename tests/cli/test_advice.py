@@ -858,6 +858,7 @@ def test_every_way_out_that_doctor_prints_is_one(
 
     before = found()
     assert before["status"] == "failed", before
+    assert before["cause"], before
     mends = re.findall(r"streamcrypt (?:[^;&]|&& )*", before["mend"])
     assert len(mends) == ways, mends
     for command in mends[way].split("&&"):
@@ -1030,7 +1031,7 @@ def test_a_key_of_another_form_that_may_not_be_used(
     reference = f"ecdh:local:{keys[3]}@{url}&recipient={path}"
     become(LOOK, allow("kms:GetPublicKey"))
     code, checks = diagnosed(capsys, "--key", reference)
-    assert (code, checks["key"]["status"]) == (4, "failed")
+    assert (code, checks["key"]["status"], checks["key"]["cause"]) == (4, "failed", "identity policy")
     mend = checks["key"]["mend"]
     become(LOOK, printed(capsys, *shlex.split(mend[mend.index("streamcrypt iam-policy") :])[2:]))
     assert diagnosed(capsys, "--key", reference)[1]["key"]["status"] == "ok"
@@ -1079,6 +1080,7 @@ def test_a_denial_names_the_missing_action(service: Service, keys: list[str], op
         KmsCalls(as_user(service)).call(operation, arn, **request)
     assert refused.value.code == "AccessDeniedException"
     actions = ("ReEncryptFrom", "ReEncryptTo") if operation == "ReEncrypt" else (operation,)
+    assert "because no identity-based policy allows the kms:" in str(refused.value)
     for action in actions:
         assert f"the caller needs kms:{actions[0]}" in str(refused.value)
         assert f"kms:{action}" in str(refused.value)
