@@ -625,7 +625,8 @@ def decrypt_bytes(
         decrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
     )
     rules = _rules(context, authenticated_context, commitment_policy, max_encrypted_data_keys, require_signed)
-    return open_message(memoryview(message).cast("B"), materials, rules)
+    whole = message if isinstance(message, bytes) else memoryview(message).cast("B")
+    return open_message(whole, materials, rules)
 
 
 # ---------------------------------------------------------------------------------------------

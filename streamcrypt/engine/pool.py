@@ -265,10 +265,13 @@ class ProcessPool:
 
 def serve() -> None:
     """The main function of a worker process; its argument is the descriptor of its socket."""
+    import gc
+
     from streamcrypt.hygiene import protect_process
 
     protect_process()
     _die_with_parent()
+    gc.freeze()  # the collector need not look through what was imported, again and again
     channel = _Channel(int(sys.argv[1]))
     try:
         worker = Worker(channel.receive())

@@ -100,7 +100,8 @@ class _Fields:
     __slots__ = ("buffer", "end", "position")
 
     def __init__(self, buffer: Buffer) -> None:
-        self.buffer = memoryview(buffer)
+        # A slice of bytes is bytes already.
+        self.buffer = buffer if isinstance(buffer, bytes) else memoryview(buffer)
         self.end = len(buffer)
         self.position = 0
 

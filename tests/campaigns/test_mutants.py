@@ -113,6 +113,15 @@ MUTANTS = {
         "16", "storage.py", "os.fsync(self._folder(folder).descriptor)", "self._folder(folder)",
         "tests/campaigns/test_syscalls.py", "order_of_writes", "campaign",
     ),
+    "cache limit off by one where several are counted": Mutant(
+        "21", "keys/cache.py", "if entry.messages >= self._max_messages or",
+        "if entry.messages > self._max_messages or",
+        "tests/engine/test_engine.py", "exactly_the_keys",
+    ),
+    "small file not held against its source": Mutant(
+        "29", "engine/worker.py", "source.check_unchanged()\n                outcome.", "outcome.",
+        "tests/engine/test_engine.py", "small_source_that_changes",
+    ),
     "cache limit off by one": Mutant(
         "21", "keys/cache.py", "if entry.messages > self._max_messages:",
         "if entry.messages > self._max_messages + 1:",

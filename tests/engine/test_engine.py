@@ -30,12 +30,13 @@ from families.trees import (
 )
 
 import streamcrypt as sc
+from streamcrypt.engine.journal import JOURNAL
 from streamcrypt.engine.pool import ProcessPool, ThreadPool
 from streamcrypt.engine.spans import MANIFEST, SmallFiles
 from streamcrypt.engine.worker import Worker
 from streamcrypt.kms import open_service
 from streamcrypt.message.header import parse_header
-from streamcrypt.storage import LocalTree
+from streamcrypt.storage import LocalSource, LocalTree
 
 KEYS = CRAFT_KEYRING
 F = 1024
@@ -433,6 +434,37 @@ def test_a_source_is_held_against_its_name(tmp_path):
             source.check_unchanged()
         source.close()
     tree.close()
+
+
+@pytest.mark.parametrize("moment", ["before it is read", "after it was read"])
+@pytest.mark.parametrize("change", ["append", "truncate", "rewrite", "remove"])
+def test_a_small_source_that_changes_while_it_is_read(tmp_path, monkeypatch, moment, change):
+    contents = make_tree(tmp_path / "in", {"a": 100, "changes": 100, "z": 100})
+    path = tmp_path / "in" / "changes"
+    changes = {
+        "append": lambda: path.write_bytes(contents["changes"] + b"more"),
+        "truncate": lambda: os.truncate(path, 50),
+        "rewrite": lambda: path.write_bytes(bytes(100)),
+        "remove": path.unlink,
+    }
+    read_at = LocalSource.read_at
+
+    def changed(source, offset, buffer):
+        ours = source.state[2] == inode
+        if ours and moment == "before it is read":
+            changes[change]()
+        done = read_at(source, offset, buffer)
+        if ours and moment == "after it was read":
+            changes[change]()
+        return done
+
+    inode = path.stat().st_ino
+    os.utime(path, (1, 1))  # so that a rewrite shows, however coarse the clock
+    monkeypatch.setattr(LocalSource, "read_at", changed)
+    with pytest.raises(sc.SourceError, match="changed while it was read"):
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, workers=1, fsync=False)
+    assert set(read_tree(tmp_path / "enc")) == {"a", "z", MANIFEST, JOURNAL}
+    assert not leftovers(tmp_path)
 
 
 def watch_for_temporary(folder, event):
