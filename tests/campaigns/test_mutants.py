@@ -116,7 +116,7 @@ MUTANTS = {
     "cache limit off by one where several are counted": Mutant(
         "21", "keys/cache.py", "if entry.messages >= self._max_messages or",
         "if entry.messages > self._max_messages or",
-        "tests/engine/test_engine.py", "exactly_the_keys",
+        "tests/keys/test_data_key_cache.py", "several_messages",
     ),
     "small file not held against its source": Mutant(
         "29", "engine/worker.py", "source.check_unchanged()\n                outcome.", "outcome.",
