@@ -179,7 +179,7 @@ def measured_table(records: Records) -> list[str]:
 def rates_table(records: Records) -> list[str]:
     units = {
         "start": (1e3, "ms"), "process": (1e3, "ms"), "file_lock": (1e6, "µs"), "file_contended": (1e6, "µs"),
-        "file_serial": (1e6, "µs"), "file": (1e6, "µs"), "frame": (1e6, "µs"),
+        "file_serial": (1e6, "µs"), "file": (1e6, "µs"), "single": (1e6, "µs"), "frame": (1e6, "µs"),
         "byte_serial": (2**20 * 1e3, "ms/MiB"), "byte": (2**20 * 1e3, "ms/MiB"), "sync_serial": (1e6, "µs"),
         "sync": (1e6, "µs"), "sync_byte": (2**20 * 1e3, "ms/MiB"), "signature_serial": (1e6, "µs"),
         "signature": (1e6, "µs"), "hash": (2**20 * 1e3, "ms/MiB"), "key": (1e6, "µs"),

@@ -3,6 +3,7 @@
     wall = start + [processes] workers·w
            + [threads] files·(a + a'·(1 - 1/workers)) + frames·f      one at a time: the interpreter's lock
            + [processes] files·b·(d + (1 - d)/P) + frames·f/P         P = usable workers
+           + [encrypt] files above 256 KiB or a frame·o       one by one, not in columns
            + bytes·(c_serial + c/P)
            + [fsync] files·(t_serial + t/P) + bytes·t_B
            + [signed] files·(s_serial + s/P) + bytes·s_B/P
@@ -34,17 +35,18 @@ from typing import Any, Final
 
 import numpy as np
 
+from streamcrypt.bench.data import sizes_of
 from streamcrypt.bench.records import Cell, Record, Records, by_cell, median, spread
 from streamcrypt.engine.run import SAMPLE, interpreter_seconds, processes_pay
-from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
+from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SMALL_LENGTH, SPAN_LENGTH, SPLIT_LENGTH
 
 # In the order of the coefficients.
 TERMS: Final = (
-    "start", "process", "file_lock", "file_contended", "file_serial", "file", "frame",
+    "start", "process", "file_lock", "file_contended", "file_serial", "file", "single", "frame",
     "byte_serial", "byte", "sync_serial", "sync", "sync_byte", "signature_serial", "signature", "hash", "key",
 )  # fmt: skip
 CPU_TERMS: Final = (
-    "start", "process", "file_lock", "file", "frame", "byte", "sync", "sync_byte", "signature", "hash", "key",
+    "start", "process", "file_lock", "file", "single", "frame", "byte", "sync", "sync_byte", "signature", "hash", "key",
 )  # fmt: skip
 _OF_STORAGE: Final = frozenset(("file_lock", "file", "byte_serial", "byte"))
 _SERIAL, _FILE = TERMS.index("file_serial"), TERMS.index("file")
@@ -71,6 +73,7 @@ class Work:
     fsync: bool = False
     signed: bool = False  # signed messages are not cut into spans
     keys: float = 1.0  # data keys that are asked for
+    singles: float = 0.0  # files that do not travel in columns: encrypted one by one
     apart: bool = False  # the workers are processes, whatever there is to do: a cluster's
 
     @property
@@ -120,7 +123,7 @@ class Work:
         sync, signed = float(self.fsync), float(self.signed)
         return np.array([
             1.0, free * self.workers, lock * n, lock * n * (1 - 1 / self.workers), free * n, free * n / p,
-            self.frames * (lock + free / p), self.bytes, self.bytes / p,
+            self.singles, self.frames * (lock + free / p), self.bytes, self.bytes / p,
             sync * n, sync * n / p, sync * self.bytes, signed * n, signed * n / p, signed * self.bytes / p,
             self.keys,
         ])  # fmt: skip
@@ -130,7 +133,7 @@ class Work:
         n, sync, signed = self.files, float(self.fsync), float(self.signed)
         lock, free = (0.0, 1.0) if self.processes else (1.0, 0.0)
         return np.array([
-            1.0, free * self.workers, lock * n, free * n, self.frames, self.bytes,
+            1.0, free * self.workers, lock * n, free * n, self.singles, self.frames, self.bytes,
             sync * n, sync * self.bytes, signed * n, signed * self.bytes, self.keys,
         ])  # fmt: skip
 
@@ -146,7 +149,15 @@ def work_of(run: Record, cores: int) -> Work:
         fsync=run.cell.fsync,
         signed=run.cell.signed,
         keys=max(run.kms_calls.values(), default=1),
+        singles=sum(size >= alone_from(run.cell.frame_size) for size in sizes_of(run.cell))
+        if run.cell.operation == "encrypt"
+        else 0,
     )
+
+
+def alone_from(frame_size: int) -> int:
+    """Bytes from which on a file is encrypted for itself (engine.run)."""
+    return min(frame_size, SMALL_LENGTH)
 
 
 def kind_of(cell: Cell) -> tuple[str, bool, str]:

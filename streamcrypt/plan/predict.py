@@ -25,11 +25,11 @@ import numpy as np
 from streamcrypt.bench.records import Records
 from streamcrypt.engine.manifest import HELD_LENGTH
 from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, interpreter_seconds
-from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SPAN_LENGTH, SPLIT_LENGTH
+from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SMALL_LENGTH, SPAN_LENGTH, SPLIT_LENGTH
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH
 from streamcrypt.plan import cluster, limits
 from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form, messages_by_bytes
-from streamcrypt.plan.model import CPU_TERMS, TERMS, Fit, Vector, Work, describe, fit
+from streamcrypt.plan.model import CPU_TERMS, TERMS, Fit, Vector, Work, alone_from, describe, fit
 from streamcrypt.plan.simulate import simulate
 from streamcrypt.units import format_size
 
@@ -122,6 +122,10 @@ class Sizes:
     def frames(self, frame_size: int) -> float:
         """Mean frames of a message; a whole number of frames is followed by an empty final one."""
         return sum(point // frame_size + 1 for point in self.points) / len(self.points)
+
+    def share_from(self, length: int) -> float:
+        """The share of files of at least so many bytes."""
+        return sum(point >= length for point in self.points) / len(self.points)
 
     def spans(self) -> float:
         """Mean pieces that the engine cuts a message into."""
@@ -346,6 +350,8 @@ class Prediction:
             "lists_held": LISTS_HELD,
             "batch_files": BATCH_FILES,
             "batch_bytes": BATCH_BYTES,
+            "columns": job.operation == "encrypt",
+            "small": SMALL_LENGTH,
             "split": SPLIT_LENGTH,
             "span": SPAN_LENGTH,
             "header": HEADER,
@@ -446,6 +452,9 @@ def _work(job: Job, files: int, workers: int, cores: int) -> Work:
         fsync=job.fsync and job.operation != "verify",
         signed=job.signed,
         keys=0,  # the queue counts them
+        singles=files * job.size_points.share_from(alone_from(job.frame_size))
+        if job.operation == "encrypt"
+        else 0.0,
         apart=job.engine == "ray",
     )
 

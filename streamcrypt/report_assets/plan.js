@@ -142,7 +142,8 @@ function estimate(job) {
   const variation = middle ? Math.sqrt(variance) / middle : 0;
   const spans = points.reduce((sum, p) => sum + (p > page.split ? Math.ceil(p / page.span) : 1), 0) / count;
 
-  const bytes = job.bytes * share, frames = framesOf * files, workers = job.workers;
+  const oneByOne = points.filter((p) => p >= Math.min(job.frame_size, page.small)).length / count;
+  const bytes = job.bytes * share, singles = page.columns ? files * oneByOne : 0, frames = framesOf * files, workers = job.workers;
   const cores = Math.max(page.cores, workers !== page.workers ? workers : page.cores);
   const size = bytes / Math.max(files, 1);
   const batch = Math.trunc(Math.max(1, Math.min(page.batch_files, Math.floor(files / (4 * workers)))));
@@ -157,7 +158,7 @@ function estimate(job) {
   const p = whole < 4 * usable ? whole / Math.ceil(whole / usable) : usable;
   const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = processes ? 0 : 1, free = 1 - lock;
   const features = { start: 1, process: free * workers, file_lock: lock * files,
-    file_contended: lock * files * (1 - 1 / workers), file_serial: free * files, file: free * files / p,
+    file_contended: lock * files * (1 - 1 / workers), file_serial: free * files, file: free * files / p, single: singles,
     frame: frames * (lock + free / p), byte_serial: bytes, byte: bytes / p,
     sync_serial: sync * files, sync: sync * files / p, sync_byte: sync * bytes,
     signature_serial: signed * files, signature: signed * files / p, hash: signed * bytes / p, key: 0 };
@@ -195,7 +196,7 @@ function estimate(job) {
   const all = [outcome.seconds, ...bounds.filter((bound) => bound > 0)], top = Math.max(...all);
   const joined = all.length > 1
     ? top * Math.pow(all.reduce((sum, value) => sum + Math.pow(value / top, page.knee), 0), 1 / page.knee) : top;
-  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file: free * files, frame: frames,
+  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file: free * files, single: singles, frame: frames,
     byte: bytes, sync: sync * files, sync_byte: sync * bytes, signature: signed * files, hash: signed * bytes,
     key: outcome.calls };
   let cpuSeconds = 0;

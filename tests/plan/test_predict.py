@@ -28,7 +28,7 @@ def test_the_fit_finds_the_law_again():
     assert coefficients == pytest.approx(LAW, rel=1e-4, abs=1e-12)
     # What no cell tells apart: verifying waits for no disk.
     verifying = fit(synthetic_records(noise=0.0), "verify", storage="disk")
-    expected = LAW | dict.fromkeys(("sync_serial", "sync", "sync_byte"), 0.0)
+    expected = LAW | dict.fromkeys(("single", "sync_serial", "sync", "sync_byte"), 0.0)
     found_again = dict(zip(LAW, verifying.coefficients.tolist(), strict=True))
     assert found_again == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
@@ -49,7 +49,7 @@ def test_with_noise_unseen_cells_are_still_predicted():
     found = fit(RECORDS, "encrypt", storage="disk")
     cell = Cell(files=700, file_size=300_000, frame_size=32 << 10, workers=2, storage="disk", fsync=True)
     frames = cell.files * (cell.file_size // cell.frame_size + 1)
-    work = Work(files=700, bytes=700 * 300_000, frames=frames, workers=2, cores=2, fsync=True)
+    work = Work(files=700, bytes=700 * 300_000, frames=frames, workers=2, cores=2, fsync=True, singles=700)
     assert found.seconds(work) == pytest.approx(law_seconds(cell), rel=0.05)
 
 
