@@ -82,7 +82,7 @@ def browse(page: Path, fragment: str, profile: Path) -> tuple[str, str]:
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
          "--enable-logging=stderr", "--v=0", "--host-resolver-rules=MAP * ~NOTFOUND",
          "--dump-dom", f"{page.as_uri()}#{fragment}"],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
     return done.stdout, done.stderr
 
@@ -125,7 +125,7 @@ def scripted(page: str, code: str, fragment: str, folder: Path) -> str:
         # Strict, as the page's own script says; what prints is not of it.
         whole = f"{DOCUMENT.replace('FRAGMENT', fragment)}{script[1]}\n{code}\nconsole.log(document.title);"
         file.write_text(f'"use strict";\n{whole}')
-        done = subprocess.run([NODE, file], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([NODE, file], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         return done.stdout
     (folder / "page.html").write_text(page.replace("</script>", f"{code}\n</script>"))

@@ -594,7 +594,7 @@ def test_one_decrypt_per_data_key_and_process(home: Path, tmp_path: Path, method
     for worker in workers:
         worker.start()
     try:
-        assert [results.get(timeout=60) for _ in workers] == [total] * 2
+        assert [results.get(timeout=240) for _ in workers] == [total] * 2
     finally:
         for worker in workers:
             worker.join(30)

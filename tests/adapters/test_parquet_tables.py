@@ -220,7 +220,7 @@ def test_a_dataset_travels_without_keys(keys: str, tmp_path: Path, method: str) 
     worker = context.Process(target=count_rows, args=(dataset, results))
     worker.start()
     try:
-        assert [results.get(timeout=60) for _ in range(2)] == [1000, 1000]
+        assert [results.get(timeout=240) for _ in range(2)] == [1000, 1000]
     finally:
         worker.join(30)
 

@@ -254,7 +254,7 @@ def test_a_pipe_that_is_made_late_or_never(tree: Path, tmp_path: Path) -> None:
 
     timer = threading.Timer(0.2, make)
     timer.start()
-    assert len(list(channel.messages(timeout=60))) == len(SIZES)
+    assert len(list(channel.messages(timeout=240))) == len(SIZES)
     timer.join(20)
     (tmp_path / "late_1").write_bytes(b"")
     with pytest.raises(sc.SourceError, match="no FIFO"):

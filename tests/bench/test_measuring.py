@@ -241,7 +241,7 @@ def test_a_line_that_an_interruption_cut_off_is_measured_again(tmp_path):
 
 
 def test_two_versions_are_measured_in_turns(tmp_path):
-    """The other version takes 0.3 s longer to encrypt."""
+    """The other version takes 2 s longer to encrypt: more than a loaded machine adds to each of three rounds."""
     import shutil
     from pathlib import Path
 
@@ -251,14 +251,13 @@ def test_two_versions_are_measured_in_turns(tmp_path):
     shutil.copytree(Path(streamcrypt.__file__).parent, other, ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "engine" / "run.py").open("a") as file:
         file.write(
-            "\n_encrypt = encrypt\n\n\ndef encrypt(job):\n    time.sleep(0.3)\n    return _encrypt(job)\n"
+            "\n_encrypt = encrypt\n\n\ndef encrypt(job):\n    time.sleep(2)\n    return _encrypt(job)\n"
         )
     planned = sweep.Sweep((SMALL,), 3)
     options = {"work": tmp_path, "attempts": 1}
     old, new = sweep.run_against(planned, other.parent, tmp_path / "out", **options)
     assert [run.error for run in (*old.runs, *new.runs)] == [None] * 6
-    assert min(run.wall_s for run in old.runs) > 0.3
-    assert min(old.runs, key=lambda run: run.wall_s).wall_s > min(run.wall_s for run in new.runs) + 0.2
+    assert min(run.wall_s for run in old.runs) > min(run.wall_s for run in new.runs) + 1
     assert sweep.run_against(planned, other.parent, tmp_path / "out", **options) == (old, new)
 
 

@@ -16,7 +16,6 @@ import pytest
 
 import streamcrypt as sc
 
-pytestmark = [pytest.mark.campaign, pytest.mark.timeout(0)]
 REPOSITORY = Path(sc.__file__).parents[1]
 VECTORS = os.environ.get("STREAMCRYPT_VECTORS", REPOSITORY.parent / "shared" / "vectors")
 
@@ -224,7 +223,8 @@ MUTANTS = {
         "tests/engine/test_erasure.py", "one_key_opens",
     ),
     "an object of a store taken over whatever its ETag": Mutant(
-        "28", "engine/run.py", "proved and finished is not None and finished.made == made", "finished is not None",
+        "28", "engine/run.py", "proved and finished is not None and finished.made == made",
+        "proved and finished is not None",
         "tests/engine/test_resume_stores.py", "altered_or_swapped",
     ),
     "a finished file taken over although it changed since": Mutant(
@@ -298,6 +298,18 @@ def copy(tmp_path_factory):
     return folder
 
 
+def test_the_line_of_every_mutant_is_there_once():
+    """In the default run: what a campaign changes next week is changed in the code today."""
+    lost = [
+        name
+        for name, mutant in MUTANTS.items()
+        if (REPOSITORY / "streamcrypt" / mutant.file).read_text().count(mutant.old) != 1
+    ]
+    assert lost == []
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(0)
 def test_every_mutant_is_caught(campaign, copy):
     run = campaign("5")
     healthy = {}
@@ -309,9 +321,7 @@ def test_every_mutant_is_caught(campaign, copy):
         if key not in healthy:
             healthy[key] = outcome(copy, mutant)
         failure = None
-        if source.count(mutant.old) != 1:
-            failure = f"{name}: its line is not there any more"
-        elif healthy[key] != 0:
+        if healthy[key] != 0:
             failure = f"{name}: its test is red without it"
         else:
             path.write_text(source.replace(mutant.old, mutant.new))

@@ -65,7 +65,7 @@ def test_sessions_show_what_happens(page: Path, tmp_path: Path, monkeypatch: pyt
     if page.name == "README.md":
         write_flights(tmp_path / "train")
     for command, shown in console_steps(page):
-        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=240, check=False)
         said = (done.stdout + done.stderr).replace(str(tmp_path), "/home/ada").strip()
         assert CHANGING.sub("N", said) == CHANGING.sub("N", shown), command
         assert (done.returncode != 0) == ("streamcrypt: error:" in said), command

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
-TIMEOUT = 60
+TIMEOUT = 240
 
 
 @dataclass

@@ -64,7 +64,7 @@ def run(folder: Path, *words: str, stdin: bytes = b"", **options) -> subprocess.
     }
     environment |= {"STREAMCRYPT_HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "streamcrypt", *words]
-    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=60, **options)
+    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=240, **options)
 
 
 def sources(folder: Path) -> list[Path]:
@@ -206,7 +206,7 @@ def test_a_full_disk(folder, tmp_path):
         environment = os.environ | {"STREAMCRYPT_HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)}
         result = subprocess.run(
             [sys.executable, "-m", "streamcrypt", "decrypt", "good.enc", "-", "--key", KEY],
-            stdout=full, stderr=subprocess.PIPE, env=environment, cwd=folder, timeout=60,
+            stdout=full, stderr=subprocess.PIPE, env=environment, cwd=folder, timeout=240,
         )  # fmt: skip
     assert result.returncode == 1
     assert b"No space left" in result.stderr

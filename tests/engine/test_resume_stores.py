@@ -52,7 +52,7 @@ def source(tmp_path: Path) -> Path:
 
 def interrupt(operation: str, source: Path | str, destination: str, keys: str, after: int = 8) -> None:
     command = [sys.executable, "-c", INTERRUPTED, operation, str(source), destination, keys, str(after)]
-    done = subprocess.run(command, check=False, capture_output=True, timeout=100)
+    done = subprocess.run(command, check=False, capture_output=True, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

@@ -129,7 +129,7 @@ def test_by_every_way_in(writer: Writer, tmp_path: Path, size: int, version: int
 
 def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "streamcrypt", *arguments]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, timeout=240, check=False)
 
 
 def test_by_command(writer: Writer) -> None:

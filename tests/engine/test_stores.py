@@ -58,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def run(command: list[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, *command], input=data, capture_output=True, timeout=60)
+    return subprocess.run([sys.executable, *command], input=data, capture_output=True, timeout=240)
 
 
 # -- there and back
@@ -620,7 +620,7 @@ def test_a_store_that_stops_answering_leaves_nothing_partial_when_interrupted(
     try:
         with started("encrypt", f"{bucket.url}/in", str(folder), "--key", key, "--workers", "2") as process:
             for _ in range(2):
-                assert asked.acquire(timeout=60)
+                assert asked.acquire(timeout=240)
             process.send_signal(signal.SIGTERM)
             process.send_signal(signal.SIGTERM)  # at once: it does not stop the cleaning up
             assert process.stderr is not None

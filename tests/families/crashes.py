@@ -122,7 +122,7 @@ def record(command: list[str], folder: Path, log: Path, **options: Any) -> Recor
     """Run ``command`` under strace and give what it did to the files of ``folder``, and told."""
     done = subprocess.run(
         ["strace", "-qq", "-f", "-y", "-xx", "-s", "2000000", "-e", f"trace={CALLS}", "-o", str(log), *command],
-        capture_output=True, check=False, timeout=100, **options,
+        capture_output=True, check=False, timeout=240, **options,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     events: list[Event] = []

@@ -69,11 +69,11 @@ def run_page(
         elif block.language == "python":
             code = "\n" * block.line + code  # errors show the line of the page
             if children:
-                subprocess.run([sys.executable, "-c", code], timeout=60, check=True, cwd=folder)
+                subprocess.run([sys.executable, "-c", code], timeout=240, check=True, cwd=folder)
             else:
                 exec(compile(code, page.name, "exec"), names)
         elif block.language == "sh":
             done = subprocess.run(
-                ["sh", "-e"], input=code, capture_output=True, text=True, timeout=100, check=False, cwd=folder
+                ["sh", "-e"], input=code, capture_output=True, text=True, timeout=240, check=False, cwd=folder
             )
             assert done.returncode == 0, f"{page.name}:{block.line}: {done.stdout}{done.stderr}"

@@ -455,7 +455,7 @@ def test_a_forked_child_starts_with_an_empty_cache():
         children = [context.Process(target=_child, args=(cache, keyring, queue)) for _ in range(8)]
         for child in children:
             child.start()
-    answers = [queue.get(timeout=60) for _ in children]
+    answers = [queue.get(timeout=240) for _ in children]
     for child in children:
         child.join(60)
     keys = [set(data_keys) for data_keys, _ in answers]

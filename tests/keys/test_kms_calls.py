@@ -427,7 +427,7 @@ def test_a_forked_child_makes_its_own_client(home):
     queue = context.Queue()
     process = context.Process(target=child, args=(queue,))
     process.start()
-    assert queue.get(timeout=60) == (True, True)
+    assert queue.get(timeout=240) == (True, True)
     process.join(60)
     assert made == [os.getpid()]
 
