@@ -262,9 +262,10 @@ def test_the_plan_of_a_cluster(cluster: object, job: tuple[Path, str, Targets]) 
     folder, key, targets = job
     records = measured_records.read(Path(os.environ.get("STREAMCRYPT_RAY_RECORDS", REFERENCE)))
     total, files = MEGABYTES * MiB, MEGABYTES * MiB // FILE
+    in_memory = folder.stat().st_dev == os.stat("/dev/shm").st_dev
     planned = predict.Job(
         bytes=total, files=files, hosts=2, workers=1, cores=1, engine="ray", fsync=False, kms_latency=0.0,
-        kms_quota=1e9,
+        kms_quota=1e9, storage="memory" if in_memory else "disk",
     )  # fmt: skip
     run = {"ray": lambda: sc.encrypt(folder / "source", targets.out, keys=key, fsync=False, engine="ray")}
     measured = rounds_of(run, ROUNDS, targets.renew)
