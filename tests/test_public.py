@@ -55,6 +55,32 @@ def test_importing_costs_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_asks_nothing_of_the_network():
+    """Whichever module is imported (RELIABILITY 34)."""
+    code = """
+import importlib, pkgutil, sys
+asked, name = set(), "streamcrypt"
+sys.addaudithook(
+    lambda event, words: event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname")
+    and asked.add((name, event, str(words[-1])))
+)
+import streamcrypt
+names = [found.name for found in pkgutil.walk_packages(streamcrypt.__path__, "streamcrypt.")]
+for name in names:
+    if not name.endswith("__main__"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if error.name is None or error.name.startswith("streamcrypt"):
+                raise
+print(len(names), asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, _, asked = done.stdout.strip().rpartition("\n")[2].partition(" ")
+    assert int(count) > 80
+    assert asked == "set()"
+
+
 def test_submodules_do_not_carry_the_name_of_a_function():
     """Or importing one would replace the other."""
     from pathlib import Path

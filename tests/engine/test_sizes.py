@@ -1,8 +1,9 @@
-"""A message of 1 TiB: sparse, with real frames at a few places, read at these places (RELIABILITY 30)."""
+"""Sizes: what one tells (RELIABILITY 33); a message of 1 TiB, sparse, read at the frames that are real (30)."""
 
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def write_sparse_message(path: Path, size: int, indexes: list[int]) -> dict[int,
         file.seek(len(head) + count * (FRAME + OVERHEAD))
         file.write(b"\xff\xff\xff\xff" + craft.u32(sequence) + iv + craft.u32(rest) + sealed)
     return written
+
+
+@pytest.mark.parametrize("sign", [False, True])
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
+def test_a_length_tells_nothing_but_the_plaintext_s(size: int, sign: bool) -> None:
+    """Nothing is compressed, and no signature is shorter than another."""
+    plaintexts = bytes(size), os.urandom(size), (b"again and again " * size)[:size]
+    lengths = [
+        len(sc.encrypt_bytes(plaintext, keys=KEYS, sign=sign, frame_size=4096))
+        for plaintext in plaintexts * 3
+    ]
+    assert len(set(lengths)) == 1
 
 
 def test_any_place_of_a_message_of_1_tib(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from streamcrypt.errors import StreamcryptError
 
 _LINE = re.compile(r"(?:\d+\s+)?(\w+)\(")
 
-FAULTS = {"KILL": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
+FAULTS = {"KILL": "signal=KILL"} | {name: f"error={name}" for name in ("EIO", "ENOSPC", "EDQUOT", "EINTR")}
 
 
 class Traced:

@@ -215,6 +215,14 @@ KEYS = (
 
 
 @pytest.mark.parametrize("suite", [UNSIGNED, SIGNED], ids=repr)
+def test_a_message_id_drawn_twice_is_another_content_key_under_another_data_key(suite):
+    """As by a virtual machine that is restored (RELIABILITY 23): IVs count from 1 in each message."""
+    first, second = (derive_keys(suite, bytes([key]) * 32, b"m" * 32) for key in (1, 2))
+    assert first.content_key != second.content_key
+    assert first.commitment != second.commitment
+
+
+@pytest.mark.parametrize("suite", [UNSIGNED, SIGNED], ids=repr)
 @pytest.mark.parametrize("unstored", [{}, {"only": "authenticated"}], ids=["stored", "unstored"])
 def test_a_written_header_is_read_back(suite, unstored):
     template = HeaderTemplate(suite, {"a": "1", "ü": ""}, KEYS, 4096, unstored)
