@@ -966,7 +966,6 @@ def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
 
 
 def _make_client(session: Any) -> Any:
-    import boto3
     import botocore
     from botocore.config import Config
 
@@ -977,7 +976,7 @@ def _make_client(session: Any) -> Any:
         s3={"payload_signing_enabled": not _is_payload_unsigned(_s3_endpoint())},
         **({} if session is not None else {"signature_version": botocore.UNSIGNED}),
     )
-    session = session or boto3.Session()
+    session = session or _boto3_session()
     return session.client(
         "s3",
         endpoint_url=_s3_endpoint(),
@@ -988,17 +987,33 @@ def _make_client(session: Any) -> Any:
 
 def _session() -> Any:
     """boto3's session, with whatever credentials it finds; None where none are wanted."""
-    import boto3
-
     if _is_true("AWS_SKIP_SIGNATURE"):
         return None
-    session = boto3.Session()
+    session = _boto3_session()
     if session.get_credentials() is None:
         raise StreamcryptError(
             "no AWS credentials were found: set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "or AWS_SKIP_SIGNATURE=true for a public bucket"
         )
     return session
+
+
+def _boto3_session() -> Any:
+    """A new session, whose service models have been read before where this process had another one."""
+    import boto3
+    import botocore.session
+
+    session = botocore.session.get_session()
+    session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
+    return boto3.Session(botocore_session=session)
+
+
+@functools.cache
+def _loader(search_path: str | None) -> Any:
+    """botocore's service models, read once a process: that of S3 takes longer than many a job's requests."""
+    from botocore.loaders import create_loader
+
+    return create_loader(search_path)
 
 
 def _s3_endpoint() -> str | None:
