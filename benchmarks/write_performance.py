@@ -51,7 +51,8 @@ streamcrypt bench compare --baseline-ref main --out both  # two versions, measur
 streamcrypt bench kms --kms local --latency 10ms --quota 100 --rate 150   # open loop; without --rate closed
 streamcrypt bench kms --kms local --latency 10ms --error-rate 0.05        # or http://HOST:PORT, moto, aws
 streamcrypt bench calibrate --storage disk,memory --out machine.json     # just what a plan needs
-streamcrypt plan --validate benchmarks/held_out.json --records machine.json --out held-out
+streamcrypt plan --validate benchmarks/held_out.json --records machine.json --out held-out   # by rates of before
+streamcrypt plan --validate benchmarks/held_out.json --calibrate --out held-out   # by rates of the same rounds
 streamcrypt report results --out report.html
 python benchmarks/alone.py                               # a configuration in a sweep against itself alone
 ```
@@ -113,7 +114,8 @@ non-negative least squares with relative weights, one fit for all runs of an ope
 queue (one cache for a host; message, age and byte limits; a token bucket for the quota), which a property test holds to
 an event simulation of 200 random loads. An interval repeats the plan with rates refitted to resampled runs, times the
 relative errors of cells left out of their own fit. What limits a job: the processor seconds, fitted in the same way,
-over the cores that the work can keep busy; of the rest the waits for the KMS, and what is left is the storage's.
+over the cores that the work can keep busy; of the rest the waits for the KMS, and what is left is the storage's (in
+memory nobody waits for a device: what is left there are the interpreter's lock and hand-overs, and counts as `cpu`).
 """
 
 METRICS = """\
@@ -213,10 +215,18 @@ def validation_section(path: Path | None) -> list[str]:
         ]
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     told = (
+        "Every configuration of `benchmarks/held_out.json` and every one of a calibration was measured once in each "
+        "round, in one seeded order; the rates are fitted to the latter alone. So this says how good "
+        "the model is, not how old records may be. Each row is held against the noise floor of its kind: one "
+        "of these configurations, ten times, spread over the same rounds."
+        if result.get("same_rounds")
+        else ""
+    )
+    order = (
         "The configurations of `benchmarks/held_out.json`, committed before any was measured, in order of the error; "
         "an asterisk marks an 80 % interval that missed."
     )
-    return [*head, told, "", validate.table(result)]
+    return [*head, *([told, ""] if told else []), order, "", validate.table(result)]
 
 
 def main() -> None:

@@ -299,19 +299,20 @@ def possible(sweep: Sweep) -> tuple[Sweep, list[tuple[Cell, str]]]:
 
 
 def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep:
-    """The cells from which a plan's rates are fitted: two to three minutes for two storages and one round.
+    """The cells from which a plan's rates are fitted: about five minutes for two storages and one round.
 
     Many small files give the cost of a file, small frames that of a frame, large files that of a byte; each
     with one worker and with as many as there are cores, since their ratio is the contention, and with so
-    many that the engine takes processes for workers.  What does not depend on the storage (frames,
+    many that the engine takes processes for workers.  Twice as many workers as cores say what threads wait
+    for each other, and what waits for a disk at once.  What does not depend on the storage (frames,
     signatures, data keys, starting workers) is measured on the first one only, memory if it is there.
     """
     # Clearly below the number of small files from which on workers are processes, clearly above it, far above.
     turn = PROCESSES_PAY / interpreter_seconds(1, 1)
     many, more, most = ((min(20_000, round(times * turn)), 8 * KIB, MIB) for times in (0.55, 1.5, 3.5))
-    large, middle = (16, 24 * MIB, MIB), (150, 2 * MIB, MIB)
+    large, middle = (32, 24 * MIB, MIB), (400, 2 * MIB, MIB)
     frames = (math.ceil(1.1 * PROCESSES_PAY / interpreter_seconds(1, 1025)), 4 * MIB, 4 * KIB)
-    spans, some_frames = (2, 192 * MIB, MIB), (600, 256 * KIB, 64 * KIB)
+    spans, some_frames = (2, 384 * MIB, MIB), (1500, 256 * KIB, 64 * KIB)
     cells: list[Cell] = []
 
     def add(shape: tuple[int, int, int], **fields: Any) -> None:
@@ -342,6 +343,10 @@ def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep
         if fsync and (workers == 1 or operation == "encrypt"):
             add(many, **common)
             add(large, **common)
+        if workers > 1 and operation != "rekey":
+            crowd = common | {"workers": 2 * workers, "fsync": fsync}
+            add(many, **crowd)
+            add(large, **crowd)
     return Sweep(_distinct(cells), 1)
 
 
@@ -361,12 +366,13 @@ def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[C
     }
     cells = []
     for number, cell in enumerate(latin_hypercube(axes, 32, seed)):
-        total = 512 * MIB if cell.file_size > 64 * KIB else 64 * MIB
+        # A second and more: shorter runs say more of the minute than of the machine.
+        total = 1536 * MIB if cell.file_size > 64 * KIB else 256 * MIB
         wide = {"constant": 0.0, "lognormal": 1.0, "pareto": 2.5}[cell.distribution]
         cells.append(
             dataclasses.replace(
                 cell,
-                files=max(8, min(4000, total // cell.file_size)),
+                files=max(8, min(8000, total // cell.file_size)),
                 spread=wide,
                 seed=seed + number,
                 fsync=cell.storage == "disk" and cell.operation != "verify",
@@ -384,18 +390,19 @@ def held_out(seed: int, storages: Sequence[str] = ("memory", "disk")) -> tuple[C
         # Long enough to mean something, short enough for a KMS that takes one call at a time.
         slowest = max(cell.kms_latency, 1 / cell.kms_quota if cell.kms_quota else 0.0)
         per_key = cell.cache_max_messages or 1
-        files = min(800, max(60, int(4 / slowest * per_key)))
+        most = min(8000, 1536 * MIB // cell.file_size)
+        files = min(most, max(60, int(4 / slowest * per_key)))
         cells.append(dataclasses.replace(cell, files=files, seed=seed + 1000 + number, storage=storages[0]))
     # Encrypting only: how many data keys an age limit made of a dataset, the dataset alone can tell.  Ages are
-    # short because jobs are: some forty renewals, of which one more or less is no more than chance.
+    # short because jobs are: some twenty renewals, of which one more or less is no more than chance.
     aged: dict[str, Sequence[Any]] = {
         "workers": [1, 2, 3],
         "file_size": [24 * KIB, 200 * KIB, 1200 * KIB],
-        "cache_max_age": [0.015, 0.025, 0.04],
+        "cache_max_age": [0.06, 0.1, 0.16],
         "kms_latency": [0.004, 0.02],
     }
     for number, cell in enumerate(latin_hypercube(aged, 6, seed + 2000)):
-        total = 2048 * MIB if cell.file_size > 64 * KIB else 384 * MIB
+        total = 3072 * MIB if cell.file_size > 64 * KIB else 384 * MIB
         files = total // cell.file_size
         cells.append(dataclasses.replace(cell, files=files, seed=seed + 2000 + number, storage=storages[0]))
     return _distinct(cells)

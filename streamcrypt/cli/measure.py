@@ -563,10 +563,16 @@ def _add_plan(subparsers: Any) -> None:
         "--validate", type=Path, metavar="HELD_OUT", help="measure these configurations and compare"
     )
     what.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="with --validate: measure the rates in the same rounds, into OUT/machine.json; --records, if given, are "
+        "judged beside",
+    )
+    what.add_argument(
         "--out", type=Path, help="folder for what --validate measures; goes on where it stopped"
     )
     what.add_argument("--work", type=Path, help="folder for test data of --validate")
-    what.add_argument("--budget", type=DURATION, default=600.0, help="time for --validate (default 10m)")
+    what.add_argument("--budget", type=DURATION, default=3600.0, help="time for --validate (default 1h)")
     _common(parser)
     parser.set_defaults(run=_needing_extras(_plan))
 
@@ -754,18 +760,22 @@ def _check(args: argparse.Namespace, job: Any, records: Any) -> int:
 
 def _validate(args: argparse.Namespace, records: Any) -> int:
     from streamcrypt.bench import measure, sweep
-    from streamcrypt.bench.records import RecordsError
+    from streamcrypt.bench.records import RecordsError, usable_cores
     from streamcrypt.plan import validate
 
     try:
         cells = validate.read_held_out(args.validate)
     except sweep.SweepError as error:
         return _fail(str(error), USAGE_ERROR)
+    rates: tuple[Any, ...] = ()
+    if args.calibrate:
+        rates = sweep.calibration(sorted({cell.storage for cell in cells}), cores=usable_cores()).cells
     try:
         result = validate.validate(
             cells,
-            records,
+            None if args.calibrate and args.records is None else records,
             args.out,
+            rates=rates,
             work=args.work,
             budget=args.budget,
             progress=None if args.quiet else _progress,

@@ -46,7 +46,8 @@ TERMS: Final = (
     "byte_serial", "byte", "sync_serial", "sync", "sync_byte", "signature_serial", "signature", "hash", "key",
 )  # fmt: skip
 CPU_TERMS: Final = (
-    "start", "process", "file_lock", "file", "single", "frame", "byte", "sync", "sync_byte", "signature", "hash", "key",
+    "start", "process", "file_lock", "file_contended", "file", "single", "frame", "byte", "sync", "sync_byte",
+    "signature", "hash", "key",
 )  # fmt: skip
 _OF_STORAGE: Final = frozenset(("file_lock", "file", "byte_serial", "byte"))
 _SERIAL, _FILE = TERMS.index("file_serial"), TERMS.index("file")
@@ -133,8 +134,8 @@ class Work:
         n, sync, signed = self.files, float(self.fsync), float(self.signed)
         lock, free = (0.0, 1.0) if self.processes else (1.0, 0.0)
         return np.array([
-            1.0, free * self.workers, lock * n, free * n, self.singles, self.frames, self.bytes,
-            sync * n, sync * self.bytes, signed * n, signed * self.bytes, self.keys,
+            1.0, free * self.workers, lock * n, lock * n * (1 - 1 / self.workers), free * n, self.singles,
+            self.frames, self.bytes, sync * n, sync * self.bytes, signed * n, signed * self.bytes, self.keys,
         ])  # fmt: skip
 
 

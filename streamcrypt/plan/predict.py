@@ -335,6 +335,7 @@ class Prediction:
             "signed": job.signed,
             "sync": job.fsync and job.operation != "verify",
             "reading": job.operation in ("decrypt", "verify"),
+            "in_memory": job.storage == "memory",
             "writing": {"verify": "nothing", "decrypt": "plain"}.get(job.operation, "message"),
             "questions": _questions(job),
             "data_keys": job.data_keys,
@@ -504,7 +505,9 @@ def _estimate(
     # What the cores had to do, and what they do not account for: that is the storage's.
     worked = overhead + busy
     cpu_seconds = float(rates.cpu @ dataclasses.replace(work, keys=outcome.calls).cpu_features())
-    cpu = min(worked, cpu_seconds / work.lanes(cpu_seconds)) if rates.cpu.any() else worked
+    # In memory no device makes anybody wait: what is left there are the interpreter's lock and hand-overs.
+    known = rates.cpu.any() and job.storage != "memory"
+    cpu = min(worked, cpu_seconds / work.lanes(cpu_seconds)) if known else worked
     stored = worked - cpu
     reads_only = job.operation == "verify"
     parts = {

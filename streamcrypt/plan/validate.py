@@ -3,6 +3,11 @@
 The file holds the cells and the seed they were drawn with.  Every one is measured (only a run that
 failed is left out, and counted), predicted from the records alone, and put beside two naive planners:
 bytes over the best measured rate, and the nearest measured cell scaled by its bytes.
+
+A virtual disk is not as fast in this hour as in the next.  So the rates can be measured in the same rounds as
+the cells: the cells of a calibration and those held out, in one seeded order.  The fit
+sees none of the latter; what an error then says is said of the model, and what records of an earlier hour
+miss besides is said of their age.
 """
 
 from __future__ import annotations
@@ -16,7 +21,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamcrypt.bench import data, sweep
-from streamcrypt.bench.records import Cell, Record, Records, RecordsError, by_cell, median, this_machine
+from streamcrypt.bench.records import (
+    Cell,
+    Record,
+    Records,
+    RecordsError,
+    by_cell,
+    median,
+    this_machine,
+    write_json,
+)
 from streamcrypt.plan import predict as planner
 from streamcrypt.plan.model import best_rate, nearest, work_of
 
@@ -26,6 +40,7 @@ KNOWN_LATENCY: Final = 0.1  # spread of the mean of a KMS that answers as it was
 UNLIMITED: Final = 1e9  # calls a second
 WITHIN: Final = 0.2  # of the time: a good prediction
 BY_AGE: Final = 0.05  # of the calls, where an age limit decides how many there are
+_SMALL: Final = 1 << 20  # bytes
 
 _FAMILY: Final = {"cpu": "cpu", "driver": "cpu", "start-up": "cpu", "network": "storage"}
 
@@ -79,11 +94,14 @@ def family(limit: str) -> str:
 def measured_family(run: Record, cores: int) -> str:
     """What decided a run: the cores that it kept busy, or of the rest of its time the KMS, or the storage.
 
-    A run whose calls were throttled was decided by the quota.
+    A run whose calls were throttled was decided by the quota.  In memory there is no storage to wait for: what
+    a core does not do there, it waits for the interpreter's lock and for work that is handed over.
     """
     if run.throttled:
         return "kms"
     busy = run.cpu_s / work_of(run, cores).lanes(run.cpu_s)
+    if run.cell.storage == "memory":
+        busy = max(busy, run.wall_s - run.kms_wait_s)
     rest = max(0.0, run.wall_s - busy)
     shares = {"cpu": busy, "kms": min(run.kms_wait_s, rest), "storage": max(0.0, rest - run.kms_wait_s)}
     return max(shares, key=lambda name: shares[name])
@@ -91,11 +109,12 @@ def measured_family(run: Record, cores: int) -> str:
 
 def validate(
     cells: Sequence[Cell],
-    records: Records,
+    records: Records | None,
     out: Path | None = None,
     *,
+    rates: Sequence[Cell] = (),
     work: Path | None = None,
-    budget: float = 600.0,
+    budget: float = 3600.0,
     repeats: int = REPEATS,
     rounds: int = ROUNDS,
     progress: Callable[[int, int, Record], None] | None = None,
@@ -103,41 +122,73 @@ def validate(
 ) -> dict[str, Any]:
     """Measure the cells within ``budget`` seconds and judge the plan by them; ``out`` goes on where it was.
 
-    RecordsError when the records are of another machine.
+    ``rates`` are cells that are measured in the same rounds, to fit from: their runs become ``out``/machine.json,
+    and nothing is judged before all are there.  ``records``, if there are any, are then those of an earlier
+    hour, judged beside.  RecordsError when they are of another machine.
     """
     import tempfile
 
     here = this_machine()
-    if here.id != records.machine.id:
+    if records is None and not rates:
+        raise RecordsError("a plan is validated with rates: give records, or measure them with the cells")
+    if records is not None and here.id != records.machine.id:
         raise RecordsError(
             f"the records are of {records.machine.name}, this is {here.name}: a plan is validated where its rates "
             "were measured; run `streamcrypt bench calibrate --storage disk,memory` here and give it as --records"
         )
-    cores = records.machine.cores
+    everything = tuple({cell.hash: cell for cell in (*cells, *rates)}.values())
     with tempfile.TemporaryDirectory(prefix="streamcrypt-validate-") as scratch:
         folder = out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         started = clock()
         options: dict[str, Any] = {"work": work, "yardsticks": False, "progress": progress}
         chosen = tuple(
-            _middle([cell for cell in cells if cell.storage == storage]) for storage in _storages(cells)
+            _middle([cell for cell in cells if floor_of(cell) == kind])
+            for kind in sorted({floor_of(cell) for cell in cells})
         )
-        floor_runs = sweep.run(sweep.Sweep(chosen, repeats), folder / "floor", budget=budget / 4, **options)
-        left = max(1.0, budget - (clock() - started))
-        measured = sweep.run(sweep.Sweep(tuple(cells), rounds), folder / "cells", budget=left, **options)
-    left_over = len(chosen) * repeats - len(floor_runs.runs) + len(cells) * rounds - len(measured.runs)
-    result = judge(measured, records, floor_runs.usable(), planned=len(cells), cores=cores)
-    return result | {"runs_left": left_over}
+
+        def left() -> float:
+            return max(1.0, budget - (clock() - started))
+
+        for number in range(1, rounds + 1):  # what is repeated for the floor meets the same hour
+            again = sweep.Sweep(chosen, math.ceil(repeats * number / rounds))
+            floor_runs = sweep.run(again, folder / "floor", budget=left(), **options)
+            found = sweep.run(sweep.Sweep(everything, number), folder / "cells", budget=left(), **options)
+        named = {cell.hash for cell in cells}
+        measured = Records(found.machine, tuple(run for run in found.runs if run.cell.hash in named))
+        earlier = records
+        if rates:
+            wanted = {cell.hash for cell in rates} - named
+            records = Records(found.machine, tuple(run for run in found.runs if run.cell.hash in wanted))
+            write_json(folder / "machine.json", records)
+    assert records is not None
+    left_over = len(chosen) * repeats - len(floor_runs.runs) + len(everything) * rounds - len(found.runs)
+
+    def judged(by: Records) -> dict[str, Any]:
+        return judge(measured, by, floor_runs.usable(), planned=len(cells), cores=here.cores)
+
+    if rates and left_over:
+        measured = Records(measured.machine, ())
+    result = judged(records) | {"runs_left": left_over, "same_rounds": bool(rates)}
+    if rates and earlier is not None and result["measured"]:
+        result["earlier"] = {"records_date": earlier.date, "summary": judged(earlier)["summary"]}
+    return result
 
 
 def _storages(cells: Sequence[Cell]) -> list[str]:
     return sorted({cell.storage for cell in cells})
 
 
+def floor_of(cell: Cell) -> str:
+    """The kind of work whose noise floor a cell is held against."""
+    storage = f"{cell.storage} + fsync" if cell.fsync else cell.storage
+    return f"{storage}, {'small' if cell.file_size < _SMALL else 'large'} files"
+
+
 def _middle(cells: Sequence[Cell]) -> Cell:
     """The cell of middling length of those that wait for no KMS, to repeat for the noise floor."""
     without = [cell for cell in cells if not cell.kms_latency and not cell.kms_quota] or cells
-    return sorted(without, key=lambda cell: cell.files * cell.file_size)[len(without) // 2]
+    return sorted(without, key=lambda cell: (cell.files * cell.file_size, cell.hash))[len(without) // 2]
 
 
 def judge(
@@ -145,10 +196,12 @@ def judge(
 ) -> dict[str, Any]:
     """The table and its summary, from what was measured and what the records predict.
 
-    ``floor`` are runs of one cell of each storage, repeated: how far a run is from the median of its own
-    cell.  A prediction is good within 20 %, or within 1.2 times what nine in ten of those runs keep to.
+    ``floor`` are runs of one cell of each kind (``floor_of``), repeated: how far a run is from the median of its
+    own cell.  A prediction is good within 20 %, or within 1.2 times what nine in ten of those runs keep to.
     """
-    floors = {runs[0].cell.storage: _floor([run.wall_s for run in runs]) for runs in by_cell(floor).values()}
+    floors = {
+        floor_of(runs[0].cell): _floor([run.wall_s for run in runs]) for runs in by_cell(floor).values()
+    }
     rows = []
     for runs in by_cell(measured.usable()).values():
         cell = runs[0].cell
@@ -178,9 +231,7 @@ def judge(
                 "exact_calls": cell.cache_max_age is None,
                 "by_best_rate": (cell.files * cell.file_size / rate) / wall - 1 if rate else math.nan,
                 "by_nearest": nearest(known, cell, cell.files * cell.file_size) / wall - 1,
-                "allowed": max(WITHIN, 1.2 * floors[cell.storage]["p90"])
-                if cell.storage in floors
-                else WITHIN,
+                "allowed": max(WITHIN, 1.2 * floors.get(floor_of(cell), {}).get("p90", 0.0)),
                 "noisy": sum(1 for run in runs if run.noise),
             }
         )
@@ -248,6 +299,20 @@ def _near(calls: int, measured: int) -> bool:
     return abs(calls / max(measured, 1) - 1) <= BY_AGE
 
 
+def _by_earlier(earlier: dict[str, Any] | None) -> list[str]:
+    """What records of an earlier hour would have foretold."""
+    if earlier is None:
+        return []
+    figures = earlier["summary"]["plan"]
+    return [
+        "",
+        f"By the rates of {earlier['records_date']}, measured before: median {figures['median']:.1%}, p90 "
+        f"{figures['p90']:.1%}, within 20 %: {earlier['summary']['within_20']:.0%}, within their 80 % interval: "
+        f"{earlier['summary']['coverage_80']:.0%} of runs, limiting resource right: "
+        f"{earlier['summary']['limit_right']:.0%}.",
+    ]
+
+
 def _percent(share: float | None) -> str:
     return "none measured" if share is None else f"{share:.0%}"
 
@@ -256,8 +321,8 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown: summary first, then every row, misses included."""
     summary, floors = result["summary"], result["floor"]
     lines = [
-        f"Machine: {result['machine']}; rates measured {result['records_date']}, "
-        f"held-out runs {result['measured_date']}.",
+        f"Machine: {result['machine']}; held-out runs {result['measured_date']}, rates measured "
+        + ("in the same rounds." if result.get("same_rounds") else f"{result['records_date']}."),
         f"{result['measured']} of {result['planned']} configurations measured; "
         f"failed: {', '.join(result['failed']) or 'none'}.",
         "",
@@ -273,9 +338,9 @@ def table(result: dict[str, Any]) -> str:
         figures = summary[name]
         lines.append(f"| {label} | {figures['median']:.1%} | {figures['p90']:.1%} | {figures['max']:.0%} |")
     lines += [
-        f"| noise floor, {storage}: one configuration {floor['runs']} times "
+        f"| noise floor, {kind}: one configuration {floor['runs']} times "
         f"| {floor['median']:.1%} | {floor['p90']:.1%} | |"
-        for storage, floor in floors.items()
+        for kind, floor in floors.items()
     ]
     lines += [
         "",
@@ -287,6 +352,7 @@ def table(result: dict[str, Any]) -> str:
         f"its age does ({summary['aged']} configurations): {_percent(summary['calls_by_age'])}, and "
         f"{_percent(summary['calls_by_age_at_measured'])} of the calls of a plan that is told the time. "
         f"Configurations with a noisy run: {summary['noisy']}.",
+        *_by_earlier(result.get("earlier")),
         "",
         "| configuration | measured s | predicted s | error | 80 % interval "
         "| limit: predicted, measured | KMS calls: predicted, measured |",

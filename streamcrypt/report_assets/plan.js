@@ -196,14 +196,15 @@ function estimate(job) {
   const all = [outcome.seconds, ...bounds.filter((bound) => bound > 0)], top = Math.max(...all);
   const joined = all.length > 1
     ? top * Math.pow(all.reduce((sum, value) => sum + Math.pow(value / top, page.knee), 0), 1 / page.knee) : top;
-  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file: free * files, single: singles, frame: frames,
+  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file_contended: lock * files * (1 - 1 / workers), file: free * files, single: singles, frame: frames,
     byte: bytes, sync: sync * files, sync_byte: sync * bytes, signature: signed * files, hash: signed * bytes,
     key: outcome.calls };
   let cpuSeconds = 0;
   for (const [name, value] of Object.entries(page.cpu_coefficients)) cpuSeconds += value * cpuFeatures[name];
   const alone = cpuSeconds > 0 ? Math.min(1, interpreter(files, frames) / cpuSeconds) : 0;
   const coresBusy = processes ? p : 1 + (p - 1) * (1 - alone), worked = overhead + busy;
-  const cpu = Object.values(page.cpu_coefficients).some((value) => value) ? Math.min(worked, cpuSeconds / coresBusy) : worked;
+  const known = !page.in_memory && Object.values(page.cpu_coefficients).some((value) => value);
+  const cpu = known ? Math.min(worked, cpuSeconds / coresBusy) : worked;
   const stored = worked - cpu, readsOnly = page.writing === "nothing";
   const quotaBound = outcome.quotaSeconds && outcome.quotaSeconds >= 0.97 * outcome.seconds;
   const parts = { "cpu": cpu,

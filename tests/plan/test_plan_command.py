@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from families.measured import synthetic_records
 
-from streamcrypt.bench.records import Cell, Records, read, this_machine, write_json
+from streamcrypt.bench.records import Cell, Records, RecordsError, read, this_machine, write_json
 from streamcrypt.bench.sweep import held_out
 from streamcrypt.cli import main
 from streamcrypt.plan import REFERENCE, validate
@@ -342,7 +342,7 @@ def test_validating_measures_judges_and_goes_on(capsys, tmp_path):
     result = validate.validate(cells, records, tmp_path / "out", **options)
     assert result["planned"] == result["measured"] == 3
     assert result["runs_left"] == 0
-    assert result["floor"]["disk"]["runs"] == 2
+    assert result["floor"]["disk, small files"]["runs"] == 2
     # Four files and the manifest.
     assert sorted(row["calls_measured"] for row in result["rows"]) == [1, 3, 5]
     assert result["summary"]["calls_exact"] == 1.0
@@ -352,6 +352,31 @@ def test_validating_measures_judges_and_goes_on(capsys, tmp_path):
     assert code == 0
     assert json.loads(out)["measured"] == 3
     assert "the same command goes on" in err
+
+
+def test_validating_with_rates_of_the_same_rounds(tmp_path):
+    """A fit sees the cells of the calibration and none of those held out; records of before are judged beside."""
+    earlier = Records(this_machine(), synthetic_records().runs)
+    shapes = ((4, 1000), (40, 1000), (4, 100_000), (40, 100_000))
+    rates = [Cell(files=files, file_size=size, storage="disk") for files, size in shapes]
+    held_out_cell = Cell(files=20, file_size=50_000, storage="disk", frame_size=4096)
+    options = {"work": tmp_path, "repeats": 2, "rounds": 2, "rates": rates}
+    cut_short = validate.validate([held_out_cell], None, tmp_path / "out", budget=0.0, **options)
+    assert cut_short["runs_left"] > 0
+    assert cut_short["measured"] == 0  # nothing is judged by half of the rates
+    result = validate.validate([held_out_cell], earlier, tmp_path / "out", **options)
+    assert (result["runs_left"], result["measured"]) == (0, 1)
+    by_rates = read(tmp_path / "out" / "machine.json")
+    assert {run.cell for run in by_rates.runs} == set(rates)
+    assert len(by_rates.runs) == 2 * len(rates)
+    (row,) = result["rows"]
+    predicted = planner.predict(validate.job_of(held_out_cell), by_rates).estimate.seconds
+    assert row["predicted"] == pytest.approx(predicted)
+    assert result["earlier"]["summary"]["plan"]["median"] != result["summary"]["plan"]["median"]
+    assert "in the same rounds" in validate.table(result)
+    assert "measured before" in validate.table(result)
+    with pytest.raises(RecordsError, match="give records"):
+        validate.validate([held_out_cell], None, work=tmp_path)
 
 
 def test_the_page_names_every_limit_and_its_prices_are_read(tmp_path):
