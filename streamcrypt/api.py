@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -46,7 +47,15 @@ from streamcrypt.message.context import check_caller_context
 from streamcrypt.message.frames import UNFRAMED_PREFIX, unframed_length
 from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH, SIGNED, UNSIGNED, CommitmentPolicy
-from streamcrypt.storage import Entry, FileObjectSource, Filters, LocalTree, Source, is_store_url
+from streamcrypt.storage import (
+    Entry,
+    FileObjectSource,
+    Filters,
+    LocalTree,
+    Source,
+    is_store_url,
+    kind_problem,
+)
 from streamcrypt.streams import (
     DEFAULT_FRAME_LENGTH,
     DecryptingFile,
@@ -852,6 +861,8 @@ def _source(path: Path) -> Place:
     if os.path.isdir(full):
         return Place(LocalTree(full))
     if not os.path.lexists(full):
+        if os.path.exists(text):  # /dev/stdin, /dev/fd/63: what is behind it has no name
+            raise SourceError(f"{text}: is a pipe, not a file; a pipe is read as standard input, written -")
         raise SourceError(f"{text}: does not exist")
     return Place(LocalTree(os.path.dirname(full)), os.path.basename(full))
 
@@ -871,8 +882,12 @@ def _destination(path: Path) -> Place:
         folder, place = _in_store(text)
         return place if place.name is None or folder.is_empty() else Place(folder)
     full = os.path.abspath(text)
-    if os.path.isdir(full):
+    if os.path.isdir(full) or text.endswith("/"):
         return Place(LocalTree(os.path.realpath(full)))
+    with contextlib.suppress(OSError):
+        mode = os.lstat(full).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # /dev/null, say, is not to be replaced
+            raise DestinationError(f"{full}: {kind_problem(mode)}")
     return Place(LocalTree(os.path.realpath(os.path.dirname(full))), os.path.basename(full))
 
 

@@ -299,13 +299,15 @@ class LocalTree:
                 if stat.S_ISREG(status.st_mode):
                     yield Entry(path, status.st_size, False, None, _state(status), status.st_ctime_ns)
                 else:
-                    yield Entry(path, 0, problem=_kind_problem(status.st_mode))
+                    yield Entry(path, 0, problem=kind_problem(status.st_mode))
 
     def is_empty(self) -> bool:
-        """Whether nothing lies in the folder."""
+        """Whether nothing lies in the folder, which need not be there."""
         try:
             with os.scandir(self.root) as entries:
                 return next(entries, None) is None
+        except FileNotFoundError:
+            return True
         except OSError as error:
             raise DestinationError(f"{self.root}: cannot be listed: {error.strerror}") from error
 
@@ -317,7 +319,7 @@ class LocalTree:
         except OSError as error:
             raise SourceError(f"{self.path(name)}: cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(status.st_mode):
-            return Entry(name, 0, problem=_kind_problem(status.st_mode))
+            return Entry(name, 0, problem=kind_problem(status.st_mode))
         return Entry(name, status.st_size, False, None, _state(status), status.st_ctime_ns)
 
     def state(self, name: str) -> State | None:
@@ -395,9 +397,9 @@ class LocalTree:
             raise DestinationError(f"{self.path(name)}: cannot be removed: {error.strerror}") from error
 
     def make_folder(self, name: str) -> None:
-        """Make an empty folder."""
+        """Make an empty folder; "" is the root."""
         try:
-            self._folder(check_name(name), create=True)
+            self._folder(name and check_name(name), create=True)
         except OSError as error:
             raise DestinationError(f"{self.path(name)}: cannot be made: {error.strerror}") from error
 
@@ -484,7 +486,7 @@ class LocalSource:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise SourceError(f"{tree.path(name)}: {_kind_problem(status.st_mode)}")
+            raise SourceError(f"{tree.path(name)}: {kind_problem(status.st_mode)}")
         self._parent = parent.hold()
         self.size = status.st_size
         self.state = _state(status)
@@ -782,7 +784,8 @@ def remove_open_temporaries() -> None:
                     os.unlink(path)
 
 
-def _kind_problem(mode: int) -> str:
+def kind_problem(mode: int) -> str:
+    """What something is that is no regular file."""
     kinds: Sequence[tuple[bool, str]] = (
         (stat.S_ISDIR(mode), "is a folder, not a file"),
         (stat.S_ISLNK(mode), "is a symbolic link; links are not followed"),

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamcrypt.cli.output import INTERRUPTED
-from streamcrypt.errors import KeyUnavailableError, SourceError, StreamcryptError
+from streamcrypt.errors import KeyAccessError, KeyUnavailableError, SourceError, StreamcryptError
 from streamcrypt.kms import shapes
 from streamcrypt.kms.errors import KmsError
 from streamcrypt.units import parse_duration
@@ -200,7 +202,11 @@ def _run_operation(args: argparse.Namespace) -> int:
         try:
             call("CreateAlias", {"AliasName": args.alias, "TargetKeyId": key_id})
         except StreamcryptError as error:
-            raise type(error)(f"key {key_id} was made, but not its alias: {error}") from error
+            left = "but not its alias"
+            with contextlib.suppress(StreamcryptError):  # nobody would look for a key without a name
+                call("ScheduleKeyDeletion", {"KeyId": key_id, "PendingWindowInDays": 7})
+                left = "and is scheduled for deletion, since its alias was not"
+            raise type(error)(f"key {key_id} was made, {left}: {error}") from error
     if name == "CreateKey" and args.kms == "local" and not args.quiet:
         _remind_of_backup()
     _print_response(response, args)
@@ -623,6 +629,12 @@ def _run_create_branch_key_store(args: argparse.Namespace) -> int:
 # -- serve and env -----------------------------------------------------------------------------------
 
 
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; write a number from 0 to 65535")
+    return int(text)
+
+
 def _add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
@@ -631,7 +643,7 @@ def _add_serve(commands: Any) -> None:
         epilog="example: streamcrypt kms serve --port 8400",
     )
     parser.add_argument("--host", default="127.0.0.1", help="loopback, unless TLS is on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8400, help="0 takes a free one (default: 8400)")
+    parser.add_argument("--port", type=_port, default=8400, help="0 takes a free one (default: 8400)")
     parser.add_argument(
         "--certificate", type=Path, metavar="FILE.pem", help="serve TLS with this certificate chain"
     )
@@ -698,7 +710,7 @@ def _add_env(commands: Any) -> None:
         "--user", metavar="NAME", help="a user, or a principal's ARN (default: the account's root)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    parser.add_argument("--port", type=int, default=8400, help="default: 8400")
+    parser.add_argument("--port", type=_port, default=8400, help="default: 8400")
     parser.add_argument("--url", help="the whole URL instead of --host and --port (https://…)")
     parser.add_argument(
         "--policy", action="append", metavar="file://FILE", help="an identity policy of the user (repeatable)"
@@ -973,7 +985,17 @@ def _passphrase(args: argparse.Namespace) -> Callable[[], bytes]:
 
     if args.passphrase_file is not None:
         return lambda: rootkey.read_passphrase_file(args.passphrase_file)
-    return rootkey.passphrase_from_environment
+
+    def from_environment() -> bytes:
+        if not os.environ.get(rootkey.FILE_VARIABLE):
+            in_clear = ", or give --root-key-in-clear" if "root_key_in_clear" in args else ""
+            raise KeyAccessError(
+                f"{args.file}: a backup is sealed under a passphrase: name the file that holds it with "
+                f"--passphrase-file or in {rootkey.FILE_VARIABLE}{in_clear}"
+            )
+        return rootkey.passphrase_from_environment()
+
+    return from_environment
 
 
 def _run_backup(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
@@ -146,6 +146,9 @@ def decrypt(job: Job) -> Report:
 # Verifying is decrypting to nowhere (or to a comparison); rekeying opens and seals in the worker.
 verify = decrypt
 rekey = decrypt
+
+
+_Line = TypeVar("_Line", Listed, Entry)
 
 
 class _Item(NamedTuple):
@@ -312,6 +315,9 @@ class _Run:
 
     def _finish(self, destination: Place) -> None:
         """Names first, manifest last: what was reported as done is durable."""
+        if self._manifest is None and self._whole_tree and not self.report.failed:
+            destination.tree.make_folder("")  # also where no file was to be put into it
+            self._written_folders.add("")
         self._tell_left_behind(destination)
         for folder in sorted(self._written_folders) if self.job.durable else ():
             try:
@@ -359,6 +365,34 @@ class _Run:
         What only one side has fails: a message that the manifest does not list was added, one that
         is not there was removed.
         """
+        without_message: list[Entry] = []
+        if self.job.against is not None and self._whole_tree and self.job.names is None:
+            entries = self._beside_plaintext(entries, without_message)
+        yield from self._listed(entries)
+        told = {failure.path for failure in self.report.failed} if without_message else set()
+        for plain in without_message:
+            if plain.problem is not None:
+                error = SourceError(f"{self._against_path(plain.name)}: {plain.problem}")
+                self._fail(self._take_number(), plain.name, error)
+            elif plain.name not in told:
+                self._fail_integrity(
+                    plain.name, f"is missing: {self._against_path(plain.name)} has no message"
+                )
+
+    def _beside_plaintext(self, entries: Iterator[Entry], without_message: list[Entry]) -> Iterator[Entry]:
+        """The same entries; notes what of the plaintext has none."""
+        assert self.job.against is not None
+        for plain, entry in merge(self.job.against.tree.walk(self.job.filters), entries):
+            if entry is not None:
+                yield entry
+            elif plain is not None and not plain.folder:
+                without_message.append(plain)
+
+    def _against_path(self, name: str) -> str:
+        assert self.job.against is not None
+        return self.job.against.tree.path(name)
+
+    def _listed(self, entries: Iterator[Entry]) -> Iterator[_Item]:
         if self.job.signed_by is not None and not self.job.dry_run:
             yield from self._matched(entries, self._admitted(self._signed_lines()))
             return
@@ -412,9 +446,14 @@ class _Run:
         assert self.job.reading is not None
         if not tree.exists(MANIFEST):
             if self.job.require_manifest:
+                instead = (
+                    "--no-manifest checks the messages one by one"
+                    if self.job.operation == "verify"
+                    else "leave out --require-manifest to take the messages one by one"
+                )
                 raise IntegrityError(
                     f"{tree.path(MANIFEST)}: there is no manifest, so nothing proves that the tree is complete; "
-                    "--no-manifest checks the messages one by one"
+                    + instead
                 )
             return None
         source = tree.open(MANIFEST)
@@ -1268,7 +1307,7 @@ def outcome_of(task: FileTask) -> Outcome:
     return Outcome(task.number, read, task.target_length or 0, task.length)
 
 
-def merge(entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[tuple[Entry | None, Listed | None]]:
+def merge(entries: Iterator[Entry], lines: Iterator[_Line]) -> Iterator[tuple[Entry | None, _Line | None]]:
     """Two sequences in the order of their names, side by side; None where one lacks a name."""
     entry, line = next(entries, None), next(lines, None)
     while entry is not None or line is not None:

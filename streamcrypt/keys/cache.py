@@ -207,7 +207,7 @@ class DataKeyCache:
                 f"data keys were hardly reused: {contexts} encryption contexts for {keys + hits} messages, and each "
                 "has its own data key; use one context for the dataset (the manifest binds names to messages)"
             )
-        if unknown:
+        if unknown > 1:  # one takes a data key anyway
             advice.append(
                 f"{unknown} messages of unknown length took a data key each: a byte limit cannot be kept for them; "
                 "read from a file instead of a pipe to reuse data keys"

@@ -359,9 +359,9 @@ def local_calls(stats: KmsStats | None = None) -> KmsCalls:
         except StreamcryptError as error:
             if isinstance(error, KeyAccessError):
                 raise
-            raise KeyAccessError(
-                f"{error}; make a key first: streamcrypt kms create-key --alias alias/NAME"
-            ) from error
+            there = os.path.lexists(os.path.join(home, FOLDER_NAME))
+            hint = "" if there else "; make a key first: streamcrypt kms create-key --alias alias/NAME"
+            raise KeyAccessError(f"{error}{hint}") from error
 
     return KmsCalls(connect, stats=stats, name="the embedded KMS", identity=("local", home))
 

@@ -34,6 +34,7 @@ _ITERATIONS: Final = 3
 _LANES: Final = 4
 _MEMORY_KIB: Final = 64 * 1024
 _KEYSTORE_SERVICE: Final = "streamcrypt"
+FILE_VARIABLE: Final = "STREAMCRYPT_PASSPHRASE_FILE"
 
 Passphrase = Callable[[], bytes]
 FilePath = str | os.PathLike[str]  # `pathlib` is not imported for its own sake: it takes 4 ms
@@ -41,11 +42,11 @@ FilePath = str | os.PathLike[str]  # `pathlib` is not imported for its own sake:
 
 def passphrase_from_environment() -> bytes:
     """The passphrase in the file that STREAMCRYPT_PASSPHRASE_FILE names."""
-    name = os.environ.get("STREAMCRYPT_PASSPHRASE_FILE")
+    name = os.environ.get(FILE_VARIABLE)
     if not name:
         raise KeyAccessError(
             "the root key of this KMS is protected by a passphrase: name the file that holds it in "
-            "STREAMCRYPT_PASSPHRASE_FILE"
+            + FILE_VARIABLE
         )
     return read_passphrase_file(name)
 

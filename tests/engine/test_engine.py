@@ -65,6 +65,36 @@ def heavy(tmp_path):
 # ------------------------------------------------------------------------------ same answer
 
 
+def test_verify_against_finds_what_has_no_message(tmp_path):
+    """Equal to a plaintext tree is only what lacks none of its files."""
+    plain, target = tmp_path / "in", tmp_path / "enc"
+    contents = make_tree(plain, {"a": 10, "sub/b": 10})
+    sc.encrypt(plain, target, keys=KEYS)
+    (plain / "sub" / "empty").mkdir()  # nothing that could be missing
+    assert sc.verify(target, against=plain, keys=KEYS).files == len(contents)
+    make_tree(plain, {"sub/added": 10, "z": 0})
+    with pytest.raises(sc.IntegrityError, match=r"sub/added has no message \(2 of 4") as caught:
+        sc.verify(target, against=plain, keys=KEYS)
+    assert sorted(failure.path for failure in caught.value.report.failed) == ["sub/added", "z"]
+    assert sc.verify(target, against=plain, keys=KEYS, exclude=["*added", "z"]).files == len(contents)
+    assert sc.verify(target, against=plain, keys=KEYS, files=["a"]).files == 1
+    (target / "a").unlink()  # told once, though manifest and plaintext both have it
+    with pytest.raises(sc.IntegrityError) as caught:
+        sc.verify(target, against=plain, keys=KEYS)
+    assert sorted(failure.path for failure in caught.value.report.failed) == ["a", "sub/added", "z"]
+    os.mkfifo(plain / "pipe")
+    with pytest.raises(sc.SourceError, match="named pipe"):
+        sc.verify(target, against=plain, keys=KEYS, exclude=["*added", "a", "z"])
+
+
+def test_an_empty_folder_comes_back(tmp_path):
+    (tmp_path / "in").mkdir()
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
+    assert sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS).files == 0
+    assert (tmp_path / "dec").is_dir()
+    assert not list((tmp_path / "dec").iterdir())
+
+
 @pytest.mark.parametrize("sign", [False, True], ids=["unsigned", "signed"])
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_same_plaintext_and_same_manifest(tree, tmp_path, workers, sign):

@@ -281,6 +281,39 @@ def test_backup_and_restore(run: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert base64.b64decode(opened) == b"hello"
 
 
+def test_a_backup_without_a_passphrase_is_told_what_it_lacks(run: Run, tmp_path: Path):
+    run("create-key", "--quiet")
+    with pytest.raises(
+        KeyAccessError, match=r"backup: a backup is sealed .* --passphrase-file .* --root-key-in-clear"
+    ):
+        run("backup", str(tmp_path / "backup"))
+    assert not list(tmp_path.glob("*backup*"))
+    (tmp_path / "words").write_text("correct horse\n")
+    run("backup", str(tmp_path / "backup"), "--passphrase-file", str(tmp_path / "words"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STREAMCRYPT_HOME", str(tmp_path / "restored"))
+        with pytest.raises(KeyAccessError, match="--passphrase-file or in STREAMCRYPT_PASSPHRASE_FILE"):
+            run("restore", str(tmp_path / "backup"))
+
+
+@pytest.mark.parametrize("alias", ["alias/ml", "ml"], ids=["taken", "no alias's name"])
+def test_a_key_whose_alias_cannot_be_made_does_not_stay(run: Run, alias: str):
+    run("create-key", "--alias", "alias/ml", "--quiet")
+    with pytest.raises(StreamcryptError, match="is scheduled for deletion, since its alias was not"):
+        run("create-key", "--alias", alias, "--quiet")
+    keys = [key["KeyId"] for key in json.loads(run("list-keys"))["Keys"]]
+    states = [json.loads(run("describe-key", "--key-id", key))["KeyMetadata"]["KeyState"] for key in keys]
+    assert sorted(states) == ["Enabled", "PendingDeletion"]
+
+
+@pytest.mark.parametrize("command", ["serve", "env"])
+@pytest.mark.parametrize("port", ["65536", "-1", "http"])
+def test_a_port_that_is_none(command: str, port: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["kms", command, f"--port={port}"])
+    assert f"'{port}' is not a port" in capsys.readouterr().err
+
+
 def test_branch_keys(run: Run):
     arn = json.loads(run("create-key", "--alias", "alias/ml", "--quiet"))["KeyMetadata"]["Arn"]
     made = json.loads(
