@@ -242,7 +242,7 @@ class StoreTree:
         return None if meta is None else _state(meta)
 
     def exists(self, name: str) -> bool:
-        return self._bucket.head(self.key(name), self.path(name), DestinationError) is not None
+        return self._bucket.head(self.key(name), self.path(name), SourceError) is not None
 
     def open(self, name: str) -> StoreSource:
         """Open an object for reading: one request, which also brings its first bytes."""
@@ -853,7 +853,7 @@ class _Bucket:
         """What the store says of an object; None when there is none."""
         import obstore
 
-        with _translated(kind, path):
+        with _translated(kind, path, reads=True):
             try:
                 return dict(obstore.head(self.store, key))
             except FileNotFoundError:
@@ -898,6 +898,8 @@ class _Bucket:
                     raise _exists_already(path) from error
                 reason = f"{path}: the store refused {operation} ({code or status})"
                 refused = status == 501 or (status < 500 and status not in (409, 429))
+                if status == 403:
+                    reason += f": it denied access; the caller needs {_NEEDED.get(operation, 's3:PutObject')}"
                 if refused and code not in ("SlowDown", "RequestTimeout"):
                     raise DestinationError(reason) from error
                 failure, cause = TemporaryError(f"{reason}; try again"), error
@@ -1102,14 +1104,20 @@ def _not_answered() -> tuple[type[Exception], ...]:
     return FileNotFoundError, BaseError
 
 
+# What a library says when it finds no credentials, or none that can be used; S3's are boto3's (`_session`).
+_ABOUT_CREDENTIALS = re.compile("token request|service account|Account must be specified", re.IGNORECASE)
+_CREDENTIALS = {
+    "gs://": "; set GOOGLE_APPLICATION_CREDENTIALS, or STORAGE_EMULATOR_HOST for an emulator",
+    "az://": "; set AZURE_STORAGE_ACCOUNT_NAME and a key, a SAS token or an identity",
+}
 _TEMPORARY: Final = re.compile(
     r"error sending request|timed out|timeout|connection|after \d+ retries|status code: (429|50[^1]|5[1-9])"
 )
 
 
 @contextlib.contextmanager
-def _translated(kind: type[StreamcryptError], path: str) -> Iterator[None]:
-    """The library's errors as ours."""
+def _translated(kind: type[StreamcryptError], path: str, *, reads: bool = False) -> Iterator[None]:
+    """The library's errors as ours; ``reads``: a request that only looks, whatever it is for."""
     from obstore import exceptions
 
     try:
@@ -1121,7 +1129,8 @@ def _translated(kind: type[StreamcryptError], path: str) -> Iterator[None]:
     except exceptions.PreconditionError as error:
         raise _changed(path) from error
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        raise kind(f"{path}: the store denied access; the caller needs {_permission(kind, path)}") from error
+        needed = _permission(path, reads=reads or kind is SourceError)
+        raise kind(f"{path}: the store denied access; the caller needs {needed}") from error
     except exceptions.InvalidPathError as error:
         raise kind(f"{path}: holds a key that is not a name: an empty part, '.' or '..'") from error
     except ValueError as error:
@@ -1133,14 +1142,24 @@ def _translated(kind: type[StreamcryptError], path: str) -> Iterator[None]:
             raise kind(f"{path}: does not exist (or its bucket does not)") from error
         if _TEMPORARY.search(text):
             raise TemporaryError(f"{path}: the store cannot serve the request ({text}); try again") from error
-        raise kind(f"{path}: {text}") from error
+        hint = _CREDENTIALS.get(path[:5], "") if _ABOUT_CREDENTIALS.search(text) else ""
+        raise kind(f"{path}: {text}{hint}") from error
 
 
-def _permission(kind: type[StreamcryptError], path: str) -> str:
+# The permission of an operation, where it is not s3:PutObject.
+_NEEDED: Final = {
+    "abort_multipart_upload": "s3:AbortMultipartUpload",
+    "delete_object": "s3:DeleteObject",
+    "list_multipart_uploads": "s3:ListBucketMultipartUploads",
+    "list_parts": "s3:ListMultipartUploadParts",
+}
+
+
+def _permission(path: str, *, reads: bool) -> str:
     """What a caller who was denied lacks.  S3 answers 403 for an absent object too, unless it may be listed."""
     if path.startswith("s3://"):
-        return "s3:GetObject and s3:ListBucket" if kind is SourceError else "s3:PutObject"
-    return "the right to read and list objects" if kind is SourceError else "the right to create objects"
+        return "s3:GetObject and s3:ListBucket" if reads else "s3:PutObject"
+    return "the right to read and list objects" if reads else "the right to create objects"
 
 
 def _exists_already(path: str) -> DestinationError:

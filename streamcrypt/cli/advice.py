@@ -59,6 +59,10 @@ def _add_iam_policy(subparsers: Any) -> None:
         help="rekey: the keys that open the old messages",
     )
     parser.add_argument("--key-map", metavar="FILE", help="keys by partition, as for encrypt")
+    for name, what in (("source", "reads"), ("destination", "writes")):
+        parser.add_argument(
+            f"--{name}", metavar="s3://…", help=f"what the job {what} on S3; a folder's URL ends in /"
+        )
     parser.add_argument(
         "--sign-manifest",
         metavar="REF",
@@ -134,6 +138,11 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
                 exact_context=arguments.exact_context,
             )
             needed += [permission for permission in found if permission not in needed]
+        if arguments.source or arguments.destination:
+            if arguments.form != "identity":
+                raise ValueError("--source and --destination are about S3; they go with --form identity")
+            partition = next((key.arn.split(":")[1] for key in keys), "aws")
+            needed += _of_places(arguments, partition)
         of_kms = [permission for permission in needed if permission.action.startswith("kms:")]
         document: Any
         if arguments.form == "grants":
@@ -169,6 +178,16 @@ def _iam_policy(arguments: argparse.Namespace) -> int:
         hint = "no --context: the role may use these keys for every dataset; name the pairs of this one to narrow it"
         output.say(f"streamcrypt: {hint}")
     return 0
+
+
+def _of_places(arguments: argparse.Namespace, partition: str) -> list[permissions.Permission]:
+    needed = []
+    if arguments.source:
+        needed += permissions.of_source(arguments.source, partition)
+    if arguments.destination:
+        signed = arguments.sign_manifest is not None
+        needed += permissions.of_destination(arguments.destination, partition, signed=signed)
+    return needed
 
 
 def _partitions(path: str) -> list[list[KeyUse]]:

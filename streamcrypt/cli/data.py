@@ -122,7 +122,7 @@ example:
         action="append",
         type=PAIR,
         metavar="NAME=VALUE",
-        help="pair for the new messages (default: those of --context)",
+        help="pair for the new messages (default: those of --context; others are not carried over)",
     )
     parser.add_argument("--require-manifest", action="store_true", help="refuse a folder without a manifest")
     _add_signed_by(parser)

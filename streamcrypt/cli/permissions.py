@@ -21,7 +21,9 @@
 A key that is named by an alias or a key ID also takes DescribeKey, where its ARN must be known:
 to decrypt.  A loader takes no key reference: the message names the key.  A hierarchy: key takes Decrypt
 on the KMS key, for its own branch key alone, and dynamodb:GetItem on that branch key's rows, whatever
-the role; branch-keys also takes dynamodb:PutItem.  --sign-manifest takes Sign and GetPublicKey.  These
+the role; branch-keys also takes dynamodb:PutItem.  --sign-manifest takes Sign and GetPublicKey.  A source on S3
+takes ListBucket and GetObject, a destination also PutObject, what its multipart uploads take when they are
+broken off, and DeleteObject for our own records below _streamcrypt/.  These
 are the calls that the commands make; tests run every command under exactly these policies, and under
 one action less.
 
@@ -34,6 +36,7 @@ fine-grained access control".
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -160,6 +163,44 @@ def permissions(
     return [permission for permission in needed.values() if permission.resource]
 
 
+def of_source(url: str, partition: str) -> list[Permission]:
+    """What reading a dataset, or one object, from S3 takes."""
+    bucket, below = _in_s3(url, partition)
+    return [
+        Permission("s3:ListBucket", bucket),
+        *(Permission("s3:GetObject", f"{bucket}/{place}") for place in below),
+    ]
+
+
+def of_destination(url: str, partition: str, *, signed: bool = False) -> list[Permission]:
+    """What writing one takes; ``signed``: the signed manifest of what was there before is removed."""
+    bucket, below = _in_s3(url, partition)
+    needed = of_source(url, partition)
+    for place in below:
+        for action in ("s3:PutObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"):
+            needed.append(Permission(action, f"{bucket}/{place}"))
+    removed = ["uploads/*", "journal/*", *(["manifest.s*"] if signed else [])]
+    folder = below[-1].removesuffix("*")
+    needed += [Permission("s3:DeleteObject", f"{bucket}/{folder}_streamcrypt/{name}") for name in removed]
+    if len(below) > 1:  # perhaps one object, whose upload is on record in the folder above it
+        records = f"{bucket}/{''.join(below[0].rpartition('/')[:2])}_streamcrypt/uploads/*"
+        needed += [Permission(f"s3:{verb}Object", records) for verb in ("Get", "Put", "Delete")]
+    return needed
+
+
+def _in_s3(url: str, partition: str) -> tuple[str, list[str]]:
+    """The bucket's ARN, and what belongs to the URL in it: an object, what is below a folder, or either."""
+    if not url.startswith("s3://"):
+        raise ValueError(f"{url}: only S3 takes IAM policies of AWS; write s3://BUCKET/KEY")
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise ValueError(f"{url}: names no bucket")
+    # Policy variables are the way to write what is special in an ARN.
+    name = re.sub(r"[*?$]", r"${\g<0>}", key.rstrip("/"))
+    folder = f"{name}/*" if name else "*"
+    return f"arn:{partition}:s3:::{bucket}", [folder] if not name or key.endswith("/") else [name, folder]
+
+
 def actions_by_resource(needed: Sequence[Permission]) -> dict[str, list[str]]:
     """ARN -> the actions on it."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -253,6 +294,8 @@ def statements(needed: Sequence[Permission], *, via_service: Sequence[str] = ())
 def _sid(actions: Sequence[str], condition: str) -> str:
     if actions[0].startswith("dynamodb:"):
         return "StreamcryptBranchKeys"
+    if actions[0].startswith("s3:"):
+        return "StreamcryptStore"
     if actions[0] == "kms:CreateGrant":
         return "StreamcryptGrantsForAWSResources"
     if "kms:ViaService" in condition:

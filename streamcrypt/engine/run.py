@@ -1079,7 +1079,10 @@ class _Run:
 
     def _finish_file(self, task: FileTask, outcome: Outcome) -> None:
         report = self.report
-        report.files += 1
+        if self.job.resume and task.against is not None:  # it was there, and is what the message holds
+            report.skipped += 1
+        else:
+            report.files += 1
         report.bytes_in += outcome.bytes_in
         report.bytes_out += outcome.bytes_out
         if task.target is not None:

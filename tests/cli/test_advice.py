@@ -11,8 +11,10 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,7 +23,7 @@ from families.s3 import Bucket
 
 from streamcrypt import api
 from streamcrypt.cli import diagnosis, main
-from streamcrypt.errors import KeyAccessError, SourceError
+from streamcrypt.errors import KeyAccessError, SourceError, StreamcryptError
 from streamcrypt.keys.calls import KmsCalls
 from streamcrypt.keys.ecdh import KmsEcdhKeyring
 from streamcrypt.keys.hierarchy import (
@@ -267,6 +269,80 @@ def test_identity_policy_is_the_least(
             assert action in str(refused.value)
     with pytest.raises(KeyAccessError):
         job(as_user(service), keys, dataset, tmp_path / "none", CONTEXT)
+
+
+def asked_of_s3(method: str, target: str) -> tuple[str, str]:
+    """The action of a request to S3, and the ARN of what it is about."""
+    url = urlsplit(target)
+    query, (_, bucket, *key) = parse_qs(url.query, keep_blank_values=True), url.path.split("/", 2)
+    name = unquote(key[0]) if key else ""
+    if not name:
+        action = "ListBucketMultipartUploads" if "uploads" in query else "ListBucket"
+    elif "uploadId" in query and method in ("GET", "DELETE"):
+        action = "ListMultipartUploadParts" if method == "GET" else "AbortMultipartUpload"
+    else:
+        action = {"GET": "GetObject", "HEAD": "GetObject", "DELETE": "DeleteObject"}.get(method, "PutObject")
+    return f"s3:{action}", f"arn:aws:s3:::{bucket}" + (f"/{name}" if name else "")
+
+
+def test_a_policy_for_s3_is_what_the_jobs_ask(
+    service: Service, keys: list[str], tmp_path: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]
+):
+    """A store that refuses whatever the policy does not allow; and nearly all that it allows is asked for."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "big").write_bytes(bytes(9 * 2**20))  # a multipart upload
+    (tmp_path / "in" / "sub" / "a*b").write_bytes(b"small")
+    reference, asked = f"local:{keys[0]}", set[str]()
+
+    def under(*words: str) -> set[str]:
+        document = printed(capsys, "--key", reference, *words)
+        asked.clear()
+
+        def decide(method: str, target: str) -> int | None:
+            action, resource = asked_of_s3(method, target)
+            asked.add(action)
+            for statement in document["Statement"]:
+                resources = statement["Resource"]
+                for pattern in resources if isinstance(resources, list) else [resources]:
+                    if action in statement["Action"] and fnmatchcase(
+                        resource, pattern.replace("${*}", "[*]")
+                    ):
+                        return None
+            return 403
+
+        bucket.proxy.fault = decide
+        return {action for statement in document["Statement"] for action in statement["Action"]}
+
+    broken_off = {"s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"}
+    for url in (f"{bucket.url}/enc/", f"{bucket.url}/x*y", f"{bucket.url}/deep/object"):
+        source = tmp_path / "in" / ("big" if "object" in url else "")
+        allowed = under("--for", "encrypt", "--destination", url)
+        api.encrypt(source, url, keys=reference)
+        if url.endswith("/"):
+            api.encrypt(source, url, keys=reference, resume=True)
+        assert asked == {action for action in allowed if action.startswith("s3:")} - broken_off
+        allowed = under("--for", "decrypt", "--source", url)
+        api.decrypt(url, tmp_path / "out" / url.rpartition(bucket.name)[2].strip("/"))
+        # An object that is there is found without listing; of one that is not S3 tells only whoever may list.
+        unasked = {"s3:ListBucket"} if "object" in url else set()
+        assert asked == {action for action in allowed if action.startswith("s3:")} - unasked
+        with pytest.raises(SourceError, match="needs s3:GetObject and s3:ListBucket"):
+            api.verify(f"{bucket.url}/elsewhere")
+        with pytest.raises(StreamcryptError, match="denied access"):
+            api.encrypt(source, url, keys=reference, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--source", "gs://b/x"],
+        ["--destination", "s3:///x"],
+        ["--source", "s3://b/x", "--form", "grants", "--principal", ROLE],
+    ],
+)
+def test_no_policy_for_such_a_place(keys: list[str], words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(["iam-policy", "--key", f"local:{keys[0]}", *words]) == 2
+    assert "S3" in (text := capsys.readouterr().err) or "bucket" in text
 
 
 def test_resuming_in_a_store_takes_the_same(

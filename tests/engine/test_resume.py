@@ -119,6 +119,14 @@ def test_a_file_of_somebody_else_is_not_replaced(source, tmp_path, keys):
     assert (destination / "sub" / "005").read_bytes() == b"mine"
 
 
+def test_a_decryption_that_had_ended_finds_all_of_it_done(source, tmp_path, keys):
+    """Nothing in the folder proves what it is, so it is compared; what is equal was done already."""
+    sc.encrypt(source, tmp_path / "enc", keys=keys)
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=keys)
+    report = sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=keys, resume=True)
+    assert (report.files, report.skipped, report.bytes_out) == (0, FILES, 0)
+
+
 def test_a_decrypted_file_that_was_altered_meanwhile_is_made_again(source, tmp_path, keys):
     encrypted, destination = tmp_path / "encrypted", tmp_path / "decrypted"
     sc.encrypt(source, encrypted, keys=keys)

@@ -505,6 +505,18 @@ def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.Monke
         sc.open(f"{bucket.url}/m")
 
 
+def test_missing_credentials_of_other_stores_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GOOGLE_", "STORAGE_EMULATOR"))]:
+        monkeypatch.delenv(name)
+    with pytest.raises(sc.StreamcryptError, match="; set AZURE_STORAGE_ACCOUNT_NAME and a key"):
+        sc.open("az://container/m")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none"))
+    with pytest.raises(sc.StreamcryptError, match="; set GOOGLE_APPLICATION_CREDENTIALS"):
+        sc.open("gs://bucket/m")
+
+
 @pytest.mark.usefixtures("impatient")
 def test_exit_codes(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def decrypt(url: str) -> tuple[int, bytes]:
