@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from streamcrypt.fs import CryptFile, CryptFileSystem, crypt_filesystem
+from streamcrypt.fs import CryptFile, CryptFileSystem, crypt_filesystem, crypt_place
 from streamcrypt.keys.reference import References
 
 try:
@@ -128,11 +128,12 @@ def _place(
     source: Path | None, keys: References | None, options: dict[str, Any]
 ) -> tuple[CryptFileSystem, str]:
     given = options.pop("filesystem", None)
-    target = given if given is not None else None if source is None else os.fspath(source)
-    fs, path = crypt_filesystem(target, **options, **({} if keys is None else {"keys": keys}))
-    if given is not None and source is not None:
-        path = str(fs._strip_protocol(source))
-    return fs, path or ""
+    if keys is not None:
+        options["keys"] = keys
+    if given is None and source is not None:
+        return crypt_place(source, **options)
+    fs, _ = crypt_filesystem(given, **options)
+    return fs, "" if source is None else str(fs._strip_protocol(source))
 
 
 def _open(source: Path | IO[bytes], keys: References | None, options: dict[str, Any]) -> CryptFile:

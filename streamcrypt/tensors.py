@@ -332,7 +332,7 @@ def _refuse_shared(tensors: Mapping[str, Any]) -> None:
     places = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
         for name, tensor in tensors.items()
-        if tensor.nbytes and tensor.device.type == "cpu"
+        if tensor.device.type == "cpu" and str(tensor.layout) == "torch.strided" and tensor.nbytes
     )
     for (_, stop, first), (start, _, second) in itertools.pairwise(places):
         if start < stop:
@@ -594,8 +594,10 @@ def _index_basic(
 
 
 def _position(item: Any, size: int) -> int:
-    if isinstance(item, bool) or not hasattr(item, "__index__"):
-        raise TypeError(f"an index is a number, a slice, a list of numbers, None or ..., not {item!r}")
+    if isinstance(item, bool) or "bool" in str(getattr(item, "dtype", "")) or not hasattr(item, "__index__"):
+        raise TypeError(
+            f"an index is a number, a slice, a list of numbers, a mask, None or ..., not {item!r}"
+        )
     position = int(item.__index__())
     if not -size <= position < size:
         raise IndexError(f"index {position} is out of range for a dimension of {size}")
@@ -607,8 +609,12 @@ def _is_list(item: Any) -> bool:
 
 
 def _runs(numbers: Any, size: int) -> list[slice]:
-    """A list of indices as slices, one for every run of consecutive ones."""
+    """A list of indices, or a mask, as slices, one for every run of consecutive ones."""
     runs: list[slice] = []
+    if str(getattr(numbers, "dtype", "")) in ("bool", "torch.bool"):
+        if len(numbers) != size:
+            raise IndexError(f"a mask of {len(numbers)} for a dimension of {size}")
+        numbers = np.flatnonzero(np.asarray(numbers))
     for number in numbers:
         position = _position(number, size)
         if runs and runs[-1].stop == position:
@@ -634,7 +640,7 @@ class TensorSlice:
         return self._layout.type.code
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The part that a number, slice, list of numbers, None or ``...`` takes of each dimension."""
+        """The part that a number, slice, list of numbers, mask, None or ``...`` takes of each dimension."""
         layout = self._layout
         if layout.type.packed > 1:
             raise TypeError(f"{layout.type.code} packs several elements into a byte; use get_tensor")
@@ -707,7 +713,8 @@ class safe_open:  # noqa: N801  (safetensors' name)
 
     ``filename`` is a path, a URL, a binary file that seeks, a checkpoint's index
     (``*.safetensors.index.json``) or the folder that holds one.  ``framework`` is ``"pt"`` or
-    ``"np"``.  Further options are those of ``sc.open``.  KeyError for a name that is not there.
+    ``"np"``.  Further options are those of ``sc.open``; ``backend`` is safetensors' own and changes
+    nothing: files are read, never mapped.  KeyError for a name that is not there.
     """
 
     def __init__(
@@ -716,11 +723,14 @@ class safe_open:  # noqa: N801  (safetensors' name)
         framework: str | None = None,
         device: Any = "cpu",
         *,
+        backend: str = "pread",
         keys: References | None = None,
         context: Mapping[str, str] | None = None,
         threads: int | None = None,
         **options: Any,
     ) -> None:
+        if backend not in ("mmap", "pread"):
+            raise ValueError(f"backend {backend!r}: it is 'mmap' or 'pread'")
         self._framework = _framework(framework, device)
         options.update(keys=keys, context=context)
         self._threads = threads
@@ -1090,6 +1100,7 @@ def save_sharded(
     shard is at most ``max_shard_size`` bytes, unless one tensor is larger.  One data key serves all.
     """
     limit = parse_size(max_shard_size)
+    _refuse_shared({key: tensor for key, tensor in tensors.items() if not isinstance(tensor, np.ndarray)})
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for key, tensor in tensors.items():
@@ -1299,7 +1310,7 @@ class open_npy:  # noqa: N801  (a name beside safe_open)
         return data.reshape(self.shape, order="F" if self._fortran else "C")
 
     def __getitem__(self, index: Any) -> Array:
-        """What numpy would give for this index: numbers, slices, one list of numbers, None, ``...``."""
+        """What numpy would give for this index: numbers, slices, one list of numbers or mask, None, ``...``."""
         if self._fortran:
             raise TypeError("the array is stored by columns; read() all of it")
         return _index_region(self._plaintext, self._start, self.dtype, self.shape, index)

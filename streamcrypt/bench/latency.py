@@ -22,7 +22,11 @@ _MOST_THREADS: Final = 256
 
 
 class LatencyError(RuntimeError):
-    """The KMS cannot be measured: not there, not installed, no key."""
+    """The KMS cannot be measured: not there, not installed."""
+
+
+class NoSuchKmsError(LatencyError):
+    """Nothing that can be measured was named."""
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:
@@ -78,12 +82,12 @@ def target(
             stack.callback(client.close)
         elif kms == "aws":
             if key is None:
-                raise LatencyError("--kms aws needs --key: nothing is created in an account")
+                raise NoSuchKmsError("--kms aws needs --key: nothing is created in an account")
             client = _boto3_client("aws")
         elif kms.startswith("http"):
             client = _boto3_client(f"local@{kms}")
         else:
-            raise LatencyError(
+            raise NoSuchKmsError(
                 f"{kms!r} is not a KMS to measure; choose local, local-boto3, moto, aws or a URL"
             )
         if key is None:

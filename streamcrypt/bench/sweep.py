@@ -56,6 +56,9 @@ ATTEMPTS: Final = 3
 THRESHOLD: Final = 0.03  # a smaller change is no finding
 
 _SIZES: Final = frozenset({"file_size", "frame_size", "cache_max_bytes", "store_bandwidth"})
+_COUNTED: Final = frozenset({"files", "frame_size", "workers", "cache_max_messages"})
+# Rates and limits with which no job would end; "none" leaves them out.
+_ABOVE_NOTHING: Final = frozenset({"kms_quota", "store_bandwidth", "cache_max_age"})
 _DURATIONS: Final = frozenset({"cache_max_age", "kms_latency", "store_latency"})
 _FIELDS: Final = {field.name: field for field in dataclasses.fields(Cell)}
 
@@ -95,19 +98,31 @@ def parse_value(axis: str, text: Any) -> Any:
                 raise ValueError(f"{text!r} is not yes or no")
             value = text in (True, "true", "yes")
         elif field.type in ("int", "int | None"):
-            value = int(text)
+            value = _number(int, text)
         elif field.type in ("float", "float | None"):
-            value = float(text)
+            value = _number(float, text)
         else:
             value = str(text)
     except (TypeError, ValueError) as error:
         raise SweepError(f"axis {axis}: {error}") from error
     if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
         raise SweepError(f"axis {axis}: {text!r} is negative")
-    if axis in ("files", "frame_size", "workers") and value < 1:
+    if axis in _COUNTED and value < 1:
         raise SweepError(f"axis {axis}: {text!r} is not at least 1")
+    if axis in _ABOVE_NOTHING and value == 0:
+        raise SweepError(f"axis {axis}: 0 lets no job finish; write a value above it, or none for no limit")
     if axis == "kms_errors" and value >= 1:
         raise SweepError(f"axis {axis}: {text!r} is not a share below 1; no job would finish")
+    return value
+
+
+def _number(kind: type[int] | type[float], text: Any) -> int | float:
+    try:
+        value = kind(text)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a {'whole ' if kind is int else ''}number")
     return value
 
 

@@ -50,6 +50,13 @@ SIZE = _typed(parse_size)
 DURATION = _typed(parse_duration)
 
 
+def _length(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds == 0:
+        raise ValueError(f"in {text} nothing is measured; write 5s")
+    return seconds
+
+
 def _count(text: str) -> int:
     if not text.strip().lstrip("-").isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
@@ -140,7 +147,7 @@ def _add_bench(subparsers: Any) -> None:
     run.add_argument(
         "--budget",
         type=DURATION,
-        help="stop after this time; the same command goes on (default: none; quick 45s)",
+        help="stop after this time; the same command goes on (default: none; quick 40s)",
     )
     run.add_argument("--no-yardsticks", action="store_true", help="leave out copy, cipher and read alone")
     _common(run)
@@ -209,7 +216,7 @@ def _add_bench(subparsers: Any) -> None:
     )
     kms.add_argument("--threads", type=_count, default=4, help="callers of the closed loop")
     kms.add_argument("--rate", type=_rate, help="open loop: calls a second, whatever the answers")
-    kms.add_argument("--seconds", type=DURATION, default=5.0, help="length of the measurement")
+    kms.add_argument("--seconds", type=_typed(_length), default=5.0, help="length of the measurement")
     kms.add_argument("--max-calls", type=_count, help="hard stop; must be given for aws")
     _common(kms)
     kms.set_defaults(run=_needing_extras(_bench_kms))
@@ -308,7 +315,7 @@ def _bench_run(args: argparse.Namespace) -> int:
 
 
 # A quick sweep takes less than a minute on any machine: its last run begins before the budget is spent.
-_QUICK_BUDGET = 45.0
+_QUICK_BUDGET = 40.0
 _QUICK_TIMEOUT = 10.0
 _TIMEOUT = 120.0
 
@@ -461,7 +468,7 @@ def _bench_kms(args: argparse.Namespace) -> int:
             max_calls=args.max_calls,
         )
     except latency.LatencyError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), USAGE_ERROR if isinstance(error, latency.NoSuchKmsError) else 1)
     if args.json:
         _out(json.dumps(result))
     else:
@@ -744,8 +751,12 @@ def _check(args: argparse.Namespace, job: Any, records: Any) -> int:
     try:
         report = json.loads(args.check.read_text(encoding="utf-8"))
         result = planner.check(report, job, records)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return _fail(f"{args.check}: not the JSON report of a job: {error}", USAGE_ERROR)
+    except OSError as error:
+        return _fail(f"{args.check}: {error.strerror}; give what `encrypt --json` printed", USAGE_ERROR)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _fail(
+            f"{args.check}: not the JSON report of a job; give what `encrypt --json` printed", USAGE_ERROR
+        )
     if args.json:
         _out(json.dumps(result))
     else:

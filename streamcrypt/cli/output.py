@@ -132,7 +132,11 @@ class Parser(argparse.ArgumentParser):
                 action = self._option_string_actions.get(name)
                 found.append(word)
                 if action is not None and action.nargs != 0 and not equals:
-                    found += [value for value in [next(rest, None)] if value is not None]
+                    value = next(rest, None)
+                    if value is not None and value[:1] == "-" and value[1:2].isdigit():
+                        found[-1] = f"{word}={value}"  # argparse would take -5s for an option
+                    elif value is not None:
+                        found.append(value)
                 repeated = name if isinstance(action, argparse._AppendAction) else ""
             elif repeated and seen >= len(positional):
                 found += [repeated, word]

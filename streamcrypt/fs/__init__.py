@@ -26,7 +26,7 @@ except ImportError as error:  # pragma: no cover - a test starts an interpreter 
 
 from streamcrypt.fs.crypt import CryptFileSystem, PlaintextOnDiskWarning
 from streamcrypt.fs.files import CryptFile, CryptWriter, TargetFile
-from streamcrypt.fs.handler import crypt_filesystem, filesystem
+from streamcrypt.fs.handler import crypt_filesystem, crypt_place, filesystem
 
 __all__ = [
     "CryptFile",
@@ -35,5 +35,6 @@ __all__ = [
     "PlaintextOnDiskWarning",
     "TargetFile",
     "crypt_filesystem",
+    "crypt_place",
     "filesystem",
 ]

@@ -46,16 +46,7 @@ def crypt_filesystem(target: Any = None, **options: Any) -> tuple[CryptFileSyste
             target_protocol=target or options.pop("target_protocol", None), **options
         ), None
     if isinstance(target, str | os.PathLike):
-        url = str(stringify_path(target))
-        if not url.startswith(_URL_STARTS):
-            url = f"crypt::{url}"
-        below = options.pop("target_options", None)
-        if below:
-            # Each part of a chain takes the options under its own protocol's name.
-            rest = url.partition("::")[2]
-            options[rest.partition("://")[0] if "://" in rest else "file"] = dict(below)
-        fs, path = url_to_fs(url, **options)
-        return cast(CryptFileSystem, fs), str(fs._strip_protocol(path))
+        return crypt_place(target, **options)
     from pyarrow.fs import FileSystem
 
     if isinstance(target, FileSystem):
@@ -63,6 +54,23 @@ def crypt_filesystem(target: Any = None, **options: Any) -> tuple[CryptFileSyste
 
         return CryptFileSystem(fs=ArrowFSWrapper(target), **options), None
     raise TypeError(f"a filesystem, protocol, URL or folder is needed, not {type(target).__name__}")
+
+
+def crypt_place(source: str | os.PathLike[str], **options: Any) -> tuple[CryptFileSystem, str]:
+    """The fsspec filesystem of a path or URL, and the path there."""
+    url = str(stringify_path(source))
+    if "::" not in url and "://" not in url:
+        # fsspec takes a chain's word of small letters for a protocol: crypt::train would be one.
+        url = os.path.abspath(os.path.expanduser(url))
+    if not url.startswith(_URL_STARTS):
+        url = f"crypt::{url}"
+    below = options.pop("target_options", None)
+    if below:
+        # Each part of a chain takes the options under its own protocol's name.
+        rest = url.partition("::")[2]
+        options[rest.partition("://")[0] if "://" in rest else "file"] = dict(below)
+    fs, path = url_to_fs(url, **options)
+    return cast(CryptFileSystem, fs), str(fs._strip_protocol(path))
 
 
 _URL_STARTS: Final = tuple(name + sign for name in CryptFileSystem.protocol for sign in ("::", "://"))

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from streamcrypt.errors import FormatError, IntegrityError
-from streamcrypt.fs import CryptFileSystem, TargetFile, crypt_filesystem, filesystem
+from streamcrypt.fs import CryptFileSystem, TargetFile, crypt_filesystem, crypt_place, filesystem
 from streamcrypt.keys.reference import References
 
 try:
@@ -246,8 +246,7 @@ def _place(
     if given is not None:
         fs, _ = crypt_filesystem(given, keys=keys, **ours)
         return fs, str(fs._strip_protocol(source)), theirs
-    fs, path = crypt_filesystem(os.fspath(source), keys=keys, **ours)
-    assert path is not None
+    fs, path = crypt_place(source, keys=keys, **ours)
     return fs, path, theirs
 
 

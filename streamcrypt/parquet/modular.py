@@ -60,8 +60,16 @@ def encryption_properties(
     return factory.file_encryption_properties(_encryption_module().KmsConnectionConfig(), config)
 
 
-def decryption_properties(keys: References | None = None, *, context: Mapping[str, str] | None = None) -> Any:
-    """``decryption_properties=`` of ``pyarrow.parquet``'s readers."""
+def decryption_properties(
+    keys: References | None = None, *, source: Any = None, context: Mapping[str, str] | None = None
+) -> Any:
+    """``decryption_properties=`` of ``pyarrow.parquet``'s readers.
+
+    A file that Polars wrote has no key material; given as ``source``, a path or a binary file that
+    seeks, it gets properties of its own.
+    """
+    if source is not None:
+        return file_decryption_properties(_footer_of(source), keys, context=context)
     factory = crypto_factory(keys=keys, context=context)
     return factory.file_decryption_properties(_encryption_module().KmsConnectionConfig())
 
@@ -350,12 +358,7 @@ def polars_decryption(
     """
     import polars
 
-    name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "the file")
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
-            footer = read_footer(file, str(name))
-    else:
-        footer = read_footer(source, str(name))
+    footer = _footer_of(source)
     wrapping = _Wrapping(keys, {}, dict(context or {}))
     prefix = footer.aad_prefix
     if not footer.key_metadata and prefix.startswith(_PREFIX_MARK):
@@ -370,6 +373,13 @@ def polars_decryption(
         with contextlib.suppress(KeyAccessError):
             column_keys[path] = wrapping.data_key(key_metadata)
     return polars.ParquetDecryptionProperties(footer_key=footer_key, column_keys=column_keys or None)
+
+
+def _footer_of(source: Any) -> Footer:
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return read_footer(file, str(source))
+    return read_footer(source, str(getattr(source, "name", "the file")))
 
 
 _FOOTER_MODULE: Final = b"\x00"

@@ -35,7 +35,7 @@ import torch.distributed
 import torch.utils.data
 
 from streamcrypt.errors import SourceError, StreamcryptError
-from streamcrypt.fs import crypt_filesystem
+from streamcrypt.fs import crypt_place
 
 Output: TypeAlias = Literal["torch", "numpy", "arrow"]
 
@@ -337,7 +337,7 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
             return self._filesystem
         # A forked child makes its own: data keys are not taken along.
         if self._opened is None or self._opened[0] != os.getpid():
-            fs, _ = crypt_filesystem(self._sources[0], **self._options)
+            fs, _ = crypt_place(self._sources[0], **self._options)
             self._opened = os.getpid(), fs
         return self._opened[1]
 

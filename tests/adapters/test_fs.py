@@ -51,6 +51,23 @@ def bytes_of(size: int, seed: int = 1) -> bytes:
 # -- reading and writing
 
 
+@pytest.mark.parametrize("name", ["train", "data", "x.y", "a b"])
+def test_a_relative_folder_of_any_name(
+    fs: CryptFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import pyarrow as pa
+
+    from streamcrypt import arrow, parquet
+
+    monkeypatch.chdir(tmp_path)
+    parquet.write_table(pa.table({"a": [1, 2]}), f"{name}/part.parquet", keys=KEY)
+    assert parquet.read_table(name).num_rows == 2
+    assert parquet.dataset(name).count_rows() == 2
+    monkeypatch.chdir(tmp_path / name)
+    arrow.write_file(pa.table({"a": [1, 2]}), name, keys=KEY)
+    assert arrow.read_table(name).num_rows == 2
+
+
 @pytest.mark.parametrize("target", ["local", "memory"])
 @pytest.mark.parametrize("size", SIZES)
 def test_round_trip(home: Path, memory: None, tmp_path: Path, size: int, target: str) -> None:

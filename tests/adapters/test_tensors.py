@@ -204,6 +204,19 @@ def test_urls(tmp_path, keys):
         tensors.save_file(source, "memory://tensors/b", keys=keys)
 
 
+def test_safetensors_word_for_how_a_file_is_read_is_taken(tmp_path, keys):
+    source = {"x": np.arange(3)}
+    tensors.save_file(source, tmp_path / "a", keys=keys)
+    for backend in ("mmap", "pread"):
+        assert same(
+            tensors.load_file(tmp_path / "a", backend=backend, framework="np", keys=keys)["x"], source["x"]
+        )
+        with tensors.safe_open(tmp_path / "a", "np", "cpu", backend=backend, keys=keys) as file:
+            assert same(file.get_tensor("x"), source["x"])
+    with pytest.raises(ValueError, match="backend 'disk'"):
+        tensors.safe_open(tmp_path / "a", "np", backend="disk", keys=keys)
+
+
 def test_options_that_make_no_sense(tmp_path, keys):
     tensors.save_file({"x": np.arange(3)}, tmp_path / "a", keys=keys)
     for options, error in [
@@ -307,6 +320,29 @@ def test_every_slice_is_what_numpy_takes(tmp_path, keys, frame_size):
             part = file.get_slice(name)
             for index in [*itertools.product(*AXES), *itertools.product(*AXES[:2]), *ODD]:
                 assert same(part[index], array[index]), (name, index)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_mask_takes_what_it_marks(tmp_path, keys, kind):
+    array = np.arange(210.0).reshape(6, 5, 7)
+    tensors.save_file({"x": array}, tmp_path / "a", keys=keys, frame_size=64)
+    tensors.save_npy(tmp_path / "b", array, keys=keys, frame_size=64)
+    make = np.array
+    if kind == "torch":
+        make = pytest.importorskip("torch").tensor
+    rows, columns, none = [True, True, False, False, True, False], [False, True] * 2 + [True], [False] * 6
+    with (
+        tensors.safe_open(tmp_path / "a", "np", keys=keys) as file,
+        tensors.open_npy(tmp_path / "b", keys=keys) as npy,
+    ):
+        for part in (file.get_slice("x"), npy):
+            assert same(part[make(rows)], array[np.array(rows)])
+            assert same(part[2:, make(columns)], array[2:, np.array(columns)])
+            assert same(part[make(none)], array[np.array(none)])
+            with pytest.raises(IndexError, match="a mask of 5 for a dimension of 6"):
+                part[make(columns)]
+            with pytest.raises(TypeError):
+                part[make(True)]
 
 
 def test_slices_that_numpy_refuses_or_that_make_no_sense(tmp_path, keys):
@@ -535,6 +571,15 @@ def test_sharded_checkpoints(tmp_path, keys):
             assert same(file.get_tensor("layer.9"), source["layer.9"])
             assert same(file.get_slice("layer.7")[2:4, 50], source["layer.7"][2:4, 50])
             assert file.metadata()["total_size"] == index["metadata"]["total_size"]
+
+
+def test_tensors_that_share_memory_are_refused_in_shards_too(tmp_path, keys):
+    torch = pytest.importorskip("torch")
+    tied = torch.rand(50, 50)
+    weights = {"embedding": tied, "layer": torch.rand(50, 50), "head": tied}
+    with pytest.raises(RuntimeError, match="'embedding' and 'head' share memory"):
+        tensors.save_sharded(weights, tmp_path / "c", keys=keys, max_shard_size="10KB")
+    assert not (tmp_path / "c").exists()
 
 
 def test_shards_that_are_swapped_missing_or_of_another_checkpoint_are_refused(tmp_path, keys):

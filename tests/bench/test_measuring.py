@@ -424,7 +424,7 @@ def test_kms_serve_answers(home, monkeypatch):
 
 
 def test_a_kms_that_is_none_is_refused():
-    with pytest.raises(latency.LatencyError, match="not a KMS"):
+    with pytest.raises(latency.NoSuchKmsError, match="not a KMS"):
         latency.measure("nothing")
-    with pytest.raises(latency.LatencyError, match="--key"):
+    with pytest.raises(latency.NoSuchKmsError, match="--key"):
         latency.measure("aws", max_calls=1)

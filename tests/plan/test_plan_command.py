@@ -77,6 +77,12 @@ def test_the_reference_covers_every_operation(capsys, operation, storage):
 
 BAD = {
     "negative size": (["--bytes", "-5", "--files", "3"], 2, "-5"),
+    "negative size with a unit": (["--bytes", "-5GB", "--files", "3"], 2, "'-5GB' is not a size"),
+    "negative deadline": (
+        ["--bytes", "5GB", "--files", "3", "--deadline", "-5s"],
+        2,
+        "'-5s' is not a duration",
+    ),
     "no files": (["--bytes", "5MB", "--files", "0"], 2, "at least 1"),
     "nothing said": ([], 2, "--bytes"),
     "quota of zero": (["--bytes", "5MB", "--files", "3", "--kms-quota", "0"], 2, "quota of 0"),
@@ -188,8 +194,15 @@ def test_a_finished_job_is_checked(capsys, tmp_path, records):
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
     assert json.loads(out)["actual_seconds"] == 1.0
-    path.write_text("[]")
-    assert run(capsys, *words)[0] == 2
+    for given, said in (("[]", "not the JSON report"), ("{}", "not the JSON report"), (None, "No such file")):
+        path.unlink()
+        if given is not None:
+            path.write_text(given)
+        code, _, err = run(capsys, *words)
+        assert code == 2
+        assert err.startswith(f"streamcrypt: error: {path}: {said}")
+        assert err.endswith("give what `encrypt --json` printed\n")
+        path.touch()
 
 
 def test_bench_compare_exit_codes(capsys, tmp_path, records):
@@ -311,6 +324,22 @@ def test_a_plan_as_a_page(capsys, tmp_path, records):
     assert run(capsys, "report", tmp_path / "plan.json", "--out", tmp_path / "plan.html")[0] == 0
     assert "sliders" in (tmp_path / "plan.html").read_text()
     assert run(capsys, "report", tmp_path / "absent.json", "--out", tmp_path / "x.html")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--kms", "nothing"), "'nothing' is not a KMS to measure"),
+        (("--kms", "aws", "--max-calls", "1"), "--kms aws needs --key"),
+        (("--seconds", "0s"), "in 0s nothing is measured"),
+        (("--seconds", "-5s"), "'-5s' is not a duration"),
+    ],
+)
+def test_a_kms_that_cannot_be_measured_is_a_usage_error(capsys, words, said):
+    code, out, err = run(capsys, "bench", "kms", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
 
 
 def test_measuring_aws_needs_a_limit(capsys):
