@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from streamcrypt.errors import StreamcryptError
-from streamcrypt.keys.keyring import describe_wrapped_key
-from streamcrypt.message.header import parse_header
+from streamcrypt.keys.keyring import KMS_PROVIDER, KMS_RSA_PROVIDER, describe_wrapped_key, printable
+from streamcrypt.message.header import EncryptedDataKey, parse_header
 
 
 def audit_line(
@@ -35,9 +35,16 @@ def audit_line(
     return line | {
         "message_id": found.message_id.hex(),
         "context": dict(found.context),
-        "keys": [describe_wrapped_key(key) for key in found.encrypted_data_keys],
+        "keys": [_name_of(key) for key in found.encrypted_data_keys],
         "bytes": plaintext_length,
     }
+
+
+def _name_of(key: EncryptedDataKey) -> str:
+    """The ARN of a KMS's key, as its own log has it; in words what has none."""
+    if key.provider_id in (KMS_PROVIDER, KMS_RSA_PROVIDER):
+        return printable(key.info)
+    return describe_wrapped_key(key)
 
 
 @functools.cache

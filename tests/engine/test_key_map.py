@@ -70,6 +70,12 @@ def test_each_file_is_under_its_own_key_and_the_manifest_under_the_job_s(kms, ar
     sc.verify(tmp_path / "enc", against=tmp_path / "in")
 
 
+def test_the_audit_names_keys_by_their_arns(arns, tree, tmp_path):
+    lines: dict[str, dict] = {}
+    sc.decrypt(tree, tmp_path / "dec", audit=lambda line: lines.update({line["path"]: line}))
+    assert {name: lines[name]["keys"] for name in FILES} == {name: expected(arns, name) for name in FILES}
+
+
 def test_names_that_take_turns_do_not_cost_more_data_keys(kms, tmp_path):
     make_tree(tmp_path / "in", {f"{number:03}": 10 for number in range(40)})
     rules = {"*[02468]": "local:alias/one", "*": "local:alias/two"}
