@@ -25,7 +25,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -47,6 +47,7 @@ from streamcrypt.message.suites import MAX_UNFRAMED_LENGTH, TAG_LENGTH, UNSIGNED
 from streamcrypt.storage import Source
 from streamcrypt.stores import StoreTree
 from streamcrypt.streams import DecryptingFile, ReadingRules, read_bytes, source_header
+from streamcrypt.tuples import NamedTuple
 
 _BLOCK: Final = 2**20
 # Objects up to this are read once.

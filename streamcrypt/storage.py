@@ -29,10 +29,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import IO, Final, NamedTuple, Protocol, TypeAlias
+from typing import IO, Final, Protocol, TypeAlias
 
 from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
 from streamcrypt.system import c_call
+from streamcrypt.tuples import NamedTuple
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 State: TypeAlias = tuple[int, int, int]

@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from streamcrypt.errors import (
@@ -50,6 +50,7 @@ from streamcrypt.errors import (
     TemporaryError,
 )
 from streamcrypt.storage import RESERVED_FOLDER, Buffer, Entry, Filters, State, check_name, is_ours, sort_key
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from obstore import GetOptions

@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.errors import (
     ContextMismatchError,
@@ -49,6 +49,7 @@ from streamcrypt.message.header import (
     parse_header,
 )
 from streamcrypt.message.suites import AlgorithmSuite, CommitmentPolicy
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from streamcrypt.engine.job import Failure, Place
 from streamcrypt.engine.scan import scan
@@ -38,6 +38,7 @@ from streamcrypt.keys.reference import kms_options
 from streamcrypt.message.header import EncryptedDataKey, Header
 from streamcrypt.storage import Tree
 from streamcrypt.streams import ReadingRules, source_header, unlock
+from streamcrypt.tuples import NamedTuple
 
 PENDING: Final = "PendingDeletion"
 DELETED: Final = "Deleted"

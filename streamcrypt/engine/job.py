@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.errors import FormatError, IntegrityError, KeyAccessError, StreamcryptError, TemporaryError
 from streamcrypt.keys.materials import Materials
 from streamcrypt.message.suites import UNSIGNED, AlgorithmSuite
 from streamcrypt.storage import Filters, Tree
 from streamcrypt.streams import DEFAULT_FRAME_LENGTH, ReadingRules
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:  # few jobs have one of these
     from streamcrypt.keys.partition import KeyMap

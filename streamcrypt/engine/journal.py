@@ -36,7 +36,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.hmac import HMAC
@@ -56,6 +56,7 @@ from streamcrypt.streams import (
     read_bytes,
     unlock,
 )
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from streamcrypt.keys.materials import EncryptionMaterials

@@ -24,7 +24,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 
@@ -32,6 +32,7 @@ from streamcrypt.errors import IntegrityError
 from streamcrypt.message.header import Header
 from streamcrypt.storage import State, check_name, sort_key
 from streamcrypt.streams import EncryptingFile
+from streamcrypt.tuples import NamedTuple
 
 quoted: Final = json.encoder.encode_basestring_ascii  # a name as json.dumps writes it
 _VERSION: Final = 1

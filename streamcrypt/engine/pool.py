@@ -22,12 +22,13 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from streamcrypt.engine.spans import FileTask, SmallFiles, SpanTask
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, SmallOutcome, Worker
 from streamcrypt.errors import StreamcryptError
 from streamcrypt.system import c_call
+from streamcrypt.tuples import NamedTuple
 
 # What only processes need is imported where they are made: a small job runs in threads, and must not
 # wait for it (benchmarks/README.md, "start-up").

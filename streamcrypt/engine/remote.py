@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from streamcrypt import __version__
 from streamcrypt.engine.job import Failure, Job, Place, Report
@@ -73,6 +73,7 @@ from streamcrypt.streams import (
     source_header,
     unlock,
 )
+from streamcrypt.tuples import NamedTuple
 
 # Lists of tasks for each CPU of the cluster: one that is worked on, and one that waits there.
 HELD: Final = 2

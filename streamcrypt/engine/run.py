@@ -22,7 +22,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
@@ -94,6 +94,7 @@ from streamcrypt.streams import (
     source_header,
     unlock,
 )
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from streamcrypt.engine.hashing import HashingTarget

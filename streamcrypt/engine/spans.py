@@ -12,12 +12,13 @@ dataclasses with slots; their ``repr`` shows no key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from streamcrypt.message.frames import Geometry
 from streamcrypt.message.header import HeaderTemplate
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import RESERVED_FOLDER
+from streamcrypt.tuples import NamedTuple
 
 # A file of more than this is cut, so that the last one does not keep one worker busy while the
 # others have nothing left to do; a span is long enough for its hand-over (0.1 ms) not to count.

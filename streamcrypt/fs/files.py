@@ -12,13 +12,14 @@ import io
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.fs.below import RemoteSource
 from streamcrypt.keys.materials import Materials
 from streamcrypt.storage import Buffer, Source, Target
 from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules
 from streamcrypt.system import prefer_huge_pages
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from streamcrypt.fs.crypt import CryptFileSystem

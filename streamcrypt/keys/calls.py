@@ -22,13 +22,14 @@ import time
 import weakref
 from array import array
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from streamcrypt.errors import IntegrityError, KeyAccessError, KeyUnavailableError, WrappedKeyError
 from streamcrypt.hygiene import forget_variables
 from streamcrypt.keys.keyring import printable
+from streamcrypt.tuples import NamedTuple
 
 # Seconds from the first attempt of a call after which it has failed: an outage of a minute is waited out,
 # with what it takes to notice its end.

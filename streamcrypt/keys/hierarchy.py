@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -45,6 +45,7 @@ from streamcrypt.keys.kms import KeyArn
 from streamcrypt.message.context import serialize_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import IV_LENGTH, TAG_LENGTH, AlgorithmSuite
+from streamcrypt.tuples import NamedTuple
 
 BRANCH_KEY_LENGTH: Final = 32
 DEFAULT_TTL: Final = 600.0  # seconds for which a branch key is kept before KMS is asked again

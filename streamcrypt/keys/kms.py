@@ -12,7 +12,7 @@ Source: AWS Encryption SDK specification, framework/aws-kms/aws-kms-*.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives import hashes
 
@@ -28,6 +28,7 @@ from streamcrypt.keys.keyring import (
 from streamcrypt.message.context import serialize_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import AlgorithmSuite
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey

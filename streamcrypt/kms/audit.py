@@ -18,11 +18,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.errors import SourceError
 from streamcrypt.kms.errors import new_uuid
 from streamcrypt.kms.policy import Caller
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import eq, ge, gt, le, lt
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from streamcrypt.kms.errors import KmsError
+from streamcrypt.tuples import NamedTuple
 
 Values = str | Sequence[str] | None
 Context = Mapping[str, Values]

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal
 
 from streamcrypt.kms.conditions import (
     RESOURCE,
@@ -42,6 +42,7 @@ from streamcrypt.kms.conditions import (
     wildcard_match,
 )
 from streamcrypt.kms.errors import KmsError
+from streamcrypt.tuples import NamedTuple
 
 Value = str | bool | int | float | datetime | Sequence[str]
 """A condition key's value; a sequence for the multi-valued keys."""

@@ -20,9 +20,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 from streamcrypt.kms.errors import refuse
+from streamcrypt.tuples import NamedTuple
 
 _MODEL: Final = os.path.join(os.path.dirname(__file__), "model.json")
 

@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -37,6 +37,7 @@ from streamcrypt.hygiene import lock
 from streamcrypt.kms import audit, policy, rootkey
 from streamcrypt.kms.errors import new_uuid
 from streamcrypt.kms.material import BlobKey, load_private
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,12 +8,13 @@ error     400 or 500                              {"__type": "NotFoundException"
 from __future__ import annotations
 
 import json
-from typing import Final, NamedTuple
+from typing import Final
 
 from streamcrypt.kms import shapes
 from streamcrypt.kms.errors import KmsError, new_uuid
 from streamcrypt.kms.policy import Caller
 from streamcrypt.kms.service import Service
+from streamcrypt.tuples import NamedTuple
 
 TARGET_PREFIX: Final = "TrentService."
 CONTENT_TYPE: Final = "application/x-amz-json-1.1"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Final, NamedTuple
+from typing import Final
 
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from streamcrypt.errors import IntegrityError
 from streamcrypt.message.header import Header
 from streamcrypt.message.suites import COMMITMENT_LENGTH, AlgorithmSuite
+from streamcrypt.tuples import NamedTuple
 
 _CONTENT_LABEL: Final = b"DERIVEKEY"
 _COMMITMENT_LABEL: Final = b"COMMITKEY"

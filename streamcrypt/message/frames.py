@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -35,6 +35,7 @@ from streamcrypt.message.suites import (
     MAX_WRITTEN_FRAME_LENGTH,
     TAG_LENGTH,
 )
+from streamcrypt.tuples import NamedTuple
 
 REGULAR_PREFIX: Final = 4 + IV_LENGTH
 FINAL_PREFIX: Final = 4 + 4 + IV_LENGTH + 4

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Final, NamedTuple, NoReturn, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from streamcrypt.errors import FormatError, IntegrityError, LimitExceededError
 from streamcrypt.message.context import parse_context, serialize_context
 from streamcrypt.message.suites import COMMITMENT_LENGTH, IV_LENGTH, TAG_LENGTH, AlgorithmSuite, suite_by_id
+from streamcrypt.tuples import NamedTuple
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 

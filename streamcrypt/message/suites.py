@@ -7,11 +7,12 @@ format that depends on the suite is read from this one table.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives import hashes
 
 from streamcrypt.errors import FormatError, IntegrityError
+from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
