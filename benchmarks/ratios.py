@@ -3,7 +3,8 @@
     python benchmarks/ratios.py [--rounds 5] [ROW …]
 
 Rows run one after the other; within a round their variants run in a shuffled order.  A row prints the
-median of the ratios over all rounds, the least and the greatest, and what it is to reach.
+median of the ratios over all rounds, the least and the greatest, and what it is to reach.  A run on large
+files begins when the disk has taken what the one before left.
 ``STREAMCRYPT_BENCH_DIR`` says on which file system (about 7 GiB).
 """
 
@@ -39,6 +40,7 @@ from suite.common import (
     put_aside,
     read_loop,
     remove,
+    wait_for_rest,
     workspace,
 )
 
@@ -104,6 +106,7 @@ def large(rounds: int, count: int, length: int, what: str) -> None:
                 "decrypt",
             ):  # one output at a time: memory for the page cache
                 remove(folder / other)
+            wait_for_rest()
 
         measured = rounds_of(variants, rounds, before)
         total = count * length

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 from ratios import rounds_of, show
-from suite.common import MiB, key_reference, make_files, remove, workspace
+from suite.common import MiB, key_reference, make_files, remove, wait_for_rest, workspace
 
 import streamcrypt as sc
 from streamcrypt.bench import records as measured_records
@@ -65,9 +65,6 @@ class Targets:
     to a stop.  So each run gets a folder and names of its own, and begins when the disk is at rest.
     """
 
-    REST = 64 * MiB  # not yet written back, by anybody
-    PATIENCE = 10.0  # seconds: others may write all the time
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = 0
@@ -81,16 +78,7 @@ class Targets:
         self._top = self._folder / f"run-{self._number}"
         self._top.mkdir()
         self.out = self._top / f"out-{self._number}"
-        os.sync()
-        deadline = time.monotonic() + self.PATIENCE
-        while _unwritten() > self.REST and time.monotonic() < deadline:
-            time.sleep(0.1)
-
-
-def _unwritten() -> int:
-    """Bytes of the page cache that are on no disk yet."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return sum(int(lines[name].split()[0]) for name in ("Dirty", "Writeback")) * 1024
+        wait_for_rest()
 
 
 @pytest.fixture

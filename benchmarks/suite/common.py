@@ -92,6 +92,24 @@ def put_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.name}-{time.monotonic_ns()}"))
 
 
+_REST = 64 * MiB  # not yet written back, by anybody
+_PATIENCE = 10.0  # seconds: others may write all the time
+
+
+def wait_for_rest() -> None:
+    """Until the disk has taken what was written and removed: a run that begins earlier waits for it meanwhile."""
+    os.sync()
+    deadline = time.monotonic() + _PATIENCE
+    while _unwritten() > _REST and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _unwritten() -> int:
+    """Bytes of the page cache that are on no disk yet."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(lines[name].split()[0]) for name in ("Dirty", "Writeback")) * KiB
+
+
 # -- yardsticks
 
 
