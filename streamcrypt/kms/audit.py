@@ -438,12 +438,12 @@ def _records(path: Path) -> list[dict[str, Any]]:
     try:
         # Not splitlines(): JSON may hold what that takes for the end of a line.
         lines = (line for line in text.split("\n") if line.strip())
-        return [found for line in lines for found in _flatten(json.loads(_TIME.sub("", line, count=1)))]
+        return [found for line in lines for found in _flatten(json.loads(re.sub(_TIME, "", line, count=1)))]
     except ValueError as error:
         raise SourceError(f"{path}: is not a CloudTrail log: {error}") from error
 
 
-_TIME: Final = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z (?={)")
+_TIME: Final = r"^\d{4}-\d\d-\d\dT[\d:.]+Z (?={)"
 
 
 def _flatten(value: Any) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Final
 
 from streamcrypt.kms import audit, cryptographic, grants, imports, keys, lifecycle, regions, shapes
@@ -235,7 +236,7 @@ class Service:
         return self.call("Decrypt", request)
 
     def __getattr__(self, name: str) -> Callable[..., dict[str, Any]]:
-        operation = _OPERATION_NAMES.get(name)
+        operation = _operation_names().get(name)
         if operation is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -280,4 +281,6 @@ def snake_case(operation: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
 
 
-_OPERATION_NAMES: Final = {snake_case(name): name for name in (*_READING, *_WRITING)}
+@cache
+def _operation_names() -> dict[str, str]:
+    return {snake_case(name): name for name in (*_READING, *_WRITING)}
