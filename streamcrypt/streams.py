@@ -397,8 +397,13 @@ class FrameReader:
         self._kept_index = -1
         self._kept_length = 0
 
-    def copy(self) -> FrameReader:
-        return FrameReader(self._source, self._cipher, self.geometry)
+    def copy(self, *, scratch: memoryview | None = None) -> FrameReader:
+        return FrameReader(self._source, self._cipher, self.geometry, scratch=scratch)
+
+    def give_up_scratch(self) -> memoryview:
+        """The memory for sealed frames, for the next reader; this one takes other memory if it goes on."""
+        scratch, self._frames = self._frames, memoryview(b"")
+        return scratch
 
     def open_final(self) -> None:
         """Open the final frame: its tag binds its number and length, so the message is whole."""
@@ -714,19 +719,29 @@ class DecryptingFile(io.BufferedIOBase):
     Attributes: ``header`` (suite, message id, encryption context …) and ``size`` in bytes of plaintext.
     """
 
-    def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str = "") -> None:
+    def __init__(
+        self,
+        source: Source,
+        materials: Materials,
+        rules: ReadingRules,
+        *,
+        name: str = "",
+        scratch: memoryview | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self._source = source
         self._lock = threading.Lock()
         self._position = 0
+        self._reader: FrameReader | None = None
         try:
             self.header = source_header(source, max_encrypted_data_keys=rules.max_encrypted_data_keys)
             self._message = unlock(self.header, materials, rules)
-            self._reader: FrameReader | None = None
             self._unframed = b""
             if self.header.framed:
-                self._reader = FrameReader(source, self._message.cipher, source_geometry(source, self.header))
+                self._reader = FrameReader(
+                    source, self._message.cipher, source_geometry(source, self.header), scratch=scratch
+                )
                 self._reader.open_final()
                 self.size = self._reader.geometry.plaintext_length
             else:
@@ -813,9 +828,9 @@ class DecryptingFile(io.BufferedIOBase):
             self._check_open()
             self._fill(offset, view)
 
-    def frame_reader(self) -> FrameReader | None:
+    def frame_reader(self, *, scratch: memoryview | None = None) -> FrameReader | None:
         """A reader of its own for one more thread; None when the content is unframed."""
-        return self._reader.copy() if self._reader is not None else None
+        return self._reader.copy(scratch=scratch) if self._reader is not None else None
 
     def verify_signature(self) -> None:
         """Read every byte and check the signature; IntegrityError when it fails or there is none."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from streamcrypt.fs.below import RemoteSource
+from streamcrypt.fs.process import keep_scratch, scratch
 from streamcrypt.keys.materials import Materials
 from streamcrypt.storage import Buffer, Source, Target
 from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules
@@ -39,7 +40,7 @@ class SourceOfFile(DecryptingFile):
     def __init__(self, source: Source, materials: Materials, rules: ReadingRules, *, name: str) -> None:
         self.source = source
         self._idle: deque[FrameReader] = deque()
-        super().__init__(source, materials, rules, name=name)
+        super().__init__(source, materials, rules, name=name, scratch=scratch())
 
     @contextlib.contextmanager
     def lent_reader(self) -> Iterator[FrameReader]:
@@ -47,11 +48,20 @@ class SourceOfFile(DecryptingFile):
         try:
             reader = self._idle.pop()
         except IndexError:
-            found = self.frame_reader()
+            found = self.frame_reader(scratch=scratch())
             assert found is not None
             reader = found
         yield reader
         self._idle.append(reader)
+
+    def close(self) -> None:
+        # Only of readers that no thread has: a frame must not change while it is opened.
+        with self._lock:
+            if not self.closed and self._reader is not None:
+                keep_scratch(self._reader.give_up_scratch())
+            while self._idle:
+                keep_scratch(self._idle.pop().give_up_scratch())
+            super().close()
 
 
 class Span:

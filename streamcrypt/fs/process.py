@@ -1,12 +1,15 @@
-"""What all filesystems of a process share: threads, and data keys to read with."""
+"""What all filesystems of a process share: threads, data keys to read with, and memory for sealed frames."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from streamcrypt.keys.cache import DataKeyCache
+from streamcrypt.streams import BATCH_LENGTH
 
 _shared_lock = threading.Lock()
 _shared_pool: ThreadPoolExecutor | None = None
@@ -27,6 +30,26 @@ def data_keys(max_age: float) -> DataKeyCache:
     """One cache for all filesystems of the process: fsspec makes an instance for each thread."""
     with _shared_lock:
         return _shared_data_keys.setdefault(max_age, DataKeyCache(max_age=max_age))
+
+
+# Fresh memory costs as much as what is read into it: see benchmarks/README.md, "Readers".
+_SCRATCH_KEPT: Final = 8
+_SCRATCH_LENGTHS: Final = range(2**16, 2 * BATCH_LENGTH)
+_scratch: deque[memoryview] = deque(maxlen=_SCRATCH_KEPT)
+
+
+def scratch() -> memoryview:
+    """Memory that a message which has been closed had its sealed frames in; empty where there is none."""
+    try:
+        return _scratch.pop()
+    except IndexError:
+        return memoryview(b"")
+
+
+def keep_scratch(memory: memoryview) -> None:
+    """Keep memory for sealed frames (never plaintext) that nobody reads any more, for the next message."""
+    if len(memory) in _SCRATCH_LENGTHS:
+        _scratch.append(memory)
 
 
 def _forget_in_child() -> None:

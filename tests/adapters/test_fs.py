@@ -21,7 +21,7 @@ import pytest
 from families.datasets import KEY, flip, kms_calls, make_key
 
 import streamcrypt as sc
-from streamcrypt.fs import CryptFileSystem, PlaintextOnDiskWarning
+from streamcrypt.fs import CryptFileSystem, PlaintextOnDiskWarning, process
 from streamcrypt.message.frames import FrameCipher
 from streamcrypt.storage import LocalSource
 
@@ -364,6 +364,63 @@ def test_threads_that_seek_and_read_share_one_file(fs: CryptFileSystem, tmp_path
         return True
 
     with fs.open(f"{tmp_path}/a") as file, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+@pytest.fixture
+def no_scratch() -> Iterator[None]:
+    process._scratch.clear()
+    yield
+    process._scratch.clear()
+
+
+def test_memory_for_sealed_frames_goes_from_file_to_file(
+    fs: CryptFileSystem, tmp_path: Path, no_scratch: None
+) -> None:
+    data = b"plaintext" * 2**19
+    fs.pipe_file(f"{tmp_path}/a", data)
+    kept: list[set[int]] = []
+    for _ in range(2):
+        with fs.open(f"{tmp_path}/a") as file:
+            assert file.read() == data
+        assert all(b"plaintext" not in bytes(memory) for memory in process._scratch)
+        kept.append({id(memory.obj) for memory in process._scratch})
+    assert kept[0]
+    assert kept[0] & kept[1]
+    assert len(process._scratch) <= process._SCRATCH_KEPT
+
+
+def test_memory_that_a_thread_still_has_goes_to_no_other_file(
+    fs: CryptFileSystem, tmp_path: Path, no_scratch: None
+) -> None:
+    data = bytes_of(300 * F)
+    fs.pipe_file(f"{tmp_path}/a", data)
+    room = bytearray(len(data))
+    with fs.open(f"{tmp_path}/a") as file, file._message.lent_reader() as reader:
+        reader.read_into(0, memoryview(room))
+        file.close()
+        lent = id(reader._frames.obj)
+        assert lent not in {id(memory.obj) for memory in process._scratch}
+    assert room == data
+
+
+def test_threads_that_open_and_close_their_own_files(fs: CryptFileSystem, tmp_path: Path) -> None:
+    contents = [bytes_of(600 * F + number, number) for number in range(4)]
+    for number, data in enumerate(contents):
+        fs.pipe_file(f"{tmp_path}/{number}", data)
+
+    def work(seed: int) -> bool:
+        rng = random.Random(seed)
+        for _ in range(40):
+            number = rng.randrange(len(contents))
+            start = rng.choice([0, 17, 90 * F])
+            with fs.open(f"{tmp_path}/{number}") as file:
+                file.seek(start)
+                if file.read() != contents[number][start:]:
+                    return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
 
 

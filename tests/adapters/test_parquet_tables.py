@@ -147,6 +147,31 @@ def test_column_and_row_group_pruning_read_only_the_frames_they_need(
     assert count() < 0.2 * size
 
 
+def test_duckdb_asks_a_dataset_only_for_the_frames_it_needs(
+    keys: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    duckdb = pytest.importorskip(
+        "duckdb", reason="duckdb IS MISSING: what it reads of a dataset was not tested"
+    )
+    rows, groups = 40_000, 10
+    table = pa.table({"id": range(rows), **{f"c{i}": [j % 1009 for j in range(rows)] for i in range(9)}})
+    path = tmp_path / "t.parquet"
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": rows // groups}
+    parquet.write_table(table, path, keys=keys, frame_size=F, **options)
+    size = path.stat().st_size
+    connection = duckdb.connect()
+    connection.register("t", parquet.dataset(path))
+    whole = "SELECT sum(id), " + ", ".join(f"sum(c{i})" for i in range(9)) + " FROM t"
+    sums = tuple(sum(table[name].to_pylist()) for name in table.column_names)
+    assert connection.sql(whole).fetchall() == [sums]
+    count = bytes_read(monkeypatch)
+    assert connection.sql("SELECT sum(c3) FROM t").fetchall() == [(sums[4],)]
+    assert count() < 1.5 * size / 10
+    found = connection.sql("SELECT count(c3) FROM t WHERE id BETWEEN 12000 AND 12099").fetchall()
+    assert found == [(100,)]
+    assert count() < 1.5 * 2 * size / 10 / groups + 20 * F
+
+
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that says how many bytes were read from files since it was last called."""
     lock = threading.Lock()

@@ -31,6 +31,14 @@ def duckdb_sum(path: str) -> Any:
     ).fetchall()
 
 
+def duckdb_sum_of_dataset(path: str) -> Any:
+    import duckdb
+
+    connection = duckdb.connect()
+    connection.register("t", parquet.dataset(path))
+    return connection.sql("SELECT sum(id), sum(value), max(name) FROM t").fetchall()
+
+
 def polars_read(path: str) -> Any:
     import polars
 
@@ -83,12 +91,13 @@ READERS: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "pandas": (pandas_read, "pandas"),
     "dask": (dask_read, "dask.dataframe"),
     "duckdb": (duckdb_sum, "duckdb"),
+    "duckdb, dataset": (duckdb_sum_of_dataset, "duckdb"),
     "polars, file": (polars_read, "polars"),
     "polars, scan": (polars_scan, "polars"),
     "hugging face": (hugging_face, "datasets"),
     "hugging face, copied": (hugging_face_copy, "datasets"),
 }
-WRAPPED = {"duckdb", "polars, file", "polars, scan"}
+WRAPPED = {"duckdb", "duckdb, dataset", "polars, file", "polars, scan"}
 
 
 @pytest.fixture
