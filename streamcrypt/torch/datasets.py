@@ -237,7 +237,7 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
             skip = max(0, done - start)
             table = pa.concat_tables(self._read(first, first + rows)).combine_chunks()
             for position in range(skip, rows, self.batch_size or rows):
-                yield table.take(pa.array(order[position : position + (self.batch_size or rows)]))
+                yield table.take(_indices(order[position : position + (self.batch_size or rows)]))
 
     # -- where rows are
 
@@ -363,16 +363,15 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
         return self._transform(batch) if self._transform is not None else batch
 
     def _columns(self, table: pa.Table) -> dict[str, Any]:
-        return {
+        columns = {
             name: self._column(name, column)
             for name, column in zip(table.column_names, table.columns, strict=True)
         }
+        # What does not leave the process is a plain dict.
+        return columns if torch.utils.data.get_worker_info() is None else _Batch(columns)
 
     def _column(self, name: str, column: pa.ChunkedArray) -> Any:
-        kind = column.type
-        if pa.types.is_temporal(kind):
-            kind = pa.int32() if kind.bit_width == 32 else pa.int64()
-            column = column.cast(kind)
+        kind, chunks = column.type, column.chunks
         width = 0
         if pa.types.is_fixed_size_list(kind) and _is_number(kind.value_type):
             if column.null_count:
@@ -380,19 +379,10 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
                     f"column {name!r} has rows that are null; leave them out, or read it as 'arrow'"
                 )
             width, kind = kind.list_size, kind.value_type
-            column = pa.chunked_array([chunk.flatten() for chunk in column.chunks], kind)
-        if not _is_number(kind):
+            chunks = [chunk.flatten() for chunk in chunks]
+        if not _is_number(kind) and not _is_time(kind):
             return column.to_pylist()
-        if column.null_count:
-            if name in self._fill_nulls:
-                column = column.fill_null(self._fill_nulls[name])
-            elif not pa.types.is_floating(kind):
-                raise ValueError(
-                    f"column {name!r} of type {kind} has nulls; give fill_nulls={{{name!r}: VALUE}}, or leave it out"
-                )
-        array = column.to_numpy()
-        if not array.flags.writeable:
-            array = array.copy()
+        array = _values(name, chunks, kind, self._fill_nulls)
         if width:
             array = array.reshape(-1, width)
         return torch.from_numpy(array) if self._output == "torch" else array
@@ -495,5 +485,140 @@ def _parquet(file: Any) -> pq.ParquetFile:
         raise
 
 
+# ---------------------------------------------------------------------------------------------
+# Arrow's memory as arrays.  pyarrow's own ways there (to_numpy, pa.array, pa.scalar) import pandas, half
+# a second of processor time that every worker would spend before its first batch.
+
+
+def _values(
+    name: str, chunks: Sequence[pa.Array], kind: pa.DataType, fill_nulls: Mapping[str, Any]
+) -> np.ndarray[Any, Any]:
+    """The numbers of a column, in memory of their own."""
+    dtype = _dtype(kind)
+    values = np.empty(sum(len(chunk) for chunk in chunks), dtype)
+    fill = None
+    start = 0
+    for chunk in chunks:
+        part = values[start : start + len(chunk)]
+        start += len(chunk)
+        if not len(part):
+            continue
+        valid, data = chunk.buffers()
+        first, last = chunk.offset, chunk.offset + len(chunk)
+        part[:] = (
+            _bits(data, first, last)
+            if dtype.kind == "b"
+            else np.frombuffer(data, dtype, len(part), first * dtype.itemsize)
+        )
+        if chunk.null_count:
+            if fill is None:
+                fill = _filling(name, kind, dtype, fill_nulls)
+            part[~_bits(valid, first, last)] = fill
+    return values
+
+
+def _filling(name: str, kind: pa.DataType, dtype: np.dtype[Any], fill_nulls: Mapping[str, Any]) -> Any:
+    """What stands for a null."""
+    if name not in fill_nulls:
+        if dtype.kind == "f":
+            return np.nan
+        raise ValueError(
+            f"column {name!r} of type {kind} has nulls; give fill_nulls={{{name!r}: VALUE}}, or leave it out"
+        )
+    value = fill_nulls[name]
+    try:
+        fill = dtype.type(value)
+        fits = dtype.kind == "f" or bool(fill == value)
+    except (OverflowError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"fill_nulls: {value!r} does not fit column {name!r} of type {kind}")
+    return fill
+
+
+def _bits(buffer: pa.Buffer, first: int, last: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Bits ``first`` to ``last`` (excluded), which Arrow keeps with the least significant one first."""
+    held = np.frombuffer(buffer, np.uint8, -(-last // 8) - first // 8, first // 8)
+    return np.unpackbits(held, bitorder="little")[first % 8 :][: last - first].view(np.bool_)
+
+
+def _dtype(kind: pa.DataType) -> np.dtype[Any]:
+    if _is_time(kind):
+        return np.dtype(f"i{kind.bit_width // 8}")
+    return np.dtype(_FLOATS.get(str(kind), str(kind)))
+
+
+def _indices(numbers: np.ndarray[Any, np.dtype[np.int64]]) -> pa.Array:
+    return pa.Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
+
+
+_FLOATS: Final = {"halffloat": "f2", "float": "f4", "double": "f8"}
+
+
+def _is_time(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_temporal(kind)) and kind.bit_width in (32, 64)
+
+
 def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+# ---------------------------------------------------------------------------------------------
+# From a worker to its parent
+
+
+class _Batch(dict[str, Any]):
+    """A batch of a worker.  It arrives as a plain dict, whose tensors share one piece of memory.
+
+    torch hands over every tensor's memory by a connection of its own, which costs a millisecond, more
+    than reading and opening a column of a thousand rows.
+    """
+
+    def __copy__(self) -> _Batch:  # torch's default_convert copies; it is not to pack
+        return _Batch(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed: dict[str, tuple[torch.dtype, torch.Size, int, int]] = {}
+        pieces: list[torch.Tensor] = []
+        end = 0
+        for name, value in self.items():
+            if _is_plain(value):
+                piece = value.contiguous().reshape(-1).view(torch.uint8)
+                packed[name] = value.dtype, value.shape, end, end + len(piece)
+                pieces.append(piece)
+                end += len(piece) + -len(piece) % _ALIGNMENT
+        memory = np.zeros(end, np.uint8)
+        for piece, (_, _, start, stop) in zip(pieces, packed.values(), strict=True):
+            memory[start:stop] = piece.numpy()
+        rest = {name: None if name in packed else value for name, value in self.items()}
+        return _unpacked, (torch.from_numpy(memory), packed, rest)
+
+
+_ALIGNMENT: Final = 64
+
+
+_PLAIN_TYPES: Final = {
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32,
+    torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+}  # fmt: skip
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a tensor is its bytes.  An error while packing would be met by a loader that waits for ever."""
+    return (
+        type(value) is torch.Tensor
+        and value.dtype in _PLAIN_TYPES
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.requires_grad or value.is_nested or value.is_neg())
+    )
+
+
+def _unpacked(
+    memory: torch.Tensor,
+    packed: Mapping[str, tuple[torch.dtype, torch.Size, int, int]],
+    batch: dict[str, Any],
+) -> dict[str, Any]:
+    for name, (dtype, shape, start, stop) in packed.items():
+        batch[name] = memory[start:stop].view(dtype).view(shape)
+    return batch

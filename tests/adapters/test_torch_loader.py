@@ -167,6 +167,54 @@ def test_what_columns_become(tmp_path, home):
     assert [(int(row["i"]), row["s"]) for row in rows] == [(1, "x"), (2, None), (3, "z")]
 
 
+def test_columns_are_what_pyarrow_makes_of_them(tmp_path, home):
+    """Of every type of number, with nulls, in batches that lie across row groups and within bytes of bits."""
+    rng = np.random.default_rng(5)
+    nulls = rng.random(101) < 0.3
+    numbers = rng.integers(0, 100, 101)
+    columns = {
+        str(kind): pa.array(numbers.astype(kind.to_pandas_dtype()), kind, mask=nulls)
+        for kind in (
+            pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(),
+            pa.float16(), pa.float32(), pa.float64(),
+        )
+    }  # fmt: skip
+    columns["bool"] = pa.array(numbers > 50, mask=nulls)
+    for kind in (pa.timestamp("ns", "UTC"), pa.duration("ms"), pa.time64("us")):
+        columns[str(kind)] = pa.array(numbers, pa.int64(), mask=nulls).cast(kind)
+    for kind in (pa.date32(), pa.time32("s")):
+        columns[str(kind)] = pa.array(numbers.astype(np.int32), pa.int32(), mask=nulls).cast(kind)
+    table = pa.table(columns)
+    with sc.open(tmp_path / "a.parquet", "wb", keys=KEY) as file:
+        pq.write_table(table, file, row_group_size=13)
+    fill = {name: 1 for name, column in columns.items() if not pa.types.is_floating(column.type)}
+    fill["bool"] = True
+    for shuffle in (False, True):
+        dataset = ParquetDataset(
+            tmp_path / "a.parquet", batch_size=5, shuffle=shuffle, output="numpy", fill_nulls=fill
+        )
+        read = list(dataset)
+        tables = list(ParquetDataset(tmp_path / "a.parquet", batch_size=5, shuffle=shuffle, output="arrow"))
+        assert len(read) == len(tables) == 21
+        for batch, part in zip(read, tables, strict=True):
+            for name, column in zip(part.column_names, part.columns, strict=True):
+                kind = column.type
+                if pa.types.is_temporal(kind):
+                    column = column.cast(pa.int32() if kind.bit_width == 32 else pa.int64())
+                expected = (column.fill_null(fill[name]) if name in fill else column).to_numpy()
+                assert batch[name].dtype == expected.dtype
+                assert batch[name].flags.writeable
+                np.testing.assert_array_equal(batch[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize("value", [1.5, 300, -1, "x", None])
+def test_a_filling_that_does_not_fit_its_column(tmp_path, home, value):
+    with sc.open(tmp_path / "a.parquet", "wb", keys=KEY) as file:
+        pq.write_table(pa.table({"n": pa.array([1, None], pa.uint8())}), file)
+    with pytest.raises(ValueError, match=r"fill_nulls: .* does not fit column 'n' of type uint8"):
+        list(ParquetDataset(tmp_path / "a.parquet", fill_nulls={"n": value}))
+
+
 def test_sources(data):
     for source in (
         data / "enc", str(data / "enc"), str(data / "enc" / "part-*.parquet"), f"crypt::file://{data / 'enc'}",
@@ -287,6 +335,65 @@ def test_workers_of_every_kind(data, method):
     assert sorted(first) == list(range(ROWS))
     # One data key for all files, and one call in each worker: the parent's own key does not travel.
     assert kms_calls() - before == 2
+
+
+def test_a_batch_of_a_worker_comes_in_one_piece(data):
+    """Handing a tensor's memory over costs more than reading it: a batch of many columns is one hand-over."""
+    alone = list(ParquetDataset(data / "enc", batch_size=1_000))
+    loader = DataLoader(ParquetDataset(data / "enc", batch_size=1_000), batch_size=None, num_workers=1)
+    for batch, expected in zip(loader, alone, strict=True):
+        assert type(batch) is type(expected) is dict
+        assert list(batch) == list(expected)
+        tensors_of = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        assert len(tensors_of) > 2
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors_of}) == 1
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert batch[name].dtype == value.dtype
+                np.testing.assert_array_equal(batch[name].numpy(), value.numpy(), err_msg=name)
+                batch[name].zero_()  # theirs to change; the next column's comparison shows that none overlap
+            else:
+                assert batch[name] == value
+
+
+def test_what_a_transform_makes_of_a_batch_arrives(data):
+    loader = DataLoader(
+        ParquetDataset(data / "enc", columns=["id"], batch_size=1_000, transform=_transformed),
+        batch_size=None,
+        num_workers=1,
+    )
+    for start, batch in zip(range(0, ROWS, 1_000), loader, strict=True):
+        assert batch["id"].tolist() == list(range(start, start + 1_000))
+        assert batch["first"].item() == start
+        assert batch["first"].shape == ()
+        assert batch["halves"].tolist() == list(range(start, start + 1_000, 2))
+        assert batch["empty"].shape == (0, 3)
+        assert batch["wanted"].requires_grad
+        assert batch["note"] == "text"
+
+
+def _transformed(batch):
+    batch["first"] = batch["id"][0]
+    batch["halves"] = batch["id"][::2]
+    batch["empty"] = torch.empty((0, 3))
+    batch["wanted"] = torch.nn.Parameter(torch.ones(2))
+    batch["note"] = "text"
+    return batch
+
+
+def test_a_worker_imports_no_pandas(data):
+    """It would spend more processor time on that than on an epoch of a small dataset."""
+    script = f"""
+import sys
+from torch.utils.data import DataLoader
+from streamcrypt.torch import ParquetDataset
+def seen(batch):
+    return "pandas" in sys.modules
+for shuffle in (False, True):
+    dataset = ParquetDataset({str(data / "enc")!r}, batch_size=1_000, shuffle=shuffle, transform=seen)
+    assert not any(DataLoader(dataset, batch_size=None, num_workers=2)), "pandas"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
 def test_workers_that_stay_see_the_next_epoch(data):
