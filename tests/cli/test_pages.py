@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +209,31 @@ def test_the_page_runs(
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # demo --keep
     before(tmp_path, request)
     run_page(PAGES[name], Path.cwd(), instead=instead, children=name in CHANGE_THE_PROCESS)
+
+
+@pytest.mark.timeout(300)
+def test_figures_of_another_machine_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytest_benchmark", reason="PYTEST-BENCHMARK IS MISSING: its commands were not run")
+    (kept,) = (ROOT / "benchmarks" / "baselines").glob("*/*.json")
+    stored = json.loads(kept.read_text())
+    stored["machine_info"]["cpu"]["brand_raw"] = "another"
+    folder = tmp_path / kept.parent.name
+    folder.mkdir()
+    (folder / kept.name).write_text(json.dumps(stored))
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    words = (
+        "-k derive --benchmark-only --benchmark-max-time=0.01 --benchmark-min-rounds=1 --benchmark-compare"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(ROOT / "benchmarks/test_engine.py"), "-c", str(ROOT / "pyproject.toml"),
+         "--rootdir", str(ROOT), "-p", "no:xdist", "-p", "no:cacheprovider",
+         *words.split(), "--benchmark-storage=."],
+        cwd=tmp_path, env={**os.environ, "STREAMCRYPT_BENCH_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "machine_info is different" in done.stderr
 
 
 def test_the_sweep_on_the_performance_page_is_one(tmp_path: Path) -> None:
