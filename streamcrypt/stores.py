@@ -249,7 +249,7 @@ class StoreTree:
         """Open an object for reading: one request, which also brings its first bytes."""
         opened = self._bucket.take_opened(self.key(name))
         if opened is not None:
-            return opened.result()
+            return opened if isinstance(opened, StoreSource) else opened.result()
         return StoreSource(self._bucket, self.key(name), self.path(name), self._first_read)
 
     def expect(self, name: str, size: int) -> None:
@@ -262,9 +262,7 @@ class StoreTree:
     def lend(self, name: str, source: StoreSource) -> None:
         """Leave an open object to whoever opens it next: the same version, without a request."""
         source.is_read_whole = True
-        opened: Future[StoreSource] = Future()
-        opened.set_result(source)
-        self._bucket.keep_opened(self.key(name), opened, source.head_length)
+        self._bucket.keep_opened(self.key(name), source, source.head_length)
 
     # -- writing
 
@@ -820,10 +818,10 @@ class _Bucket:
         self._lock = threading.Lock()
         self._store: ObjectStore | None = None
         self._client: Any = None
-        self._opened: dict[str, tuple[Future[StoreSource], int]] = {}
+        self._opened: dict[str, tuple[Future[StoreSource] | StoreSource, int]] = {}
         self._opened_bytes = 0
 
-    def keep_opened(self, key: str, opened: Future[StoreSource], length: int) -> None:
+    def keep_opened(self, key: str, opened: Future[StoreSource] | StoreSource, length: int) -> None:
         """Keep an object, of which so many bytes are in memory, until it is taken, or too many are kept."""
         with self._lock:
             _, before = self._opened.pop(key, (None, 0))
@@ -833,7 +831,7 @@ class _Bucket:
                 _, dropped = self._opened.pop(next(iter(self._opened)))
                 self._opened_bytes -= dropped
 
-    def take_opened(self, key: str) -> Future[StoreSource] | None:
+    def take_opened(self, key: str) -> Future[StoreSource] | StoreSource | None:
         with self._lock:
             opened, length = self._opened.pop(key, (None, 0))
             self._opened_bytes -= length
@@ -1116,35 +1114,54 @@ _TEMPORARY: Final = re.compile(
 )
 
 
-@contextlib.contextmanager
-def _translated(kind: type[StreamcryptError], path: str, *, reads: bool = False) -> Iterator[None]:
+class _translated:  # noqa: N801  (a context manager, as contextlib's; one by a generator takes a request's hundredth)
     """The library's errors as ours; ``reads``: a request that only looks, whatever it is for."""
+
+    __slots__ = ("_kind", "_path", "_reads")
+
+    def __init__(self, kind: type[StreamcryptError], path: str, *, reads: bool = False) -> None:
+        self._kind = kind
+        self._path = path
+        self._reads = reads or kind is SourceError
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Exception):
+            translated = _translation(self._kind, self._path, error, reads=self._reads)
+            if translated is not None:
+                raise translated from error
+
+
+def _translation(
+    kind: type[StreamcryptError], path: str, error: Exception, *, reads: bool
+) -> StreamcryptError | None:
+    """Our error for one of the library's; None for any other."""
     from obstore import exceptions
 
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise kind(f"{path}: does not exist (or its bucket does not)") from error
-    except exceptions.AlreadyExistsError as error:
-        raise _exists_already(path) from error
-    except exceptions.PreconditionError as error:
-        raise _changed(path) from error
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-        needed = _permission(path, reads=reads or kind is SourceError)
-        raise kind(f"{path}: the store denied access; the caller needs {needed}") from error
-    except exceptions.InvalidPathError as error:
-        raise kind(f"{path}: holds a key that is not a name: an empty part, '.' or '..'") from error
-    except ValueError as error:
-        raise kind(f"{path}: is not a name that can be asked of a store") from error
-    except exceptions.BaseError as error:
-        # The first line; what follows is for the library's authors, and a query may hold a signature.
-        text = re.sub(r"\?\S+", "", str(error).partition("\n")[0].partition(": <")[0])
-        if "status code: 404" in text:
-            raise kind(f"{path}: does not exist (or its bucket does not)") from error
-        if _TEMPORARY.search(text):
-            raise TemporaryError(f"{path}: the store cannot serve the request ({text}); try again") from error
-        hint = _CREDENTIALS.get(path[:5], "") if _ABOUT_CREDENTIALS.search(text) else ""
-        raise kind(f"{path}: {text}{hint}") from error
+    if isinstance(error, FileNotFoundError):
+        return kind(f"{path}: does not exist (or its bucket does not)")
+    if isinstance(error, exceptions.AlreadyExistsError):
+        return _exists_already(path)
+    if isinstance(error, exceptions.PreconditionError):
+        return _changed(path)
+    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return kind(f"{path}: the store denied access; the caller needs {_permission(path, reads=reads)}")
+    if isinstance(error, exceptions.InvalidPathError):
+        return kind(f"{path}: holds a key that is not a name: an empty part, '.' or '..'")
+    if isinstance(error, ValueError):
+        return kind(f"{path}: is not a name that can be asked of a store")
+    if not isinstance(error, exceptions.BaseError):
+        return None
+    # The first line; what follows is for the library's authors, and a query may hold a signature.
+    text = re.sub(r"\?\S+", "", str(error).partition("\n")[0].partition(": <")[0])
+    if "status code: 404" in text:
+        return kind(f"{path}: does not exist (or its bucket does not)")
+    if _TEMPORARY.search(text):
+        return TemporaryError(f"{path}: the store cannot serve the request ({text}); try again")
+    hint = _CREDENTIALS.get(path[:5], "") if _ABOUT_CREDENTIALS.search(text) else ""
+    return kind(f"{path}: {text}{hint}")
 
 
 # The permission of an operation, where it is not s3:PutObject.

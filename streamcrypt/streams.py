@@ -46,6 +46,7 @@ from streamcrypt.message.header import (
     HeaderCutShortError,
     HeaderTemplate,
     authenticate_header,
+    parse_alike,
     parse_header,
 )
 from streamcrypt.message.suites import AlgorithmSuite, CommitmentPolicy
@@ -346,8 +347,17 @@ def read_header(
             return header, buffer
 
 
-def source_header(source: Source, *, max_encrypted_data_keys: int | None) -> Header:
-    """The header of a message that can be read at offsets; nothing of it is authenticated."""
+def source_header(
+    source: Source, *, max_encrypted_data_keys: int | None, known: Header | None = None
+) -> Header:
+    """The header of a message that can be read at offsets; nothing of it is authenticated.
+
+    ``known``: one that was read so, which this one probably resembles.
+    """
+    if known is not None:
+        alike = parse_alike(known, read_bytes(source, 0, known.length))
+        if alike is not None:
+            return alike
     position = 0
 
     def read(length: int) -> Buffer:

@@ -104,8 +104,10 @@ if TYPE_CHECKING:
 _ATTEMPTS: Final = 3
 # Messages in a store that are being opened while those before them become tasks.
 _OPENED_AHEAD: Final = 32
-# Files that a worker holds until all of them are whole, where they are held in memory.
+# Files that a worker holds until all of them are whole, where they are held in memory; and small ones, which
+# it holds a few of at a time and waits for the store at each.
 _STORE_BATCH_FILES: Final = 4
+_STORE_BATCH_SMALL_FILES: Final = 16
 # The first entries are looked at to choose threads or processes.
 SAMPLE: Final = 4096
 # What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
@@ -207,8 +209,9 @@ class _Run:
         self._manifest_target: HashingTarget | None = None
         self._statement: StatementWriter | None = None
         self._wrapped: set[int] = set()  # data keys that were made, of a job with a key map
+        self._header: Header | None = None  # the last one that was read
         self._refused: dict[Hashable, KeyAccessError] = {}  # data keys that no key opens, and why
-        self._batch_files = BATCH_FILES
+        self._batch_files = self._batch_small_files = BATCH_FILES
         # A resumed job replaces what the interrupted one made; `_resumed` looks before it does.
         self._may_replace = job.overwrite or job.resume
         self._journal: Journal | StoreJournal | None = None
@@ -244,8 +247,6 @@ class _Run:
             or job.key_map is not None
             or job.audit is not None
             or job.destination is None
-            or not isinstance(job.source.tree, LocalTree)
-            or not isinstance(job.destination.tree, LocalTree)
         ):
             return 0
         return min(job.frame_length, SMALL_LENGTH)
@@ -489,7 +490,9 @@ class _Run:
         source: Source | None = None
         try:
             source = job.source.tree.open(entry.name)
-            header = source_header(source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys)
+            header = self._header = source_header(
+                source, max_encrypted_data_keys=job.rules.max_encrypted_data_keys, known=self._header
+            )
             if listed is not None:
                 listed.check(header, source.size)
             if job.resume and number not in self._looked_at and self._resumed(number, entry, header):
@@ -817,7 +820,9 @@ class _Run:
             self._batch_files = max(1, min(BATCH_FILES, len(sample) // (4 * workers)))
         frames = sum(entry.size // frame_length + 1 for entry in sample)
         on_a_store = any(tree is not None and tree.in_order for tree in (job.source.tree, target, compared))
+        self._batch_small_files = self._batch_files
         if on_a_store:
+            self._batch_small_files = min(self._batch_files, _STORE_BATCH_SMALL_FILES)
             self._batch_files = min(self._batch_files, _STORE_BATCH_FILES)
         # Who waits for a store needs no processor of its own.
         if workers > 1 and processes_pay(len(sample), frames) and not on_a_store:
@@ -827,7 +832,9 @@ class _Run:
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if descriptors != resource.RLIM_INFINITY:
             spare = descriptors - _used_descriptors() - 2 * KEPT_FOLDERS * (workers + 1)
-            self._batch_files = max(1, min(self._batch_files, spare // (2 * workers)))
+            most = max(1, spare // (2 * workers))
+            self._batch_files = min(self._batch_files, most)
+            self._batch_small_files = min(self._batch_small_files, most)
         return ThreadPool(setup, workers)
 
     def _frame_length_of(self, entry: Entry) -> int:
@@ -853,7 +860,7 @@ class _Run:
 
     def _lists(self, tasks: Iterator[FileTask | SmallFile]) -> Iterator[Tasks]:
         """What goes to workers: small files together, a large one span by span."""
-        for group in in_batches(tasks, self._batch_files):
+        for group in in_batches(tasks, self._batch_files, self._batch_small_files):
             if isinstance(group[0], SmallFile):
                 for small in self._small_files([file for file in group if isinstance(file, SmallFile)]):
                     yield [small]

@@ -187,14 +187,16 @@ def unit_length(task: FileTask) -> int:
 
 
 def in_batches(
-    tasks: Iterable[FileTask | SmallFile], files: int = BATCH_FILES
+    tasks: Iterable[FileTask | SmallFile], files: int = BATCH_FILES, small_files: int = BATCH_FILES
 ) -> Iterator[list[FileTask] | list[SmallFile]]:
-    """Tasks in lists of up to ``files`` that are worth a hand-over each; a large one is a list of its own."""
+    """Tasks in lists of up to so many that are worth a hand-over each; a large one is a list of its own."""
     batch: list[Any] = []
     size = 0
     for task in tasks:
         if batch and (
-            len(batch) >= files or size + task.length > BATCH_BYTES or not _go_together(batch[-1], task)
+            len(batch) >= (small_files if isinstance(task, SmallFile) else files)
+            or size + task.length > BATCH_BYTES
+            or not _go_together(batch[-1], task)
         ):
             yield batch
             batch, size = [], 0

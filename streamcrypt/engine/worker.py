@@ -167,12 +167,13 @@ class Worker:
         """Encrypt them; all are written, then all flushed, then all get their names.
 
         Each step is done for several files before the next one, since the code of one step stays in the
-        processor's cache (benchmarks/README.md, "small files").
+        processor's cache (benchmarks/README.md, "small files").  A store flushes nothing and holds in memory
+        what has no name yet: there those few get their names at once.
         """
         names, lengths, template = files.names, files.lengths, files.template
         assert self._target_tree is not None
         open_source, create, overwrite = self._source_tree.open, self._target_tree.create, self._overwrite
-        overhead = template.length + FINAL_OVERHEAD
+        overhead, in_order = template.length + FINAL_OVERHEAD, self._target_tree.in_order
         everything = range(len(names))
         states: list[State | None] = [None] * len(names)
         outcome = SmallOutcome(files.number, [b""] * len(names), states, states.copy(), {})
@@ -211,11 +212,13 @@ class Worker:
             targets[row].flush()
 
         def publish(row: int) -> None:
-            targets[row].publish(overwrite=overwrite)
+            state = targets[row].publish(overwrite=overwrite)
+            if state is not None:
+                outcome.made_states[row] = state
 
         def each(step: Callable[[int], None], rows: range) -> None:
-            self._stop_if_cancelled()
             for row in rows:
+                self._stop_if_cancelled()
                 if row in outcome.errors:
                     continue
                 try:
@@ -238,9 +241,12 @@ class Worker:
                 each(read, rows)
                 each(seal, rows)
                 each(write, rows)
-            if self._durable:
-                each(flush, everything)
-            each(publish, everything)
+                if in_order:
+                    each(publish, rows)
+            if not in_order:
+                if self._durable:
+                    each(flush, everything)
+                each(publish, everything)
         finally:
             for target in targets.values():
                 target.discard()

@@ -169,6 +169,26 @@ def parse_header(
     return header, fields.position
 
 
+def parse_alike(known: Header, buffer: Buffer) -> Header | None:
+    """The header at the start of ``buffer`` if it is ``known`` but for message id, commitment and tag; else None.
+
+    So are those of a tree's messages, and comparing them takes a fraction of parsing them.  Whatever limit
+    ``known`` was parsed under holds for this one too.
+    """
+    suite, stop = known.suite, len(known.body)
+    if not suite.committing or len(buffer) < stop + TAG_LENGTH:
+        return None
+    body = bytes(buffer[:stop])
+    start, shared, commitment = 3, 3 + suite.message_id_length, stop - COMMITMENT_LENGTH
+    if body[:start] != known.body[:start] or body[shared:commitment] != known.body[shared:commitment]:
+        return None
+    return Header(
+        suite, body[start:shared], known.context, known.encrypted_data_keys,
+        known.framed, known.frame_length, body[commitment:], body, known.iv,
+        bytes(buffer[stop : stop + TAG_LENGTH]),
+    )  # fmt: skip
+
+
 def _parse_encrypted_data_keys(fields: _Fields, limit: int | None) -> tuple[EncryptedDataKey, ...]:
     count = fields.number(2)
     if count == 0:

@@ -145,6 +145,30 @@ def test_what_is_there_stays(bucket: Bucket, key: str, tmp_path: Path, size: int
     assert len(sc.decrypt_bytes(bucket.get("m"))) == size
 
 
+def test_small_files_of_which_some_fail(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    """They go several at a time: one that is there stays, one that cannot be read fails, and no other does."""
+    source = tmp_path / "in"
+    source.mkdir()
+    data = {f"{number:02}": random.Random(number).randbytes(1000 * number) for number in range(40)}
+    for name, content in data.items():
+        (source / name).write_bytes(content)
+    (source / "21").unlink()
+    (source / "21").symlink_to("20")
+
+    def appears(method: str, path: str) -> None:
+        if method == "PUT" and path.endswith("enc/07") and "enc/07" not in bucket.names():
+            bucket.put("enc/07")
+
+    bucket.proxy.fault = appears
+    with pytest.raises(sc.StreamcryptError, match="2 of 40 files failed") as failed:
+        sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    report = failed.value.report  # type: ignore[attr-defined]
+    assert {failure.path for failure in report.failed} == {"07", "21"}
+    assert bucket.get("enc/07") == b"somebody else's"
+    for name in data.keys() - {"07", "21"}:
+        assert sc.decrypt_bytes(bucket.get(f"enc/{name}")) == data[name]
+
+
 @pytest.mark.parametrize("size", [10, BIG])
 def test_what_appears_meanwhile_stays(bucket: Bucket, size: int) -> None:
     target = stores.StoreTree(bucket.url).create("m", size=size)

@@ -20,6 +20,7 @@ from streamcrypt.message.header import (
     HeaderCutShortError,
     HeaderTemplate,
     authenticate_header,
+    parse_alike,
     parse_header,
 )
 from streamcrypt.message.suites import SIGNED, SUITES, UNSIGNED
@@ -53,6 +54,28 @@ def test_damaged_headers_in_bulk():
         mutated = fuzz.random_mutation(rng, rng.choice(SEEDS))
         accepted += fuzz.header_or_refusal(mutated, rng.choice((None, 10))) is not None
     assert 0 < accepted < 20_000  # both branches were met
+
+
+def test_a_header_that_resembles_another_is_what_parsing_it_gives():
+    rng = random.Random(20261129)
+    taken = left = 0
+    for seed in SEEDS:
+        known, length = parse_header(seed, max_encrypted_data_keys=None)
+        for _ in range(100):
+            mutated = fuzz.random_mutation(rng, seed)
+            alike = parse_alike(known, mutated)
+            left += alike is None
+            if alike is not None:
+                taken += 1
+                assert (alike, length) == parse_header(mutated, max_encrypted_data_keys=None)
+        for position in range(length):
+            changed = seed[:position] + bytes((seed[position] ^ 1,)) + seed[position + 1 :]
+            alike = parse_alike(known, changed)
+            own = 3 <= position < 35 or length - 48 <= position  # id; commitment and tag
+            assert (alike is not None) == (known.suite.committing and own)
+            assert alike is None or alike == parse_header(changed, max_encrypted_data_keys=None)[0]
+    assert taken
+    assert left
 
 
 def test_damaged_official_headers(vectors):
