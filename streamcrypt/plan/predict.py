@@ -225,6 +225,11 @@ class Job:
         return _scaled(self.sizes, self.bytes / self.files)
 
     @property
+    def busy_hosts(self) -> int:
+        """Hosts that get a file, and ask for a data key."""
+        return min(self.hosts, self.files)
+
+    @property
     def kms_operation(self) -> str:
         return _KMS_OPERATION[self.operation]
 
@@ -389,7 +394,7 @@ def _load(
         service=work_seconds * lanes / messages,
         variation=0.0 if pieces > 1 else variation,
         latency=job.kms_latency * questions + per_key,
-        quota=quota / job.hosts / questions,
+        quota=quota / job.busy_hosts / questions,
         max_messages=job.cache_max_messages if job.cache else 1,
         max_age=job.cache_max_age if job.cache else math.inf,
         max_bytes=job.cache_max_bytes if job.cache else math.inf,
@@ -521,13 +526,15 @@ def _estimate(
     if outcome.quota_seconds and outcome.quota_seconds >= 0.97 * outcome.seconds:
         parts = {name: 0.0 if name == "kms-latency" else value for name, value in parts.items()}
     apart = job.operation in ("encrypt", "rekey") and _manifest_apart(files)
-    seconds, calls = overhead + joined, (outcome.calls + apart) * job.hosts
+    seconds, calls = overhead + joined, (outcome.calls + apart) * job.busy_hosts
     questions = _questions(job)
     return Estimate(
         seconds=seconds,
         calls=calls,
         messages_per_key=outcome.messages_per_key,
-        peak_per_second=min(outcome.peak_per_second * job.hosts * questions, quota * 2, calls * questions),
+        peak_per_second=min(
+            outcome.peak_per_second * job.busy_hosts * questions, quota * 2, calls * questions
+        ),
         parts=parts,
         cost=_cost(job, calls, seconds, cores),
     )

@@ -132,7 +132,7 @@ function roundEven(value) {
 }
 
 function estimate(job) {
-  const files = Math.ceil(job.files / job.hosts), share = files / job.files;
+  const files = Math.ceil(job.files / job.hosts), share = files / job.files, busyHosts = Math.min(job.hosts, job.files);
   const mean = job.bytes / job.files;
   const points = page.sizes.map((point) => page.mean ? point * mean / page.mean : mean);
   const count = points.length;
@@ -181,7 +181,7 @@ function estimate(job) {
   }
   const load = { files: messages, workers: lanes, service: busy * lanes / messages,
     variation: pieces > 1 ? 0 : variation * bySize, latency: job.kms_latency * page.questions + page.coefficients.key,
-    quota: job.kms_quota / job.hosts / page.questions, maxMessages: cacheMessages,
+    quota: job.kms_quota / busyHosts / page.questions, maxMessages: cacheMessages,
     maxAge: job.cache ? job.cache_max_age : Infinity, maxBytes: cacheBytes, size: middle,
     sizeVariation: variation, groups: Math.min(page.contexts, files),
     prefetch: Math.max(0, page.lists_held * listFiles * Math.min(workers, files) - lanes), dataKeys,
@@ -213,7 +213,7 @@ function estimate(job) {
     "kms-latency": !quotaBound && outcome.quotaSeconds <= outcome.workerSeconds ? outcome.stallSeconds : 0,
     "kms-quota": outcome.quotaSeconds };
   const limit = Object.keys(parts).reduce((best, name) => parts[name] > parts[best] ? name : best);
-  const seconds = overhead + joined, calls = (outcome.calls + own) * job.hosts;
+  const seconds = overhead + joined, calls = (outcome.calls + own) * busyHosts;
   const writes = readsOnly ? 0 : job.files;
   const cost = {
     kms_requests: Math.max(0, roundEven(calls * page.questions) - page.free_requests) * page.request_price,

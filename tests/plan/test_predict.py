@@ -300,6 +300,14 @@ def test_intervals_cover_what_the_law_does():
     assert 0.6 <= sum(covered) / len(covered) <= 1.0
 
 
+def test_hosts_without_a_file_ask_for_no_key():
+    few, many = (
+        planner.evaluate(dataclasses.replace(JOB, files=10, hosts=n), RECORDS) for n in (10, 100_000)
+    )
+    assert many.calls == few.calls == 10
+    assert many.seconds == pytest.approx(few.seconds)
+
+
 def test_scalability_law():
     workers = [1, 2, 3, 4, 6, 8, 12]
     alpha, beta = 0.08, 0.004
