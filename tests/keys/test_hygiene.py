@@ -107,14 +107,16 @@ def test_the_command_line_leaves_no_core(tmp_path: Path, home: Path, key: str, c
     end(control)
     for path in tmp_path.glob("core*"):
         path.unlink()
-    for name, process in processes(tmp_path, key).items():
-        try:
+    started = processes(tmp_path, key)
+    try:
+        for name, process in started.items():
             assert wait_until(lambda process=process: core_limit(process.pid) == "0"), name
             if os.geteuid() == 0:  # even where somebody lifts the limit again
                 resource.prlimit(process.pid, resource.RLIMIT_CORE, (hard, hard))
                 assert core_limit(process.pid) != "0"
             assert not dumps_core(process.pid), name
-        finally:
+    finally:
+        for process in started.values():
             end(process)
     assert not list(tmp_path.glob("core*"))
     if not usual:
