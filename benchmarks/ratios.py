@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamcrypt as sc
+from streamcrypt.bench.data import put_aside
 from streamcrypt.message.header import parse_header
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +38,6 @@ from suite.common import (
     incompressible,
     key_reference,
     make_files,
-    put_aside,
     read_loop,
     remove,
     wait_for_rest,

@@ -36,7 +36,7 @@ def incompressible(length: int, seed: int = 0) -> bytes:
 def workspace() -> Iterator[Path]:
     """A folder that is removed afterwards; STREAMCRYPT_BENCH_DIR says where (default: the temporary folder)."""
     folder = Path(tempfile.mkdtemp(prefix="streamcrypt-bench-", dir=os.environ.get("STREAMCRYPT_BENCH_DIR")))
-    # What lies in it may begin anywhere on an ext4, away from files that others removed (see put_aside).
+    # What lies in it may begin anywhere on an ext4, away from files that others removed (bench.data.put_aside).
     with contextlib.suppress(FileNotFoundError):
         subprocess.run(["chattr", "+T", str(folder)], check=False, stderr=subprocess.DEVNULL)
     inner = folder / "work"
@@ -76,20 +76,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists():
         path.unlink()
-
-
-def put_aside(path: Path) -> None:
-    """Empty the files of a folder and move it out of the way, until the workspace is removed.
-
-    An ext4 without a journal does not give out an inode that was freed in the last one to six minutes, and
-    looks at each of them whenever a file is made nearby: after 10,000 files were removed a new one took 70 to
-    150 µs of the kernel's time instead of 10 (benchmarks/README.md, "the budget of a small file").
-    """
-    if path.exists():
-        for entry in os.scandir(path):
-            if entry.is_file():
-                os.truncate(entry.path, 0)
-        path.rename(path.with_name(f"{path.name}-{time.monotonic_ns()}"))
 
 
 _REST = 64 * MiB  # not yet written back, by anybody

@@ -154,6 +154,7 @@ class Bench:
                 raise MeasureError(f"{storage!r} is not a storage; choose {', '.join(STORAGES)}")
             made = tempfile.TemporaryDirectory(prefix="streamcrypt-bench-", dir=base)
             self._places[storage] = Path(self._stack.enter_context(made))
+            data.spread_out(self._places[storage])
         return self._places[storage]
 
     def _dataset(self, cell: Cell) -> Path:
@@ -164,8 +165,8 @@ class Bench:
         if key not in self._datasets:
             need = sum(lengths)
             while self._datasets and sum(size for _, size in self._datasets.values()) + need > _KEEP:
-                folder, _ = self._datasets.pop(next(iter(self._datasets)))
-                shutil.rmtree(folder)
+                oldest = next(iter(self._datasets))
+                self._discard(self._datasets.pop(oldest)[0], storage=oldest[2])
             folder = self._place(cell.storage) / f"plain-{cell.hash}"
             if folder.exists():
                 shutil.rmtree(folder)
@@ -174,6 +175,13 @@ class Bench:
             if cell.storage == "disk":
                 os.sync()  # else the run pays for flushing its own source
         return self._datasets[key][0]
+
+    def _discard(self, folder: Path, storage: str) -> None:
+        """Give its room back; on a disk without making the next cell pay for it."""
+        if storage == "disk":
+            data.put_aside(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def run(
         self, cell: Cell, *, session: str = "", round_number: int = 0, tree: Path | None = None
@@ -192,7 +200,7 @@ class Bench:
                 answer, peak = self._child(cell, source, folder, tree, store)
             noise += _Weather.now().noise(before)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._discard(folder, cell.storage)
         if "error" in answer:
             answer = {"error": answer["error"], "wall_s": 0.0}
         answer["peak_rss"] = max(peak, answer.get("peak_rss", 0))

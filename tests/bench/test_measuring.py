@@ -428,3 +428,17 @@ def test_a_kms_that_is_none_is_refused():
         latency.measure("nothing")
     with pytest.raises(latency.NoSuchKmsError, match="--key"):
         latency.measure("aws", max_calls=1)
+
+
+def test_what_ran_on_a_disk_is_emptied_and_removed_at_the_end(tmp_path):
+    """Inodes that it frees would make files dearer for the next ones: an ext4 without a journal passes over them."""
+    cell = Cell(files=3, file_size=10_000, storage="disk")
+    with Bench(tmp_path, yardsticks=False) as bench:
+        assert bench.run(cell).error is None
+        (place,) = tmp_path.iterdir()
+        (aside,) = place.glob("run-*")
+        sealed = sorted((aside / "target").glob("*.bin"))
+        assert [path.stat().st_size for path in sealed] == [0, 0, 0]
+        assert bench.run(cell).error is None
+        assert len(list(place.glob("run-*"))) == 2
+    assert not list(tmp_path.iterdir())
