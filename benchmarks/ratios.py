@@ -41,6 +41,7 @@ from suite.common import (
     read_loop,
     remove,
     wait_for_rest,
+    warm,
     workspace,
 )
 
@@ -107,6 +108,7 @@ def large(rounds: int, count: int, length: int, what: str) -> None:
             ):  # one output at a time: memory for the page cache
                 remove(folder / other)
             wait_for_rest()
+            warm(count * length)
 
         measured = rounds_of(variants, rounds, before)
         total = count * length

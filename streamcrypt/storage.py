@@ -53,6 +53,10 @@ KEPT_FOLDERS: Final = 8
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not hang us
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
 _FILE_MODE: Final = 0o600
+# A longer write that begins a page is taken in larger blocks of memory, which a virtual machine's host may not hold
+# and then has to find: see benchmarks/README.md, "pieces of a write".
+_PIECE: Final = 256 << 10
+_PAGE: Final = 4096
 _RENAME_NOREPLACE: Final = 1  # renameat2(2)
 _AT_EMPTY_PATH: Final = 0x1000  # linkat(2)
 # A file that has no name until it is linked (Linux): a job that is killed leaves nothing of it.
@@ -541,10 +545,11 @@ class LocalPart:
         return self._tree.path(self._name)
 
     def write_at(self, offset: int, data: Buffer) -> None:
+        piece = len(data) if offset % _PAGE else _PIECE
         try:
-            done = os.pwrite(self._descriptor, data, offset)
+            done = os.pwrite(self._descriptor, memoryview(data)[:piece], offset)
             while done < len(data):
-                done += os.pwrite(self._descriptor, memoryview(data)[done:], offset + done)
+                done += os.pwrite(self._descriptor, memoryview(data)[done : done + piece], offset + done)
         except OSError as error:
             raise DestinationError(f"{self._path}: cannot be written: {error.strerror}") from error
 

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 KiB, MiB = 2**10, 2**20
 WORKERS = 2
 _STEP = MiB
+_PIECE = 256 * KiB
 _SPAN = 32 * MiB
 
 
@@ -90,6 +91,20 @@ def wait_for_rest() -> None:
         time.sleep(0.1)
 
 
+def warm(length: int) -> None:
+    """Have the host of a virtual machine hold so much memory as is about to be written, plus a quarter.
+
+    What a guest frees its host takes back within seconds, and a fresh page then costs several times more: without
+    this, who writes first after a pause pays for all.
+    """
+    if hasattr(os, "memfd_create"):
+        memory = os.memfd_create("warm")
+        try:
+            os.posix_fallocate(memory, 0, length + length // 4)
+        finally:
+            os.close(memory)
+
+
 def _unwritten() -> int:
     """Bytes of the page cache that are on no disk yet."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -110,7 +125,8 @@ def copy_loop(source: Path, target: Path, workers: int = WORKERS) -> None:
         writing = os.open(target / path.name, os.O_WRONLY | os.O_CREAT, 0o600)
         for offset in range(start, stop, _STEP):
             count = os.preadv(reading, (buffer,), offset)
-            os.pwrite(writing, buffer[:count], offset)
+            for begin in range(0, count, _PIECE):  # as the engine writes plaintext
+                os.pwrite(writing, buffer[begin : min(begin + _PIECE, count)], offset + begin)
         os.close(reading)
         os.close(writing)
 

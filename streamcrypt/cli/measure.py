@@ -578,6 +578,13 @@ def _add_plan(subparsers: Any) -> None:
     what.add_argument(
         "--out", type=Path, help="folder for what --validate measures; goes on where it stopped"
     )
+    what.add_argument("--rounds", type=_count, default=3, help="with --validate: runs of every configuration")
+    what.add_argument(
+        "--attempts",
+        type=_count,
+        default=3,
+        help="with --validate: a noisy run is repeated up to so many times",
+    )
     what.add_argument("--work", type=Path, help="folder for test data of --validate")
     what.add_argument("--budget", type=DURATION, default=3600.0, help="time for --validate (default 1h)")
     _common(parser)
@@ -787,6 +794,8 @@ def _validate(args: argparse.Namespace, records: Any) -> int:
             None if args.calibrate and args.records is None else records,
             args.out,
             rates=rates,
+            rounds=args.rounds,
+            attempts=args.attempts,
             work=args.work,
             budget=args.budget,
             progress=None if args.quiet else _progress,

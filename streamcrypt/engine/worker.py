@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 # Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
 LOOP_LENGTH: Final = 2**20
-# Frames are written up to a multiple of this: see benchmarks/README.md, "whole pages".
-_WRITE_UNIT: Final = 16 * 2**10
 
 # Small files that are read, then sealed, then written together: see benchmarks/README.md, "small files".
 _STEP_BYTES: Final = 256 * 2**10
@@ -348,7 +346,6 @@ class Worker:
                 writing = self._writing(file, part)
                 try:
                     self._loop(file, self._reading(file, source), writing, task.start, task.stop)
-                    writing.finish()
                 finally:
                     writing.close()
                 source.check_unchanged()
@@ -452,8 +449,7 @@ class _PlainWriting(Writing):
 class _SealingInto(Writing):
     """Seals whole frames, and the final one with the last bytes of the plaintext.
 
-    The header goes out with the first frames: a small message is one write.  What is sealed beyond the
-    last whole ``_WRITE_UNIT`` of the file waits for the next frames.
+    The header goes out with the first frames: a small message is one write.
     """
 
     def __init__(self, sealing: Sealing, target: Writable, frames: memoryview) -> None:
@@ -462,8 +458,6 @@ class _SealingInto(Writing):
         self._cipher = FrameCipher(sealing.content_key, sealing.message_id)
         self._target = target
         self._frames = frames
-        self._held = 0  # so many bytes at the start of ``frames`` are not written yet …
-        self._next = 0  # … and belong here
         self._signer: Signer | None = None
         if sealing.signing_key is not None:
             from cryptography.hazmat.primitives.asymmetric import ec
@@ -478,25 +472,19 @@ class _SealingInto(Writing):
         start = position // geometry.frame_length
         last = position + len(data) == geometry.plaintext_length
         stop = geometry.frames if last else start + len(data) // geometry.frame_length
-        begin = sealed = self._held
-        offset = geometry.frame_offset(start) - begin
+        offset, begin = geometry.frame_offset(start), 0
         if start == 0:
             offset, begin = 0, geometry.header_length
             self._frames[:begin] = self._header
-        end = begin + seal_frames(self._cipher, geometry, start, stop, data, self._frames[begin:])
+        length = seal_frames(self._cipher, geometry, start, stop, data, self._frames[begin:])
+        sealed = self._frames[: begin + length]
         if self._signer is not None:
-            self._signer.update(self._frames[sealed:end])
-        self._held = 0 if last else min((offset + end) % _WRITE_UNIT, end)
-        written = end - self._held
-        self._target.write_at(offset, self._frames[:written])
-        self._frames[: self._held] = self._frames[written:end]
-        self._next = offset + written
+            self._signer.update(sealed)
+        self._target.write_at(offset, sealed)
 
     def finish(self) -> None:
         if self._geometry.plaintext_length == 0:
             self.write(0, memoryview(b""))
-        if self._held:  # a span ends before the message does
-            self._target.write_at(self._next, self._frames[: self._held])
         if self._signer is not None:
             self._target.write_at(self._geometry.body_end, self._signer.footer())
 
@@ -581,8 +569,7 @@ def _frames_length(task: FileTask, geometry: Geometry) -> int:
     if task.length <= step:
         return geometry.body_end
     frames = step // geometry.frame_length
-    room = step + frames * REGULAR_OVERHEAD + FINAL_OVERHEAD
-    return geometry.header_length + _WRITE_UNIT + room
+    return geometry.header_length + step + frames * REGULAR_OVERHEAD + FINAL_OVERHEAD
 
 
 def located(error: StreamcryptError, path: str) -> StreamcryptError:

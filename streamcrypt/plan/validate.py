@@ -117,6 +117,7 @@ def validate(
     budget: float = 3600.0,
     repeats: int = REPEATS,
     rounds: int = ROUNDS,
+    attempts: int = sweep.ATTEMPTS,
     progress: Callable[[int, int, Record], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
@@ -141,7 +142,9 @@ def validate(
         folder = out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         started = clock()
-        options: dict[str, Any] = {"work": work, "yardsticks": False, "progress": progress}
+        options: dict[str, Any] = {
+            "work": work, "yardsticks": False, "attempts": attempts, "progress": progress,
+        }  # fmt: skip
         chosen = tuple(
             _middle([cell for cell in cells if floor_of(cell) == kind])
             for kind in sorted({floor_of(cell) for cell in cells})
