@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import streamcrypt as sc
-from streamcrypt.bench.data import put_aside
+from streamcrypt.bench.data import put_aside, warm
 from streamcrypt.message.header import parse_header
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -41,7 +41,6 @@ from suite.common import (
     read_loop,
     remove,
     wait_for_rest,
-    warm,
     workspace,
 )
 
@@ -108,7 +107,7 @@ def large(rounds: int, count: int, length: int, what: str) -> None:
             ):  # one output at a time: memory for the page cache
                 remove(folder / other)
             wait_for_rest()
-            warm(count * length)
+            warm(count * length * 5 // 4)
 
         measured = rounds_of(variants, rounds, before)
         total = count * length

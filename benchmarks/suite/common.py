@@ -91,20 +91,6 @@ def wait_for_rest() -> None:
         time.sleep(0.1)
 
 
-def warm(length: int) -> None:
-    """Have the host of a virtual machine hold so much memory as is about to be written, plus a quarter.
-
-    What a guest frees its host takes back within seconds, and a fresh page then costs several times more: without
-    this, who writes first after a pause pays for all.
-    """
-    if hasattr(os, "memfd_create"):
-        memory = os.memfd_create("warm")
-        try:
-            os.posix_fallocate(memory, 0, length + length // 4)
-        finally:
-            os.close(memory)
-
-
 def _unwritten() -> int:
     """Bytes of the page cache that are on no disk yet."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -467,20 +467,13 @@ def _read_all(paths: list[Path], opened: Callable[[Path], Any], workers: int) ->
 def _settle(cell: Cell, source: Path) -> None:
     """Pay what the preparation owes before the clock starts, so that no run pays for the one before.
 
-    Data that wait to be written are written.  And memory for what the call will write is claimed once and
-    given back: the host of a virtual machine takes back what its guest has freed for a few seconds, and
-    fresh pages then cost several times what those of a machine in use cost.
+    Data that wait to be written are written, and memory for what the call will write is warmed.
     """
     if cell.storage == "disk":
         os.sync()
-    if cell.operation in ("encrypt", "decrypt", "rekey") and hasattr(os, "memfd_create"):
+    if cell.operation in ("encrypt", "decrypt", "rekey"):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        room = min(sum(path.stat().st_size for path in source.iterdir()), free // 2)
-        memory = os.memfd_create("settle")  # not mapped: it does not count as this process's memory
-        try:
-            os.posix_fallocate(memory, 0, max(room, 1))
-        finally:
-            os.close(memory)
+        data.warm(min(sum(path.stat().st_size for path in source.iterdir()), free // 2))
 
 
 def _cache(cell: Cell) -> Any:

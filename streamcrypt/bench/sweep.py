@@ -314,7 +314,7 @@ def possible(sweep: Sweep) -> tuple[Sweep, list[tuple[Cell, str]]]:
 
 
 def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep:
-    """The cells from which a plan's rates are fitted: about five minutes for two storages and one round.
+    """The cells from which a plan's rates are fitted: about six minutes for two storages and one round.
 
     Many small files give the cost of a file, small frames that of a frame, large files that of a byte; each
     with one worker and with as many as there are cores, since their ratio is the contention, and with so
