@@ -151,7 +151,7 @@ def validate(
         )
 
         def left() -> float:
-            return max(1.0, budget - (clock() - started))
+            return budget - (clock() - started)
 
         for number in range(1, rounds + 1):  # what is repeated for the floor meets the same hour
             again = sweep.Sweep(chosen, math.ceil(repeats * number / rounds))
