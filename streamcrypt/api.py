@@ -69,6 +69,7 @@ from streamcrypt.streams import (
     source_geometry,
     source_header,
 )
+from streamcrypt.system import missing_folders
 from streamcrypt.units import parse_size
 
 if TYPE_CHECKING:
@@ -883,12 +884,17 @@ def _destination(path: Path) -> Place:
         return place if place.name is None or folder.is_empty() else Place(folder)
     full = os.path.abspath(text)
     if os.path.isdir(full) or text.endswith("/"):
-        return Place(LocalTree(os.path.realpath(full)))
+        return Place(_tree_to_write(full))
     with contextlib.suppress(OSError):
         mode = os.lstat(full).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # /dev/null, say, is not to be replaced
             raise DestinationError(f"{full}: {kind_problem(mode)}")
-    return Place(LocalTree(os.path.realpath(os.path.dirname(full))), os.path.basename(full))
+    return Place(_tree_to_write(os.path.dirname(full)), os.path.basename(full))
+
+
+def _tree_to_write(folder: str) -> LocalTree:
+    root = os.path.realpath(folder)
+    return LocalTree(root, missing_folders(root))
 
 
 def _placed(job: Job) -> Job:

@@ -32,7 +32,7 @@ from functools import cache
 from typing import IO, Final, Protocol, TypeAlias
 
 from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
-from streamcrypt.system import c_call
+from streamcrypt.system import c_call, missing_folders, sync_name
 from streamcrypt.tuples import NamedTuple
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -233,10 +233,12 @@ def sort_key(name: str) -> list[str]:
 class LocalTree:
     """A local folder.  Not for use by several threads at once: each takes a copy."""
 
-    __slots__ = ("_folders", "root")
+    __slots__ = ("_folders", "_missing", "root")
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, missing: Sequence[str] = ()) -> None:
+        """``missing``: those of root and the folders above it that have yet to be made."""
         self.root = root
+        self._missing = missing
         self._folders: dict[str, _Folder] = {}
 
     def __repr__(self) -> str:
@@ -250,7 +252,8 @@ class LocalTree:
         return LocalTree(self.root)
 
     def subtree(self, name: str) -> LocalTree:
-        return LocalTree(self.path(check_name(name)))
+        root = self.path(check_name(name))
+        return LocalTree(root, missing_folders(root))
 
     def __reduce__(self) -> tuple[type[LocalTree], tuple[str]]:
         return LocalTree, (self.root,)
@@ -426,6 +429,9 @@ class LocalTree:
                 if not folder:
                     break
                 folder = folder.rpartition("/")[0]
+            while self._missing:
+                sync_name(self._missing[0])
+                self._missing = self._missing[1:]
         except OSError as error:
             raise DestinationError(f"{self.path(folder)}: cannot be flushed: {error.strerror}") from error
 

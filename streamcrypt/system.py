@@ -1,11 +1,12 @@
-"""Functions of the C library that Python does not offer.
+"""What Python's own modules lack: functions of the C library, and names that survive a power loss.
 
-By the half of ctypes that is written in C: importing the other takes four times as long, and every
-command does this first (benchmarks/README.md, "start-up").
+The C library by the half of ctypes that is written in C: importing the other takes four times as long, and
+every command does this first (benchmarks/README.md, "start-up").
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache
 from typing import Final
@@ -30,6 +31,27 @@ def _address(function: str) -> int | None:
         return _ctypes.dlsym(_ctypes.dlopen(None, 0), function)  # type: ignore[arg-type]  # dlopen(3) takes NULL
     except (ImportError, AttributeError, OSError):
         return None
+
+
+def missing_folders(path: str) -> tuple[str, ...]:
+    """Those of a folder and the ones above it that are not there; ``path`` is absolute."""
+    missing: list[str] = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return tuple(missing)
+
+
+def sync_name(path: str) -> None:
+    """Make the name of a new folder durable in the one above it."""
+    try:
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+    except PermissionError:  # a folder in which names may be made and not be listed
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prefer_huge_pages(fresh: memoryview) -> None:

@@ -52,6 +52,7 @@ from streamcrypt.streams import (
     header_template,
     seal_frames,
 )
+from streamcrypt.system import missing_folders, sync_name
 from streamcrypt.units import parse_size
 
 if TYPE_CHECKING:
@@ -930,7 +931,8 @@ def _write(
     message = OutgoingMessage.begin(materials, header_template(materials, frame_length), frame_length)
     geometry = message.geometry(plaintext.length)
     folder, name = os.path.split(os.path.abspath(os.fspath(filename)))
-    tree = LocalTree(os.path.realpath(folder))
+    root = os.path.realpath(folder)
+    tree = LocalTree(root, missing_folders(root))
     target = tree.create(name, size=geometry.message_length, overwrite=True)
     try:
         target.write_at(0, message.header)
@@ -1111,7 +1113,10 @@ def save_sharded(
         shards[-1][key] = tensor
         filled += size
     cache = cache if cache is not None else DataKeyCache()
+    missing = missing_folders(os.path.abspath(folder))
     os.makedirs(folder, exist_ok=True)
+    for path in missing if fsync else ():
+        sync_name(path)
     where: dict[str, str] = {}
     message_ids: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

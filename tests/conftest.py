@@ -34,6 +34,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that this process gave to fsync."""
+    fsync, paths = os.fsync, []
+
+    def record(descriptor: int) -> None:
+        paths.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no system here that names a descriptor's file")
+    monkeypatch.setattr("os.fsync", record)
+    return paths
+
+
+@pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh STREAMCRYPT_HOME: the embedded KMS of this test alone."""
     # A fork server that another test left would keep that test's environment.

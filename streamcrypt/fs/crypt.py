@@ -61,6 +61,7 @@ from streamcrypt.streams import (
     source_geometry,
     source_header,
 )
+from streamcrypt.system import sync_name
 from streamcrypt.units import parse_size
 
 _SPAN_LENGTH: Final = 8 * 2**20
@@ -615,7 +616,11 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             found = materials.for_encryption(self._suite, full, length)
             template = header_template(found, self._frame_length, self._authenticated_context)
             message = OutgoingMessage.begin(found, template, self._frame_length)
-            target = LateTarget(self.target(path, overwrite=overwrite), autocommit=autocommit)
+            target = LateTarget(
+                self.target(path, overwrite=overwrite),
+                autocommit=autocommit,
+                sync_name=lambda: self.sync_name(path),
+            )
             file = EncryptingFile(target, message, overwrite=overwrite, durable=self._durable, name=path)
             return file, target
 
@@ -642,6 +647,15 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             finally:
                 tree.close()
         return RemoteTarget(self.fs, path)
+
+    def sync_name(self, path: str) -> None:
+        """Make the name of a file that was written durable, where that was asked for."""
+        if self.is_local and self._durable:
+            folder, name = os.path.split(path)
+            try:
+                sync_name(os.path.join(os.path.realpath(folder), name))
+            except OSError as error:
+                raise DestinationError(f"{path}: its name cannot be flushed: {error.strerror}") from error
 
     def forget(self, path: str) -> None:
         """A file was written: what was known of its name no longer holds."""

@@ -416,6 +416,7 @@ class TargetFile(io.BufferedIOBase):
             try:
                 target.flush()
                 target.publish(overwrite=True)
+                self._fs.sync_name(self._path)
             finally:
                 target.discard()
             self._fs.forget(self._path)
@@ -469,9 +470,10 @@ class CompressedWriter(io.BufferedIOBase):
 class LateTarget:
     """A target that appears when it is committed, at once or at the end of a transaction."""
 
-    def __init__(self, target: Target, *, autocommit: bool) -> None:
+    def __init__(self, target: Target, *, autocommit: bool, sync_name: Callable[[], None]) -> None:
         self._target = target
         self._autocommit = autocommit
+        self._sync_name = sync_name
         self._overwrite: bool | None = None
 
     def write_at(self, offset: int, data: Buffer) -> None:
@@ -492,6 +494,7 @@ class LateTarget:
         if self._overwrite is not None:
             overwrite, self._overwrite = self._overwrite, None
             self._target.publish(overwrite=overwrite)
+            self._sync_name()
 
     def discard(self) -> None:
         if self._overwrite is None:  # else it is whole and waits for its commit

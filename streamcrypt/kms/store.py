@@ -37,6 +37,7 @@ from streamcrypt.hygiene import lock
 from streamcrypt.kms import audit, policy, rootkey
 from streamcrypt.kms.errors import new_uuid
 from streamcrypt.kms.material import BlobKey, load_private
+from streamcrypt.system import missing_folders, sync_name
 from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
@@ -330,6 +331,7 @@ class Store:
         if not os.path.exists(self._folder):
             if not create:
                 raise StreamcryptError(f"{self._folder}: there is no embedded KMS here")
+            missing = missing_folders(os.path.abspath(self._folder))
             try:
                 os.makedirs(os.path.dirname(self._folder), mode=0o700, exist_ok=True)
                 os.makedirs(self._folder, mode=0o700, exist_ok=True)
@@ -337,7 +339,8 @@ class Store:
                 raise StreamcryptError(
                     f"{self._folder}: cannot be made ({error.strerror}); set STREAMCRYPT_HOME"
                 ) from error
-            rootkey.sync_folder(os.path.dirname(self._folder))
+            for path in missing:
+                sync_name(path)
         for path in (self._folder, self._path, self._root_path):
             if os.path.exists(path) and os.stat(path).st_mode & 0o077:
                 raise KeyAccessError(

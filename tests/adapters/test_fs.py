@@ -746,3 +746,17 @@ def test_s3(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not plain.exists("bucket/t/none")
     finally:
         server.stop()
+
+
+def test_a_file_that_was_written_has_a_durable_name(home: Path, tmp_path: Path, flushed: list[str]):
+    """Its folder is flushed after it got its name, at the end of a transaction too; not with fsync=False."""
+    make_key()
+    for durable in (True, False):
+        fs = CryptFileSystem(keys=KEY, fsync=durable, skip_instance_cache=True)
+        flushed.clear()
+        fs.pipe_file(str(tmp_path / f"at once {durable}"), b"plaintext")
+        assert (flushed[-1:] == [str(tmp_path)]) is durable
+        flushed.clear()
+        with fs.transaction, fs.open(str(tmp_path / f"later {durable}"), "wb") as file:
+            file.write(b"plaintext")
+        assert (flushed[-1:] == [str(tmp_path)]) is durable

@@ -346,6 +346,28 @@ def test_context_is_checked_before_any_key_is_used(tmp_path, home):
     sc.decrypt(tmp_path / "enc", tmp_path / "dec", context={"é": "2"})
 
 
+def test_folders_that_are_made_above_have_durable_names(tree, tmp_path, flushed):
+    """Also the root's, and those above it that were missing: a power loss must not take the whole tree."""
+    root, _ = tree
+    (tmp_path / "one").write_bytes(b"plaintext")
+    jobs = {
+        "folder": lambda place: sc.encrypt(root, place / "a/b", keys=KEYS),
+        "file": lambda place: sc.encrypt(tmp_path / "one", place / "a/b/c", keys=KEYS),
+        "open": lambda place: sc.open(place / "a/b/c", "wb", keys=KEYS).close(),
+    }
+    for name, work in jobs.items():
+        flushed.clear()
+        work(tmp_path / name)
+        wanted = {str(tmp_path), *(str(tmp_path / name / part) for part in ("", "a", "a/b"))}
+        assert wanted <= set(flushed), name
+        flushed.clear()
+        work(tmp_path / name / "more")
+        assert str(tmp_path) not in flushed, name
+    flushed.clear()
+    sc.encrypt(root, tmp_path / "fast/a", keys=KEYS, fsync=False)
+    assert not [path for path in flushed if path.startswith(str(tmp_path)) and "/_streamcrypt" not in path]
+
+
 # ------------------------------------------------------------------------------ sources that change
 
 

@@ -18,6 +18,7 @@ from families import keywork
 from families.crashes import Recording, record
 
 from streamcrypt.errors import KeyAccessError
+from streamcrypt.kms import open_service
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="STRACE IS MISSING: no crash images")
 TESTS = Path(__file__).resolve().parents[1]
@@ -99,3 +100,11 @@ def test_the_images_show_a_store_that_does_not_flush(memory: Path):
     with pytest.raises(KeyAccessError, match="the database is empty although its root key"):
         lost_in_image(recording, memory, 1 + first, "all")
     assert lost_in_image(recording, memory, 1 + last, "all")
+
+
+def test_the_names_of_a_new_home_are_durable(tmp_path: Path, flushed: list[str]):
+    """Those of the folders above it too: a power loss must not take all keys with a folder's name."""
+    service = open_service(tmp_path / "share" / "home")
+    service.create_key()
+    service.close()
+    assert {str(tmp_path), str(tmp_path / "share"), str(tmp_path / "share" / "home")} <= set(flushed)
