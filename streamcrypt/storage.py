@@ -225,9 +225,9 @@ def is_ours(name: str) -> bool:
     return first == RESERVED_FOLDER or (last.startswith(TEMPORARY_PREFIX) and last.endswith(TEMPORARY_SUFFIX))
 
 
-def sort_key(name: str) -> list[str]:
+def sort_key(name: str) -> str:
     """The order in which ``walk`` lists names: part by part, by code points."""
-    return name.split("/")
+    return name.replace("/", "\0")  # which no name holds
 
 
 class LocalTree:

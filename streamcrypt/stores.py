@@ -22,10 +22,10 @@ upload be found again by its id.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
-import heapq
 import json
 import math
 import os
@@ -39,6 +39,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -90,7 +91,7 @@ _ABANDONED_AFTER: Final = timedelta(days=7)
 
 # Entries that wait in memory for others that may come before them.
 HELD_ENTRIES: Final = 10_000
-_BELOW_SLASH: Final = re.compile(r"[\x01-.]")
+_UP_TO_SLASH: Final = re.compile(r"(?<!/)[\x01-/]")
 
 _RETRY_SECONDS: Final = 120.0  # an outage of a minute is waited out; RETRY_VARIABLE sets another limit
 _LONGEST_PAUSE: Final = 2.0
@@ -153,18 +154,21 @@ class StoreTree:
 
     def walk(self, filters: Filters | None = None) -> Iterator[Entry]:
         """Every object, names ascending part by part as in a local folder; ours are left out."""
-        admit = (filters or Filters()).admit
+        # What is done for every object is what finding out what is done costs (benchmarks/README.md, "Object stores").
+        admit = filters.admit if filters is not None and filters != Filters() else None
         marker: Entry | None = None
         for entry in self._in_our_order(""):
-            if marker is not None and not entry.name.startswith(marker.name + "/"):
-                yield marker
-            marker = None
-            if is_ours(entry.name):
+            name = entry.name
+            if marker is not None:
+                if not name.startswith(marker.name + "/"):
+                    yield marker
+                marker = None
+            if (name[0] in "._" or "/." in name) and is_ours(name):
                 continue
             # "name/", as consoles make it, is listed as an empty object "name" that does not exist.
-            if entry.size == 0 and self._is_marker(entry.name):
+            if entry.size == 0 and self._is_marker(name):
                 marker = entry._replace(folder=True)
-            elif admit(entry.name):
+            elif admit is None or admit(name):
                 yield entry
         if marker is not None:
             yield marker
@@ -180,53 +184,51 @@ class StoreTree:
         passed all of "a/".  Too many that wait, and the store is asked whether there is an "a/" at
         all; if so, it is listed first.  Memory is bounded either way.
         """
-        held: list[tuple[list[str], Entry]] = []
+        held: list[Entry] = []  # as they were listed
         settled: set[str] = set()  # there is no such folder, or it was listed
-        taken: list[str] = []
-
-        def waits_for(name: str) -> Iterator[str]:
-            for match in _BELOW_SLASH.finditer(name, len(folder)):
-                before = name[: match.start()]
-                if before and not before.endswith("/") and before not in settled:
-                    yield before
-
-        def is_ready(name: str, listed: str) -> bool:
-            # '0' follows '/': from there on the listing has passed all of "before/".
-            return all(listed >= before + "0" for before in waits_for(name))
-
-        for entry in self._listing(folder):
-            if any(entry.name.startswith(done) for done in taken):
-                continue
-            heapq.heappush(held, (sort_key(entry.name), entry))
-            while held and (len(held) > self.held_entries or is_ready(held[0][1].name, entry.name)):
-                first = heapq.heappop(held)[1]
-                for before in list(waits_for(first.name)):
+        taken: tuple[str, ...] = ()
+        for page in self._listing(folder):
+            last = page[-1].name
+            # Only what begins as the last name does can wait: the listing has passed all other folders.
+            folders = [last[: match.start()] for match in _UP_TO_SLASH.finditer(last, len(folder) + 1)]
+            held += [entry for entry in page if not entry.name.startswith(taken)] if taken else page
+            ready, held = _ready(held, [before for before in folders if before not in settled])
+            yield from ready
+            for before in folders:
+                # A folder that the listing has come to passes by itself.
+                if len(held) > self.held_entries and before not in settled and last[len(before)] != "/":
                     inner = before + "/"
-                    if entry.name >= before + "0":
-                        continue
-                    # The listing has not come to it: within it, its own entries would be the first.
-                    assert entry.name < inner
                     if next(self._listing(inner, chunk=1), None) is not None:
                         yield from self._in_our_order(inner)
-                        taken.append(inner)
+                        taken += (inner,)
                     settled.add(before)
-                yield first
-        while held:
-            yield heapq.heappop(held)[1]
+                    ready, held = _ready(held, [before for before in folders if before not in settled])
+                    yield from ready
+        yield from _ready(held, [])[0]
 
-    def _listing(self, folder: str, *, chunk: int = 1000) -> Iterator[Entry]:
-        """The store's own listing of ``folder`` ("" or ending in '/')."""
+    def _listing(self, folder: str, *, chunk: int = 1000) -> Iterator[list[Entry]]:
+        """The store's own listing of ``folder`` ("" or ending in '/'), several at a time."""
         import obstore
 
         prefix = "/".join(part for part in (self._prefix, folder.rstrip("/")) if part)
         skip = len(self._prefix) + 1 if self._prefix else 0
+        itself = len(prefix)  # a folder's marker
         with _translated(SourceError, f"{self.root}/{folder}"):
             for objects in obstore.list(self._bucket.store, prefix or None, chunk_size=chunk):
-                for found in objects:
-                    name = found["path"][skip:]
-                    if name and name != folder.rstrip("/"):
-                        changed = int(found["last_modified"].timestamp() * 1e9)
-                        yield Entry(name, found["size"], state=_state(found), changed=changed)
+                page = [
+                    Entry(
+                        found["path"][skip:],
+                        found["size"],
+                        False,
+                        None,
+                        _state(found),
+                        int(found["last_modified"].timestamp() * 1e9),
+                    )
+                    for found in objects
+                    if len(found["path"]) > itself
+                ]
+                if page:
+                    yield page
 
     def is_empty(self) -> bool:
         """Whether there is no object below the root, ours included."""
@@ -339,7 +341,7 @@ class StoreTree:
         """What is on record of uploads: the record's name, the record, and when it was written."""
         import obstore
 
-        for entry in list(self.subtree(_UPLOADS)._listing("")):
+        for entry in chain.from_iterable(list(self.subtree(_UPLOADS)._listing(""))):
             name = f"{_UPLOADS}/{entry.name}"
             try:
                 with _translated(DestinationError, self.path(name)):
@@ -352,6 +354,32 @@ class StoreTree:
 
     def _has(self, key: str) -> bool:
         return not self._prefix or key.startswith(f"{self._prefix}/")
+
+
+def _ready(listed: list[Entry], folders: list[str]) -> tuple[list[Entry], list[Entry]]:
+    """Of what was listed: what waits for none of these folders, in our order; and what waits, as it was listed."""
+    ready: list[Entry] = []
+    waiting: list[Entry] = []
+    done = 0
+    for (
+        folder
+    ) in folders:  # each begins as the one before it, so what waits for it comes later, or waits already
+        start, stop = (bisect.bisect_left(listed, folder + end, key=_name) for end in ("\x01", "/"))
+        if start >= done:
+            ready += listed[done:start]
+            waiting += listed[start:stop]
+            done = stop
+    ready += listed[done:]
+    ready.sort(key=_order)
+    return ready, waiting
+
+
+def _name(entry: Entry) -> str:
+    return entry.name
+
+
+def _order(entry: Entry) -> str:
+    return sort_key(entry.name)
 
 
 class StoreSource:

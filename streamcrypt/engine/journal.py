@@ -23,7 +23,11 @@ frame authenticate (engine/run.py).
 
 On an object store nothing is appended to, and to look at every object would take as long as writing it.
 There the journal is a folder of parts, and a proof: each part is a message of its own under the job's keys
-and context, and a line also names the ETag that the store gave the object.  An object is taken over when
+and context, and a line also names the ETag that the store gave the object.  Its plaintext:
+
+    CRC-32, 8 hexadecimal digits | space | [{"operation", "host", "process"}, [[...], ...]]
+
+An object is taken over when
 the store's listing shows it with that ETag.
 """
 
@@ -277,8 +281,8 @@ class StoreJournal:
         self._parts = tree.subtree(JOURNAL)
         self._operation = operation
         self._job = job
-        self._lines: list[bytes] = []
-        self._start = _line(json.dumps({"operation": operation, **Writer.this()._asdict()}))
+        self._lines: list[Finished] = []
+        self._start = {"operation": operation, **Writer.this()._asdict()}
         self._began = time.monotonic()
         self._write_at = self._began + _FLUSH_INTERVAL
         self._has_begun = False
@@ -297,23 +301,24 @@ class StoreJournal:
     def begin(self, materials: EncryptionMaterials | None) -> None:
         """Say that a job has begun here, where it replaces what a manifest there lists."""
         if not self._has_begun and self._job.overwrite:
-            self._put(self._start)
+            self._put([])
         self._has_begun = True
 
     def add(self, finished: Finished) -> None:
-        self._lines.append(_line(f"{{{_members(finished)}}}"))
+        self._lines.append(finished)
 
     def write(self, *, last: bool = False) -> None:
         """Make a part of the lines that were added, when it is time for one, or when it is the ``last``."""
         now = time.monotonic()
         if not self._lines or (now < self._write_at and not last):
             return
-        self._put(b"".join((self._start, *self._lines)))
+        self._put([line[:-1] for line in self._lines])
         self._lines.clear()
         self._write_at = now + max(_FLUSH_INTERVAL, _FLUSH_SHARE * (now - self._began))
 
-    def _put(self, lines: bytes) -> None:
-        data = self._seal(lines)
+    def _put(self, rows: list[tuple[Any, ...]]) -> None:
+        text = json.dumps([self._start, rows], separators=(",", ":")).encode()
+        data = self._seal(b"%08x %s" % (zlib.crc32(text), text))
         # Names in the order in which parts were made: a later line about a file replaces an earlier one.
         target = self._parts.create(f"{time.time_ns():020}-{os.urandom(4).hex()}", size=len(data))
         try:
@@ -337,14 +342,18 @@ class StoreJournal:
 
         source = self._parts.open(name)
         try:
-            first, *lines = self._open(bytes(read_bytes(source, 0, source.size))).splitlines(keepends=True)
-            start = _parse(first) or {}
+            checksum, _, text = self._open(bytes(read_bytes(source, 0, source.size))).partition(b" ")
+            if int(checksum, 16) != zlib.crc32(text):
+                return {}
+            start, rows = json.loads(text)
             if start.pop("operation", None) != self._operation:
                 return {}
             writer = Writer(**start)
-            found = [_finished(record) for line in lines if (record := _parse(line)) is not None]
-            part = {finished.name: finished for finished in found}
-        except (IntegrityError, ValueError, TypeError, KeyError):  # not ours, whoever put it there
+            part = {
+                name: Finished(name, tuple(read), tuple(made), size, length, message_id, tag)
+                for name, read, made, size, length, message_id, tag in rows
+            }
+        except (IntegrityError, ValueError, TypeError, AttributeError):  # not ours, whoever put it there
             return {}
         finally:
             source.close()
@@ -393,33 +402,3 @@ def _content_key(header: Header, job: Job) -> bytes:
     assert job.resuming is not None
     rules = ReadingRules(max_encrypted_data_keys=None, authenticated_context=job.authenticated_context)
     return unlock(header, job.resuming, rules).content_key
-
-
-def _members(finished: Finished) -> str:
-    # Written out for speed: numbers and hexadecimal digits need no escapes.
-    return (
-        f'"name":{json.dumps(finished.name)},"source":{list(finished.source)},"made":{list(finished.made)},'
-        f'"size":{finished.size},"message_length":{finished.message_length},'
-        f'"message_id":"{finished.message_id}","header_tag":"{finished.header_tag}"'
-    )
-
-
-def _line(text: str) -> bytes:
-    data = text.encode()
-    return b"%08x %s\n" % (zlib.crc32(data), data)
-
-
-def _finished(record: dict[str, Any]) -> Finished:
-    record["source"], record["made"] = tuple(record["source"]), tuple(record["made"])
-    return Finished(**record)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
-    try:
-        if not line.endswith(b"\n") or int(checksum, 16) != zlib.crc32(text):
-            return None
-        record = json.loads(text)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

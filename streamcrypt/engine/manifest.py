@@ -188,7 +188,7 @@ def read_manifest(file: Iterable[bytes]) -> Generator[Listed, None, Ending]:
     lines = iter(file)
     _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
     files = total = 0
-    previous: list[str] = []
+    previous = ""
     records = _records(lines)
     for record in records:
         if "name" not in record:

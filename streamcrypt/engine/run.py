@@ -108,6 +108,8 @@ _OPENED_AHEAD: Final = 32
 # it holds a few of at a time and waits for the store at each.
 _STORE_BATCH_FILES: Final = 4
 _STORE_BATCH_SMALL_FILES: Final = 16
+# Lines of the manifest that are made of a journal at once.
+_LINES_TAKEN_OVER: Final = 256
 # The first entries are looked at to choose threads or processes.
 SAMPLE: Final = 4096
 # What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
@@ -135,7 +137,7 @@ def processes_pay(files: float, frames: float) -> bool:
 def encrypt(job: Job) -> Report:
     """Encrypt every entry of the source; each becomes visible when it is whole."""
     with _Run(job) as run:
-        run.drive(run.readable(run.entries()), run.seal)
+        run.drive(run.readable(run.left(run.entries())), run.seal)
     return run.report
 
 
@@ -680,6 +682,55 @@ class _Run:
         self._list(number, listed, finished.source)
         return True
 
+    def left(self, entries: Iterator[Entry]) -> Iterator[Entry]:
+        """The same entries without the objects that both listings prove to be done, as ``_resumed`` says it.
+
+        Those go into the manifest several at a time: what each costs is what finding out what is done costs.
+        """
+        made, before = self._made, self._before
+        if made is None or not before or self.job.key_map is not None or self._statement is not None:
+            yield from entries
+            return
+        state_of = made.state
+        lines: list[str] = []
+        sources: list[str] = []
+        total = 0
+
+        def take_over() -> None:
+            nonlocal total
+            if lines:
+                count = len(lines)
+                self.report.skipped += count
+                self._next_number += count
+                listed = _Lines("".join(lines), count, total, "".join(sources))
+                self._list(self._next_number - count, listed)
+                lines.clear()
+                sources.clear()
+                total = 0
+
+        for entry in entries:
+            name, state = entry.name, entry.state
+            finished = before.get(name)
+            if (
+                finished is None
+                or finished.source != state
+                or finished.made != state_of(name)
+                or not finished.made[2]
+                or state is None
+            ):
+                take_over()
+                yield entry
+                continue
+            del before[name]
+            _, _, _, size, message_length, message_id, header_tag, _ = finished
+            quoted_name = quoted(name)
+            lines.append(file_line(quoted_name, size, message_length, message_id, header_tag))
+            sources.append(source_line(quoted_name, state))
+            total += size
+            if len(lines) >= _LINES_TAKEN_OVER:
+                take_over()
+        take_over()
+
     def _to_do(self, items: Iterator[_Item]) -> Iterator[_Item]:
         """Those that are not done already, as far as that is known without opening the source."""
         for item in items:
@@ -1211,15 +1262,23 @@ class _Listing:
 
     def __init__(self, entries: Iterator[Entry]) -> None:
         self._entries = entries
+        self._found: Entry | None = None
         self._next = next(entries, None)
 
     def state(self, name: str) -> State | None:
-        """The state of the object of that name, None when there is none; names must ascend."""
-        while self._next is not None and sort_key(self._next.name) < sort_key(name):
-            self._next = next(self._entries, None)
-        if self._next is None or self._next.name != name:
+        """The state of the object of that name, None when there is none; names must not descend."""
+        if self._found is not None and self._found.name == name:
+            return self._found.state
+        following = self._next
+        if following is not None and following.name != name:
+            place = sort_key(name)
+            while following is not None and sort_key(following.name) < place:
+                following = next(self._entries, None)
+            self._next = following
+        if following is None or following.name != name:
             return None
-        return self._next.state
+        self._found, self._next = following, next(self._entries, None)
+        return following.state
 
 
 def entries(job: Job) -> Iterator[Entry]:

@@ -181,7 +181,7 @@ class Statement:
         lines = _lines(self._source, digest)
         next(lines)
         files = total = 0
-        previous: list[str] = []
+        previous = ""
         for line in lines:
             record = _parse(line)
             if "manifest" in record:

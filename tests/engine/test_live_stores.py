@@ -161,7 +161,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def names(url: str) -> list[str]:
-    return [entry.name for entry in stores.StoreTree(url)._listing("")]
+    return [entry.name for page in stores.StoreTree(url)._listing("") for entry in page]
 
 
 def test_there_within_it_and_back(store: Store, key: str, source: Path, tmp_path: Path) -> None:

@@ -83,6 +83,35 @@ def test_an_interrupted_encryption_goes_on(bucket: Bucket, key: str, source: Pat
     assert lengths[0] == lengths[1]
 
 
+def test_what_is_taken_over_stands_in_the_manifest_as_if_nothing_had_been_interrupted(
+    bucket: Bucket, key: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamcrypt.engine.run._LINES_TAKEN_OVER", 4)
+    url = f"{bucket.url}/enc"
+    interrupt("encrypt", source, url, key, after=FILES + 1)
+    (source / "nothing in it").mkdir()
+    (source / "sub" / "0005").write_bytes(b"new")
+    (source / "sub" / "009").write_bytes(b"another")
+    bucket.delete("enc/sub/017")
+    report = sc.encrypt(source, url, keys=key, resume=True)
+    assert (report.files, report.skipped) == (3, FILES + 1 - 2)
+    sc.encrypt(source, f"{bucket.url}/whole", keys=key)
+    manifests = [
+        [
+            json.loads(line)
+            for line in sc.decrypt_bytes(bucket.get(f"{name}/_streamcrypt/manifest")).splitlines()
+        ]
+        for name in ("enc", "whole")
+    ]
+    for lines in manifests:
+        for line in lines:
+            for drawn in ("message_id", "header_tag", "time"):
+                line.pop(drawn, None)
+    assert manifests[0] == manifests[1]
+    assert sc.verify(url, against=source).files == FILES + 2
+    assert sc.encrypt(source, url, keys=key, resume=True).skipped == FILES + 2  # by the digest of its sources
+
+
 def test_finding_what_is_done_takes_no_request_for_each_file(bucket: Bucket, key: str, source: Path) -> None:
     url = f"{bucket.url}/enc"
     interrupt("encrypt", source, url, key, after=FILES + 1)
@@ -152,7 +181,10 @@ def test_a_journal_that_somebody_else_wrote_is_not_believed(
     interrupt("encrypt", source, url, key, after=FILES + 1)
     real = parts(bucket)
     contents = [sc.decrypt_bytes(bucket.get(name)) for name in real]
-    assert sum(lines.count(b"header_tag") for lines in contents) == FILES + 1
+    rows = [row for lines in contents for row in json.loads(lines[lines.index(b" ") :])[1]]
+    assert sorted(row[0] for row in rows) == sorted(
+        ["sub-", *(f"sub/{number:03}" for number in range(FILES))]
+    )
     for name in real:
         bucket.delete(name)
     bucket.put(f"enc/{JOURNAL}/", b"")

@@ -161,7 +161,7 @@ from streamcrypt.storage import sort_key
 from streamcrypt.stores import StoreTree
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-count, before, in_order, last = 0, 0.0, True, []
+count, before, in_order, last = 0, 0.0, True, ""
 for entry in StoreTree("s3://bucket/data").walk():
     count += 1
     if count == 2000:
