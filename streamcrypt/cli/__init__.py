@@ -15,6 +15,7 @@ exit code.
 
 from __future__ import annotations
 
+import io
 import sys
 
 TYPE_CHECKING = False
@@ -83,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from streamcrypt.hygiene import protect_process
 
         protect_process()
+        if isinstance(
+            sys.stdout, io.TextIOWrapper
+        ):  # a name or a context may be beyond the terminal's letters
+            sys.stdout.reconfigure(errors="backslashreplace")
     from streamcrypt.cli import output
 
     parsed = None

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from streamcrypt.cli.output import INTERRUPTED
+from streamcrypt.cli.output import INTERRUPTED, UsageError
 from streamcrypt.errors import KeyAccessError, KeyUnavailableError, SourceError, StreamcryptError
 from streamcrypt.kms import shapes
 from streamcrypt.kms.errors import KmsError
@@ -686,8 +686,7 @@ def _run_serve(args: argparse.Namespace) -> int:
             private_key=args.private_key,
         )
     except ValueError as error:
-        _say(f"streamcrypt: error: kms serve: {error}")
-        return 2
+        raise UsageError(f"kms serve: {error}") from error
     except OSError as error:  # ssl.SSLError is one
         raise SourceError(f"kms serve: the certificate cannot be used ({error})") from error
     try:
@@ -725,8 +724,7 @@ def _run_env(args: argparse.Namespace) -> int:
     try:
         arn = principals.principal_arn(args.user)
     except ValueError as error:
-        _say(f"streamcrypt: error: --user: {error}")
-        return 2
+        raise UsageError(f"--user: {error}") from error
     policies = None
     if args.policy is not None:
         policies = [_file_text("--policy", text) for text in args.policy]

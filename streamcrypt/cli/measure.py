@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from streamcrypt.cli import output
+from streamcrypt.errors import StreamcryptError
 from streamcrypt.units import format_size, parse_duration, parse_size
 
 USAGE_ERROR = 2
@@ -100,12 +102,19 @@ def _needing_extras(command: Callable[[argparse.Namespace], int]) -> Callable[[a
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("scipy", "psutil"):
                 raise
-            return _fail(f"this needs {error.name}: pip install 'streamcrypt[bench]'", 1)
+            return _refuse(args, f"this needs {error.name}: pip install 'streamcrypt[bench]'", 1)
 
     return run
 
 
+def _refuse(args: argparse.Namespace, what: str, code: int) -> int:
+    """Tell why there is no result; with --json, also by the one object that goes to standard output."""
+    kind = output.UsageError if code == USAGE_ERROR else StreamcryptError
+    return output.fail(kind(what), ("--json",) if args.json else (), args)
+
+
 def _fail(what: str, code: int) -> int:
+    """Tell what is wrong with a result that was written already."""
     print(f"streamcrypt: error: {what}", file=sys.stderr)  # noqa: T201
     return code
 
@@ -307,9 +316,9 @@ def _bench_run(args: argparse.Namespace) -> int:
             progress=None if args.quiet else _progress,
         )
     except sweep.SweepError as error:
-        return _fail(str(error), USAGE_ERROR)
+        return _refuse(args, str(error), USAGE_ERROR)
     except (RecordsError, measure.MeasureError, OSError) as error:
-        return _fail(str(error), 1)
+        return _refuse(args, str(error), 1)
     _say_rest(planned, records, quiet=args.quiet)
     return _tell(records, args, refused)
 
@@ -366,7 +375,7 @@ def _bench_calibrate(args: argparse.Namespace) -> int:
     # Runs are kept beside the file until it is written: an interrupted calibration goes on.
     kept = args.out.with_name(args.out.name + ".runs")
     if not args.out.parent.is_dir():
-        return _fail(f"{args.out}: there is no folder {args.out.parent}", USAGE_ERROR)
+        return _refuse(args, f"{args.out}: there is no folder {args.out.parent}", USAGE_ERROR)
     try:
         if kept.exists():
             _say(f"goes on with the runs in {kept}; remove it to begin anew", quiet=args.quiet)
@@ -382,11 +391,11 @@ def _bench_calibrate(args: argparse.Namespace) -> int:
         )
         if len(records.runs) < len(planned.cells) * planned.rounds:
             _say_rest(planned, records, quiet=args.quiet)
-            return _fail(f"not calibrated yet: {args.out} is written at the end", 1)
+            return _refuse(args, f"not calibrated yet: {args.out} is written at the end", 1)
         write_json(args.out, records)
         shutil.rmtree(kept)
     except (sweep.SweepError, RecordsError, measure.MeasureError, OSError) as error:
-        return _fail(str(error), 1)
+        return _refuse(args, str(error), 1)
     _say(f"wrote {args.out}: {records.machine.name}, {len(records.runs)} runs", quiet=args.quiet)
     return _tell(records, args)
 
@@ -398,14 +407,14 @@ def _bench_compare(args: argparse.Namespace) -> int:
         if args.baseline_ref is not None:
             old, new = _versions(args)
         elif args.old is None or args.new is None:
-            return _fail("give two sweeps to compare, or --baseline-ref and --out", USAGE_ERROR)
+            return _refuse(args, "give two sweeps to compare, or --baseline-ref and --out", USAGE_ERROR)
         else:
             old, new = records.read(args.old), records.read(args.new)
         found = sweep.compare(old, new, cross_machine=args.cross_machine)
     except (records.RecordsError, sweep.SweepError) as error:
-        return _fail(str(error), USAGE_ERROR)
+        return _refuse(args, str(error), USAGE_ERROR)
     except (measure.MeasureError, OSError) as error:
-        return _fail(str(error), 1)
+        return _refuse(args, str(error), 1)
     failed = [run for run in (*old.runs, *new.runs) if run.error is not None]
     code = sweep.compare_exit_code(found)
     if args.json:
@@ -454,7 +463,7 @@ def _bench_kms(args: argparse.Namespace) -> int:
     from streamcrypt.bench import latency
 
     if args.kms == "aws" and args.max_calls is None:
-        return _fail("measuring AWS KMS costs money: give --max-calls", USAGE_ERROR)
+        return _refuse(args, "measuring AWS KMS costs money: give --max-calls", USAGE_ERROR)
     try:
         result = latency.measure(
             args.kms,
@@ -468,7 +477,7 @@ def _bench_kms(args: argparse.Namespace) -> int:
             max_calls=args.max_calls,
         )
     except latency.LatencyError as error:
-        return _fail(str(error), USAGE_ERROR if isinstance(error, latency.NoSuchKmsError) else 1)
+        return _refuse(args, str(error), USAGE_ERROR if isinstance(error, latency.NoSuchKmsError) else 1)
     if args.json:
         _out(json.dumps(result))
     else:
@@ -603,7 +612,6 @@ def _records_of(path: Path | None) -> tuple[Any, bool]:
 def _listing(source: str) -> tuple[int, int, Any]:
     """Bytes, files and sizes of what a folder or an object-store URL names, as a job would find it."""
     from streamcrypt import api
-    from streamcrypt.errors import StreamcryptError
     from streamcrypt.plan.predict import PlanError, Sizes
     from streamcrypt.storage import STORE_SCHEMES
 
@@ -690,9 +698,9 @@ def _plan(args: argparse.Namespace) -> int:
             found = planner.solve(solved, job, records) if solved else planner.predict(job, records)
         except planner.PlanError as error:
             # Inputs were checked when the Job was made: what is left is a deadline that nothing meets.
-            return _fail(str(error), 1 if job.deadline is not None else USAGE_ERROR)
+            return _refuse(args, str(error), 1 if job.deadline is not None else USAGE_ERROR)
     except (planner.PlanError, RecordsError, ModelError, ValueError) as error:
-        return _fail(str(error), USAGE_ERROR)
+        return _refuse(args, str(error), USAGE_ERROR)
     from streamcrypt.bench.records import this_machine
 
     if not shipped and records.machine.id != this_machine().id:
@@ -759,10 +767,14 @@ def _check(args: argparse.Namespace, job: Any, records: Any) -> int:
         report = json.loads(args.check.read_text(encoding="utf-8"))
         result = planner.check(report, job, records)
     except OSError as error:
-        return _fail(f"{args.check}: {error.strerror}; give what `encrypt --json` printed", USAGE_ERROR)
+        return _refuse(
+            args, f"{args.check}: {error.strerror}; give what `encrypt --json` printed", USAGE_ERROR
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
-        return _fail(
-            f"{args.check}: not the JSON report of a job; give what `encrypt --json` printed", USAGE_ERROR
+        return _refuse(
+            args,
+            f"{args.check}: not the JSON report of a job; give what `encrypt --json` printed",
+            USAGE_ERROR,
         )
     if args.json:
         _out(json.dumps(result))
@@ -784,7 +796,7 @@ def _validate(args: argparse.Namespace, records: Any) -> int:
     try:
         cells = validate.read_held_out(args.validate)
     except sweep.SweepError as error:
-        return _fail(str(error), USAGE_ERROR)
+        return _refuse(args, str(error), USAGE_ERROR)
     rates: tuple[Any, ...] = ()
     if args.calibrate:
         rates = sweep.calibration(sorted({cell.storage for cell in cells}), cores=usable_cores()).cells
@@ -801,9 +813,9 @@ def _validate(args: argparse.Namespace, records: Any) -> int:
             progress=None if args.quiet else _progress,
         )
     except RecordsError as error:
-        return _fail(str(error), USAGE_ERROR)
+        return _refuse(args, str(error), USAGE_ERROR)
     except (sweep.SweepError, measure.MeasureError, OSError) as error:
-        return _fail(str(error), 1)
+        return _refuse(args, str(error), 1)
     if result["runs_left"]:
         again = "the same command goes on" if args.out is not None else "give --out, and a longer --budget"
         _say(f"the time is over, {result['runs_left']} runs are left; {again}")
@@ -834,7 +846,7 @@ def _report(args: argparse.Namespace) -> int:
         page = report.page_of(args.source)
         args.out.write_text(page, encoding="utf-8")
     except (RecordsError, OSError, report.ReportError) as error:
-        return _fail(str(error), USAGE_ERROR)
+        return _refuse(args, str(error), USAGE_ERROR)
     if args.json:
         _out(json.dumps({"out": str(args.out), "bytes": len(page.encode())}))
     else:

@@ -393,7 +393,8 @@ def _failure_object(
         report = Report(command)
     found: dict[str, Any] = report.to_json() if report is not None else {}
     if not found.get("failed"):
-        found["failed"] = [{"path": getattr(parsed, "source", "") or "", "error": text}]
+        place = getattr(parsed, "source", None) or getattr(parsed, "message", None) or ""
+        found["failed"] = [{"path": str(place), "error": text}]
     return found | {"error": text, "exit_code": code}
 
 

@@ -185,6 +185,18 @@ def test_inspect_and_usage_errors_are_json_too(folder: Path, capfd: pytest.Captu
     )
     code, found = run_json(capfd, "encrypt", "a")
     assert (code, found["exit_code"]) == (2, 2)
+    code, found = run_json(capfd, "inspect", "missing")
+    assert (code, found["exit_code"], found["failed"][0]["path"]) == (1, 1, "missing")
+    for words in (
+        ("plan",),
+        ("report", "missing", "--out", "page.html"),
+        ("bench", "compare", "missing", "missing"),
+        ("bench", "kms", "--kms", "aws"),
+        ("kms", "env", "--user", "a b"),
+    ):
+        code, found = run_json(capfd, *words)
+        assert (code, found["exit_code"]) == (2, 2), words
+        assert found["failed"][0]["error"] == found["error"], words
 
 
 # -- one message

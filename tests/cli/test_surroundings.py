@@ -64,6 +64,15 @@ def test_there_and_back(surroundings: dict[str, str | None], tmp_path: Path) -> 
     for name in names:
         plain = (tmp_path / "dec" / name).read_bytes()
         assert plain == name.encode("utf-8", "surrogateescape")
+    message = sc.encrypt_bytes(b"", keys=f"raw-aes:t/k@{tmp_path / 'key'}", context={"Ort": "Köln 𝄞"})
+    (tmp_path / "message").write_bytes(message)
+    shown = subprocess.run(
+        [sys.executable, "-m", "streamcrypt", "inspect", tmp_path / "message"],
+        env=environment,
+        capture_output=True,
+    )
+    assert shown.returncode == 0, shown.stderr.decode()
+    assert b"Ort=K" in shown.stdout
     failed = command("decrypt", f"{tmp_path}/in/{names[1]}", f"{tmp_path}/no")
     assert failed.returncode == 1
     assert failed.stderr.count(b"\n") == 1
