@@ -18,6 +18,7 @@ import pytest
 
 from streamcrypt import decrypt_bytes, encrypt_bytes
 from streamcrypt.cli.kms import add_kms_commands
+from streamcrypt.cli.output import UsageError
 from streamcrypt.errors import KeyAccessError, KeyUnavailableError, StreamcryptError, WrappedKeyError
 from streamcrypt.kms import open_service
 from streamcrypt.kms.simulation import Simulation
@@ -234,7 +235,7 @@ def test_a_throttle_is_temporary(run: Run):
         run("list-keys")
 
 
-def test_env(run: Run, home: Path):
+def test_env(run: Run, home: Path, capsys: pytest.CaptureFixture[str]):
     lines = run("env", "--user", "alice", "--port", "9999").splitlines()
     variables = dict(re.fullmatch(r"export (\w+)=(\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
     assert variables["AWS_ENDPOINT_URL_KMS"] == "http://127.0.0.1:9999"
@@ -242,7 +243,9 @@ def test_env(run: Run, home: Path):
     again = json.loads(run("env", "--user", "alice", "--port", "9999", "--json"))
     assert again == {name: value.strip("'") for name, value in variables.items()}
     assert json.loads(run("env", "--json"))["AWS_ACCESS_KEY_ID"] != again["AWS_ACCESS_KEY_ID"]
-    assert run("env", "--user", "no such name!", code=2) == ""
+    with pytest.raises(UsageError, match="--user"):
+        run("env", "--user", "no such name!")
+    assert capsys.readouterr().out == ""
 
 
 def test_audit_and_cost(run: Run):
@@ -390,7 +393,9 @@ def test_a_reminder_until_the_backup(run: Run, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_serve_refuses_another_address(run: Run, capsys: pytest.CaptureFixture[str]):
-    assert run("serve", "--host", "0.0.0.0", "--port", "0", code=2) == ""
+    with pytest.raises(UsageError, match="not a loopback address"):
+        run("serve", "--host", "0.0.0.0", "--port", "0")
+    assert capsys.readouterr().out == ""
 
 
 def start(*words: str) -> subprocess.Popen[str]:
