@@ -27,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 from streamcrypt.engine import run
 from streamcrypt.engine.job import (
     STORE_WORKERS,
+    Failure,
     Job,
     Place,
     Progress,
@@ -105,9 +106,9 @@ def encrypt(
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
     overwrite: bool = False,
     resume: bool = False,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    files: Iterable[str] | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    files: str | Iterable[str] | None = None,
     dry_run: bool = False,
     fsync: bool = True,
     progress: Callable[[Progress], None] | None = None,
@@ -142,8 +143,8 @@ def encrypt(
         overwrite=overwrite,
         resume=resume,
         durable=fsync,
-        filters=Filters(tuple(include), tuple(exclude)),
-        names=tuple(files) if files is not None else None,
+        filters=Filters(_several(include), _several(exclude)),
+        names=_several(files) if files is not None else None,
         dry_run=dry_run,
         progress=progress,
         audit=audit,
@@ -171,9 +172,9 @@ def decrypt(
     address: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    files: Iterable[str] | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    files: str | Iterable[str] | None = None,
     dry_run: bool = False,
     fsync: bool = True,
     progress: Callable[[Progress], None] | None = None,
@@ -201,8 +202,8 @@ def decrypt(
         resume=resume,
         durable=fsync,
         require_manifest=require_manifest,
-        filters=Filters(tuple(include), tuple(exclude)),
-        names=tuple(files) if files is not None else None,
+        filters=Filters(_several(include), _several(exclude)),
+        names=_several(files) if files is not None else None,
         dry_run=dry_run,
         progress=progress,
         audit=audit,
@@ -227,9 +228,9 @@ def verify(
     cache: Cache = None,
     engine: str = "local",
     address: str | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    files: Iterable[str] | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    files: str | Iterable[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     audit: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
@@ -253,8 +254,8 @@ def verify(
         ),
         workers=_workers(workers, source, against),
         require_manifest=require_manifest,
-        filters=Filters(tuple(include), tuple(exclude)),
-        names=tuple(files) if files is not None else None,
+        filters=Filters(_several(include), _several(exclude)),
+        names=_several(files) if files is not None else None,
         progress=progress,
         audit=audit,
         signed_by=_signer(signed_by),
@@ -289,9 +290,9 @@ def rekey(
     address: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    files: Iterable[str] | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    files: str | Iterable[str] | None = None,
     dry_run: bool = False,
     fsync: bool = True,
     progress: Callable[[Progress], None] | None = None,
@@ -323,8 +324,8 @@ def rekey(
         resume=resume,
         durable=fsync,
         require_manifest=require_manifest,
-        filters=Filters(tuple(include), tuple(exclude)),
-        names=tuple(files) if files is not None else None,
+        filters=Filters(_several(include), _several(exclude)),
+        names=_several(files) if files is not None else None,
         dry_run=dry_run,
         progress=progress,
         audit=audit,
@@ -579,6 +580,10 @@ def _open_writer(
     )
     message = _begin(materials, context, authenticated_context, sign, _frame_length(frame_size), None)
     place = _destination(path)
+    if place.is_stream:
+        raise DestinationError(
+            "standard output is no file to be made; write to it with `streamcrypt encrypt - -`"
+        )
     if place.name is None:
         raise DestinationError(f"{_name(path)}: is a folder; name the file to be made")
     target = place.tree.create(place.name, overwrite=overwrite)
@@ -696,7 +701,14 @@ class _Calls:
         with contextlib.ExitStack() as watched:
             told = [watched.enter_context(observe(job)) for observe in observers]
             before = processor_seconds()
-            report = self._completed(job, work)
+            try:
+                report = self._completed(job, work)
+            except StreamcryptError as error:  # before there was anything to report of single files
+                report = Report(job.operation, job.workers, dry_run=job.dry_run)
+                report.failed.append(Failure(job.source.path, error))
+                report.kms = self.stats.to_json()
+                error.report = report  # type: ignore[attr-defined]  # as Report.raise_for_failures does
+                raise
             report.cpu_seconds, report.peak_memory = processor_seconds() - before, peak_memory()
             for tell in told:
                 tell(report)
@@ -782,7 +794,7 @@ def _begin(
     frame_length: int,
     plaintext_length: int | None,
 ) -> OutgoingMessage:
-    full = {**(context or {}), **(authenticated_context or {})}
+    full = _full_context(context, authenticated_context)
     found = materials.for_encryption(SIGNED if sign else UNSIGNED, full, plaintext_length)
     template = header_template(found, frame_length, authenticated_context)
     return OutgoingMessage.begin(found, template, frame_length)
@@ -808,8 +820,24 @@ def _own_context(
     context: Mapping[str, str] | None, authenticated_context: Mapping[str, str] | None
 ) -> dict[str, str]:
     """The caller's context, refused before any file or key is touched when it cannot be written."""
-    check_caller_context({**(context or {}), **(authenticated_context or {})})
+    check_caller_context(_full_context(context, authenticated_context))
     return dict(context or {})
+
+
+def _full_context(
+    context: Mapping[str, str] | None, authenticated_context: Mapping[str, str] | None
+) -> dict[str, str]:
+    stored, unstored = dict(context or {}), dict(authenticated_context or {})
+    for name in stored.keys() & unstored.keys():
+        raise ValueError(
+            f"encryption context name {name!r} is both stored and authenticated only; a pair is one"
+        )
+    return stored | unstored
+
+
+def _several(names: str | Iterable[str]) -> tuple[str, ...]:
+    """One name, or several: a word must not be taken for its letters, of which one may be a ``*``."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _frame_length(frame_size: int | str) -> int:

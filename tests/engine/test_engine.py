@@ -949,3 +949,47 @@ def test_pools_end_their_workers(tmp_path):
         assert threading.active_count() == threads + 2
         pool.close(cancel=cancel)
         assert threading.active_count() == threads
+
+
+def test_a_word_is_one_pattern_and_not_its_letters(tmp_path):
+    """``*`` is one of the letters: ``include="sub/*"`` would take everything, ``exclude="secret*"`` too."""
+    make_tree(tmp_path / "in", {"a": 1, "sub/b": 1, "secret": 1})
+    for number, (words, names) in enumerate(
+        (
+            ({"include": "sub/*"}, {"sub/b"}),
+            ({"exclude": "secret*"}, {"a", "sub/b"}),
+            ({"files": "sub/b"}, {"sub/b"}),
+            ({"include": ("a", "secret")}, {"a", "secret"}),
+        )
+    ):
+        sc.encrypt(tmp_path / "in", tmp_path / str(number), keys=KEYS, **words)
+        assert set(read_tree(tmp_path / str(number))) - {MANIFEST} == names, words
+
+
+def test_a_pair_is_stored_or_authenticated_only(tmp_path):
+    """Of a name that was given both ways, the value that was to be stored got lost without a word."""
+    (tmp_path / "a").write_bytes(b"plaintext")
+    both = {"context": {"Tenant": "1", "Stage": "train"}, "authenticated_context": {"Tenant": "2"}}
+    with pytest.raises(ValueError, match="Tenant"):
+        sc.encrypt(tmp_path / "a", tmp_path / "a.enc", keys=KEYS, **both)
+    with pytest.raises(ValueError, match="Tenant"):
+        sc.encrypt_bytes(b"plaintext", keys=KEYS, **both)
+    with pytest.raises(ValueError, match="Tenant"):
+        sc.open(tmp_path / "a.enc", "wb", keys=KEYS, **both)
+    assert not (tmp_path / "a.enc").exists()
+
+
+def test_a_failure_before_the_first_file_has_a_report_too(home, tmp_path):
+    """Of what KMS was asked, in Python and in the JSON: its refusal is a call."""
+    kms = sc.kms_client("local")
+    arn = kms.create_key()["KeyMetadata"]["Arn"]
+    make_tree(tmp_path / "in", {"a": 1})
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=arn)
+    kms.disable_key(KeyId=arn)
+    with pytest.raises(sc.KeyAccessError) as caught:
+        sc.verify(tmp_path / "enc")
+    assert caught.value.report["kms"]["calls"] == {"Decrypt": 1}
+    assert [failure.error for failure in caught.value.report.failed] == [caught.value]
+    with pytest.raises(sc.DestinationError) as caught:
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=arn)
+    assert caught.value.report["failed"][0]["error"] == str(caught.value)
