@@ -915,7 +915,13 @@ def _destination(path: Path) -> Place:
         return Place(_tree_to_write(full))
     with contextlib.suppress(OSError):
         mode = os.lstat(full).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # /dev/null, say, is not to be replaced
+        if stat.S_ISLNK(mode):
+            if os.readlink(full).startswith("/proc/"):  # /dev/stdout
+                raise DestinationError(
+                    f"{full}: is an open file of this process; standard output is written -"
+                )
+            mode = os.stat(full).st_mode
+        if not stat.S_ISREG(mode):  # /dev/null, say, is not to be replaced
             raise DestinationError(f"{full}: {kind_problem(mode)}")
     return Place(_tree_to_write(os.path.dirname(full)), os.path.basename(full))
 
@@ -936,6 +942,8 @@ def _placed(job: Job) -> Job:
     ):
         if asked is not None and not whole_tree:
             raise ValueError(f"{source.path}: {what}, and this is none")
+    if against is not None and against.is_stream:
+        raise ValueError("what a message is compared with is a file or a folder, not standard input")
     if against is not None and (against.name is None) != whole_tree:
         raise SourceError(f"{against.path}: a file is compared with a file, a folder with a folder")
     if destination is None or destination.is_stream:

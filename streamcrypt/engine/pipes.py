@@ -35,13 +35,18 @@ def run(job: Job, client_object: ClientObject | None = None) -> Report:
     ``client_object``: the source where it is no message but an object of the S3 Encryption Client.
     """
     started = time.perf_counter()
-    report = Report(job.operation, workers=1)
+    report = Report(job.operation, workers=1, dry_run=job.dry_run)
     beginning = bytearray()
     done = 0
     try:
         with contextlib.ExitStack() as cleanup:
             if client_object is not None:
                 cleanup.callback(client_object.close)
+            if job.dry_run:  # nothing is read of a stream: whoever writes to it may want to do that once
+                report.files = 1
+                report.bytes_in = 0 if job.source.is_stream else _source_length(job)
+                return report
+            if client_object is not None:
                 chunks = _located(_unlocked(job, report, client_object), client_object.path)
             else:
                 chunks = _chunks(job, report, cleanup, beginning)

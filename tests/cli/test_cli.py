@@ -225,6 +225,29 @@ def test_cat_reads_only_the_frames_that_cover_the_range(folder: Path, tmp_path: 
 # -- streams
 
 
+def test_a_dry_run_of_a_stream_uses_no_key_and_writes_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "a").write_bytes(b"plaintext")
+    assert main(["encrypt", "a", "a.enc", "--key", KEY, "--quiet"]) == 0
+    for words in (
+        ("encrypt", "-", "new", "--key", KEY),
+        ("encrypt", "a", "-", "--key", KEY),
+        ("decrypt", "-", "new"),
+        ("decrypt", "a.enc", "-"),
+        ("rekey", "-", "-", "--key", KEY),
+    ):
+        with open(folder / "a.enc", "rb") as stdin:
+            monkeypatch.setattr("sys.stdin", stdin)
+            assert main([*words, "--dry-run", "--json"]) == 0, words
+            assert stdin.tell() == 0, words
+        told = capfd.readouterr()
+        found = json.loads(told.err if "-" in words[2] else told.out)
+        assert (found["dry_run"], found["files"], found["kms"]["calls"]) == (True, 1, {}), words
+        assert not (folder / "new").exists(), words
+        assert told.out == "" or words[2] != "-", words
+
+
 def peak_memory(command: list[str], length: int) -> tuple[int, int]:
     """Peak resident bytes of a command that is fed ``length`` zeros, and how many bytes it wrote."""
     peak = 0

@@ -55,6 +55,8 @@ def folder(tmp_path_factory):
         (root / name).write_bytes(data)
     os.mkfifo(root / "pipe")
     (root / "dangling").symlink_to("nothing")
+    (root / "device").symlink_to("/dev/null")
+    (root / "open file").symlink_to("/proc/self/fd/1")
     return root
 
 
@@ -95,6 +97,8 @@ CASES = {
     "destination is a folder": (["encrypt", "plain", "tree", "--key", KEY], 1, "folder"),
     "destination is a pipe": (["decrypt", "good.enc", "pipe", "--key", KEY, "--overwrite"], 1, "named pipe"),
     "destination is a device": (["decrypt", "good.enc", "/dev/null", "--key", KEY, "--overwrite"], 1, "device"),
+    "destination is a link to a device": (["decrypt", "good.enc", "device", "--key", KEY, "--overwrite"], 1, "device"),
+    "destination is the output": (["decrypt", "good.enc", "open file", "--key", KEY, "--overwrite"], 1, "written -"),
     "destination named as a folder": (["encrypt", "plain", "new/", "--key", KEY], 1, "name the file"),
     "destination is the source": (["encrypt", "plain", "plain", "--key", KEY, "--overwrite"], 1, "source itself"),
     "destination within the source": (["encrypt", "tree", "tree/enc", "--key", KEY], 1, "within"),
@@ -127,6 +131,7 @@ CASES = {
         ["decrypt", "tree", "OUT", "--key", KEY, "--require-manifest"], 3, "leave out --require-manifest",
     ),
     "a pipe by its name": (["encrypt", "/dev/stdin", "OUT", "--key", KEY], 1, "written -"),
+    "standard input to compare with": (["verify", "good.enc", "--key", KEY, "--against", "-"], 2, "standard input"),
     "a URL of no store": (["encrypt", "plain", "http://host/plain", "--key", KEY], 2, "s3://, gs:// and az://"),
     "a URL to compare with": (["verify", "good.enc", "--key", KEY, "--against", "ftp://h/x"], 2, "--against"),
 }  # fmt: skip
