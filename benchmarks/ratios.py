@@ -107,7 +107,7 @@ def large(rounds: int, count: int, length: int, what: str) -> None:
             ):  # one output at a time: memory for the page cache
                 remove(folder / other)
             wait_for_rest()
-            warm(count * length * 5 // 4)
+            warm(folder, count * length * 5 // 4)
 
         measured = rounds_of(variants, rounds, before)
         total = count * length

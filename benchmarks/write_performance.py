@@ -218,7 +218,8 @@ def validation_section(path: Path | None) -> list[str]:
         "Every configuration of `benchmarks/held_out.json` and every one of a calibration was measured once in each "
         "round, in one seeded order; the rates are fitted to the latter alone. So this says how good "
         "the model is, not how old records may be. Each row is held against the noise floor of its kind: one "
-        "of these configurations, ten times, spread over the same rounds."
+        "of these configurations, ten times, spread over the same rounds. The row of a run and the others of its own "
+        "configuration is the machine's part: knowing the answer of the other rounds is off by so much."
         if result.get("same_rounds")
         else ""
     )

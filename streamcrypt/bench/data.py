@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Final
@@ -142,18 +143,17 @@ def spread_out(folder: Path) -> None:
         subprocess.run(["chattr", "+T", str(folder)], check=False, stderr=subprocess.DEVNULL)  # noqa: S607
 
 
-def warm(length: int) -> None:
-    """Claim so many bytes of memory and give them back, so that the host of a virtual machine holds them.
+def warm(folder: Path, length: int) -> None:
+    """Write so many bytes into a file without a name and drop it, so that the host of a virtual machine holds them.
 
     It takes back what its guest has freed for a few seconds, and a fresh page then costs several times more: who
-    writes first after a pause would pay for it.  Not mapped, it does not count as this process's memory.
+    writes first after a pause would pay for it.  Written, not claimed: claimed pages may never be touched.
+    In pieces of 1 MiB, for which a file system takes the large blocks that the host takes back.
     """
-    if hasattr(os, "memfd_create"):
-        memory = os.memfd_create("warm")
-        try:
-            os.posix_fallocate(memory, 0, max(length, 1))
-        finally:
-            os.close(memory)
+    piece = bytes(1 << 20)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        for _ in range(-(-length // len(piece))):
+            file.write(piece)
 
 
 def _make_room(folder: Path, total: int) -> None:

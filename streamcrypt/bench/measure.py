@@ -326,7 +326,7 @@ def main() -> int:
 def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[str, Any]:
     """Prepare, time the one call, and say what it did: the fields of a Record."""
     prepared = (peers.prepare if cell.engine != OURS else prepare)(cell, source, folder)
-    _settle(cell, source)
+    _settle(cell, source, folder)
     parent, workers = _cpu_seconds()
     start = time.perf_counter()
     report = prepared.call()
@@ -464,16 +464,18 @@ def _read_all(paths: list[Path], opened: Callable[[Path], Any], workers: int) ->
     return {"plain": total, "bytes_out": total}
 
 
-def _settle(cell: Cell, source: Path) -> None:
+def _settle(cell: Cell, source: Path, folder: Path) -> None:
     """Pay what the preparation owes before the clock starts, so that no run pays for the one before.
 
-    Data that wait to be written are written, and memory for what the call will write is warmed.
+    Data that wait to be written are written, and memory for what the call will write is warmed: no more than the
+    system lets wait for a disk.
     """
     if cell.storage == "disk":
         os.sync()
     if cell.operation in ("encrypt", "decrypt", "rekey"):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        data.warm(min(sum(path.stat().st_size for path in source.iterdir()), free // 2))
+        total = sum(path.stat().st_size for path in source.iterdir())
+        data.warm(folder, min(total + total // 4, free // 8))
 
 
 def _cache(cell: Cell) -> Any:

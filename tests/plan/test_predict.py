@@ -9,7 +9,7 @@ import pytest
 from families.measured import LAW, law_seconds, synthetic_records, synthetic_run, work_of_cell
 
 import streamcrypt as sc
-from streamcrypt.bench.records import Cell, Records
+from streamcrypt.bench.records import Cell, Records, median
 from streamcrypt.bench.sweep import held_out
 from streamcrypt.engine import manifest
 from streamcrypt.engine.run import SAMPLE, processes_pay
@@ -373,6 +373,20 @@ def test_judging_held_out_runs():
     assert result["summary"]["plan"]["p90"] < result["summary"]["by_best_rate"]["p90"]
     assert result["summary"]["calls_exact"] == 1.0
     assert "noise floor" in validate.table(result)
+    by_itself = [row["by_itself"] for row in result["rows"]]
+    assert by_itself.count(None) == 2  # the two that ran once foretell nothing
+    assert result["summary"]["by_itself"]["median"] == median([it for it in by_itself if it is not None])
+    assert 0 < result["summary"]["by_itself"]["median"] < 0.1
+
+
+def test_a_run_is_foretold_from_the_others_of_its_configuration():
+    walls = (1.0, 2.0, 4.0)  # from 3.0, 2.5 and 1.5: off by 2.0, 0.25 and 0.625
+    cell = Cell(files=3, file_size=MIB)
+    runs = tuple(
+        dataclasses.replace(synthetic_run(cell, n, random.Random(1)), wall_s=w) for n, w in enumerate(walls)
+    )
+    (row,) = validate.judge(Records(RECORDS.machine, runs), RECORDS, [], planned=1, cores=2)["rows"]
+    assert row["by_itself"] == pytest.approx(0.625)
 
 
 def test_held_out_cells_are_drawn_from_their_seed_and_survive_the_file(tmp_path):
