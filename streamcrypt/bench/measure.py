@@ -327,11 +327,11 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
     """Prepare, time the one call, and say what it did: the fields of a Record."""
     prepared = (peers.prepare if cell.engine != OURS else prepare)(cell, source, folder)
     _settle(cell, source, folder)
-    parent, workers = _cpu_seconds()
+    before = _used()
     start = time.perf_counter()
     report = prepared.call()
     wall = time.perf_counter() - start
-    parent_after, workers_after = _cpu_seconds()
+    used = {name: value - before[name] for name, value in _used().items()}
     outcome = report if isinstance(report, dict) else report.to_json()
     if outcome.get("failed"):
         raise RuntimeError(f"{len(outcome['failed'])} files failed, first: {outcome['failed'][0]['error']}")
@@ -339,8 +339,7 @@ def measure(cell: Cell, source: Path, folder: Path, yardsticks: bool) -> dict[st
     found = outcome.get("cache") or {"hits": 0, "misses": 0, "evictions": {}}
     answer: dict[str, Any] = {
         "wall_s": wall,
-        "cpu_s": parent_after - parent + workers_after - workers,
-        "parent_cpu_s": parent_after - parent,
+        **used,
         "bytes_in": outcome.get("plain", sum(lengths)),
         "bytes_out": outcome.get("bytes_out", 0),
         "files": len(lengths),
@@ -492,10 +491,18 @@ def _cache(cell: Cell) -> Any:
     return sc.DataKeyCache(**{name: value for name, value in limits.items() if value is not None})
 
 
-def _cpu_seconds() -> tuple[float, float]:
-    """Of this process, and of its children that have ended."""
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime
+def _used() -> dict[str, Any]:
+    """What the system says of this process, and of its children that have ended: fields of a Record."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {
+        "cpu_s": sum(one.ru_utime + one.ru_stime for one in both),
+        "parent_cpu_s": both[0].ru_utime + both[0].ru_stime,
+        "kernel_cpu_s": sum(one.ru_stime for one in both),
+        "faults": sum(one.ru_minflt for one in both),
+        "major_faults": sum(one.ru_majflt for one in both),
+        "waits": sum(one.ru_nvcsw for one in both),
+        "preemptions": sum(one.ru_nivcsw for one in both),
+    }
 
 
 def _random_reads(folder: str, names: list[str], keyring: Any, cache: Any, cell: Cell) -> dict[str, Any]:

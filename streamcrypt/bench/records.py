@@ -123,6 +123,11 @@ class Record:
     wall_s: float
     cpu_s: float = 0.0
     parent_cpu_s: float = 0.0  # of cpu_s, what was not worker processes
+    kernel_cpu_s: float = 0.0  # of cpu_s, what the kernel took: copies, pages, names
+    faults: int = 0  # pages that were missing, and were made (major_faults: read from a disk)
+    major_faults: int = 0
+    waits: int = 0  # times that a thread gave up its core, for a device, a lock or a message
+    preemptions: int = 0  # times that its core was taken from it
     bytes_in: int = 0
     bytes_out: int = 0
     files: int = 0

@@ -38,6 +38,14 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+def test_a_run_says_what_the_kernel_took(bench):
+    record = bench.run(dataclasses.replace(SMALL, files=32, file_size=1 << 20, workers=2))
+    assert 0 < record.kernel_cpu_s < record.cpu_s
+    assert record.faults > 0
+    assert record.waits > 0
+    assert record.preemptions >= 0
+
+
 @pytest.mark.parametrize(("cell", "calls"), OPERATIONS.values(), ids=OPERATIONS)
 def test_a_run_counts_what_it_did(bench, cell, calls):
     record = bench.run(cell, session="test", round_number=2)
@@ -49,6 +57,8 @@ def test_a_run_counts_what_it_did(bench, cell, calls):
     assert len(record.kms_latency_ms) == sum(calls.values())
     assert record.peak_rss > 10_000_000
     assert 0 < record.parent_cpu_s <= record.cpu_s
+    assert 0 <= record.kernel_cpu_s <= record.cpu_s
+    assert 0 <= record.major_faults <= record.faults
     assert set(record.yardstick_s) == {"copy", "read", "cipher"}
     assert all(seconds > 0 for seconds in record.yardstick_s.values())
     if cell.operation != "read":
