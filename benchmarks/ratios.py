@@ -238,8 +238,8 @@ def row_signed(rounds: int) -> None:
 
 
 _CAT = """
-import os, sys
-buffer = memoryview(bytearray(2**20))
+import mmap, os, sys
+buffer = memoryview(mmap.mmap(-1, 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 while True:
     done = 0
     while done < len(buffer) and (count := os.readv(0, (buffer[done:],))):

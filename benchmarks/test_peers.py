@@ -36,6 +36,7 @@ import pytest
 from suite.common import MiB, incompressible, key_reference, make_files, remove, workspace
 
 import streamcrypt as sc
+from streamcrypt.system import page_aligned
 
 SIZE = int(os.environ.get("STREAMCRYPT_PEER_MB", "256")) * MiB
 ROUNDS = int(os.environ.get("STREAMCRYPT_PEER_ROUNDS", "5"))
@@ -207,8 +208,8 @@ def cobblestone(place: Path) -> tuple[Work, Work]:
     def run(make: Any, source: Path, target: Path) -> None:
         worker = make(key, b"")
         # An answer may hold what was left of the chunk before.
-        data, made = bytearray(MiB), bytearray(2 * MiB)
-        view, out = memoryview(data), memoryview(made)
+        made = bytearray(2 * MiB)
+        view, out = page_aligned(MiB), memoryview(made)
         with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
             while count := reading.readinto(view):
                 writing.write(out[: worker.update_into(view[:count], made)])

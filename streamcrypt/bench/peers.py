@@ -30,6 +30,7 @@ from typing import Any, Final
 
 from streamcrypt.bench.records import Cell
 from streamcrypt.bench.shaped import ShapedKms, simulation
+from streamcrypt.system import page_aligned
 
 ENGINES: Final = ("sdk", "sdk-tuned", "cp", "copy")
 CONTEXT: Final = {"purpose": "benchmark"}
@@ -247,7 +248,7 @@ _local = threading.local()
 def buffer() -> memoryview:
     """1 MiB for this thread, the same each time."""
     if not hasattr(_local, "buffer"):
-        _local.buffer = memoryview(bytearray(_PIECE))
+        _local.buffer = page_aligned(_PIECE)
     found: memoryview = _local.buffer
     return found
 

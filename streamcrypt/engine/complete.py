@@ -43,6 +43,7 @@ from streamcrypt.streams import (
     source_header,
     unlock,
 )
+from streamcrypt.system import page_aligned
 
 
 def completed(job: Job) -> Report | None:
@@ -207,7 +208,7 @@ def _digest(source: Source, message: UnlockedMessage | None) -> bytes:
         for chunk in SequentialReader(source, message).chunks():
             digest.update(chunk)
     else:
-        block, offset = memoryview(bytearray(BATCH_LENGTH)), 0
+        block, offset = page_aligned(BATCH_LENGTH), 0
         while count := source.read_at(offset, block):
             digest.update(block[:count])
             offset += count

@@ -20,6 +20,7 @@ from streamcrypt.engine.worker import located
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.storage import Source
 from streamcrypt.streams import BATCH_LENGTH, MessageWriter, OutgoingMessage, header_template, open_stream
+from streamcrypt.system import page_aligned
 
 if TYPE_CHECKING:
     from streamcrypt.s3client import ClientObject
@@ -112,7 +113,7 @@ def _located(chunks: Iterator[memoryview], name: str) -> Iterator[memoryview]:
 
 
 def _plain(readinto: Callable[[memoryview], int], frame_length: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(max(1, BATCH_LENGTH // frame_length) * frame_length))
+    buffer = page_aligned(max(1, BATCH_LENGTH // frame_length) * frame_length)
     while count := _fill(readinto, buffer):
         yield buffer[:count]
 

@@ -40,6 +40,7 @@ from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.signing import PublicKey, SigningKey, new_hash, verify_digest
 from streamcrypt.storage import Entry, Source, Tree, check_name, sort_key
 from streamcrypt.streams import SequentialReader, UnlockedMessage, read_bytes
+from streamcrypt.system import page_aligned
 
 _VERSION: Final = 1
 _DIGEST: Final = "SHA-256"
@@ -252,7 +253,7 @@ def _content(tree: Tree, name: str, most: int) -> bytes:
 
 
 def _blocks(source: Source) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(_BLOCK))
+    buffer = page_aligned(_BLOCK)
     offset = 0
     while count := source.read_at(offset, buffer):
         yield buffer[:count]

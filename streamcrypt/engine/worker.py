@@ -30,6 +30,7 @@ from streamcrypt.streams import (
     seal_frames,
     seal_one_frame,
 )
+from streamcrypt.system import page_aligned
 from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
@@ -397,7 +398,7 @@ class Worker:
     def _room(self, name: str, length: int) -> memoryview:
         buffer: memoryview = getattr(self, name)
         if len(buffer) < length:
-            buffer = memoryview(bytearray(length))
+            buffer = page_aligned(length)
             setattr(self, name, buffer)
         return buffer
 
