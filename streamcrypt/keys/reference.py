@@ -129,13 +129,20 @@ def _from(reference: str | Keyring, *, encrypting: bool, stats: KmsStats | None)
 
 
 def _kms(reference: str, *, encrypting: bool, stats: KmsStats | None) -> Keyring:
-    text, options = _split_options(
-        reference, ("partition", "accounts", "mrk", "region", "allow-plaintext-http")
-    )
-    if text in ("aws:discovery", "local:discovery"):
+    where, _, _ = reference.partition("?")
+    if where in ("aws:discovery", "local:discovery"):
         if encrypting:
-            raise ValueError(f"{text} only decrypts; name the key to encrypt with")
-        return _discovery(text.partition(":")[0], stats, options)
+            raise ValueError(f"{where} only decrypts; name the key to encrypt with")
+        allowed = ("partition", "accounts", *(("mrk", "region") if where == "aws:discovery" else ()))
+        text, options = _split_options(reference, allowed)
+        if text != where:  # no option, but what begins as one
+            raise ValueError(
+                f"{printable(reference)!r}: options are written name=value; known here: {', '.join(allowed)}"
+            )
+        if options.get("mrk", "yes") != "yes" or ("region" in options and "mrk" not in options):
+            raise ValueError(f"{printable(reference)!r}: write mrk=yes, and region= only with it")
+        return _discovery(where.partition(":")[0], stats, options)
+    text, options = _split_options(reference, ("allow-plaintext-http",))
     calls, key_id = _reach(text, options, stats)
     return KmsKeyring(calls, key_id, multi_region=is_multi_region(key_id), resolve=True, label=text)
 
@@ -494,7 +501,9 @@ def _kept_keyring(references: References, *, encrypting: bool) -> Keyring | None
 
 def _keep(reference: str, encrypting: bool, read: Callable[[], Keyring]) -> Keyring:
     """Reading a key file costs more than sealing a small message, so its keyring is kept."""
-    path = reference.partition("@")[2].partition("?")[0]
+    path = reference.partition("@")[2]
+    if reference.startswith("raw-rsa:"):
+        path, _ = _split_options(path, ("padding",))
     state = _file_state(path)
     keyring = read()
     if state is not None and len(_raw_keyrings) < _KEPT_KEYRINGS:

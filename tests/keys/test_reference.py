@@ -235,6 +235,7 @@ MALFORMED = [
     "hierarchy:id", "hierarchy:@local", "hierarchy:id@elsewhere", "hierarchy:id@dynamodb:", "kms-rsa:file.pem",
     "local:alias/x@ftp://host", "local:alias/x@host:8400", "aws:alias/x@http://127.0.0.1:1", "aws:discovery",
     "local:discovery", "local:arn:aws:kms:eu-central-1:111122223333:key/x", "aws:arn:aws:kms:local:000000000000:key/x",
+    "aws:alias/x?region=eu-west-1", "local:alias/x?mrk=yes", "arn:aws:kms:eu-west-1:111122223333:key/x?accounts=1",
     "local:alias/x@http://kms.example.com:8400", "local:alias/x@http://10.0.0.1:8400",
 ]  # fmt: skip
 
@@ -258,6 +259,15 @@ def test_other_types():
         decrypting_keyring([])
     with pytest.raises(ValueError, match="accounts"):
         decrypting_keyring("aws:discovery?partition=aws")
+    for ignored in (
+        "aws:discovery?accounts=111122223333&region=eu-west-1",
+        "aws:discovery?mrk=true",
+        "local:discovery?mrk=yes",
+        "aws:discovery?accounts",
+        "aws:discovery?acounts=111122223333",
+    ):
+        with pytest.raises(ValueError, match="discovery"):
+            decrypting_keyring(ignored)
 
 
 UNUSABLE = {
@@ -302,6 +312,19 @@ def test_an_alias_that_is_not_there(local_key):
         with pytest.raises(KeyAccessError, match=r"local:alias/other.*kms list-aliases") as caught:
             keyring.generate(UNSIGNED, {})
         assert caught.value.code == "NotFoundException"
+
+
+@pytest.mark.parametrize("name", ["key", "key?1", "key?old=1"])
+def test_a_key_file_that_changes_is_read_again(tmp_path, name):
+    """Also one whose name looks like another file's with options."""
+    (tmp_path / "key").write_bytes(bytes(32))
+    path = tmp_path / name
+    path.write_bytes(bytes(16))
+    before = encrypting_keyring(f"raw-aes:space/name@{path}")
+    assert encrypting_keyring(f"raw-aes:space/name@{path}") is before
+    path.unlink()
+    path.write_bytes(bytes(24))
+    assert encrypting_keyring(f"raw-aes:space/name@{path}").identity != before.identity
 
 
 def test_raw_keys_are_not_found_by_themselves(files, home):
