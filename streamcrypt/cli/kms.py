@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from streamcrypt.cli.output import INTERRUPTED, UsageError
-from streamcrypt.errors import KeyAccessError, KeyUnavailableError, SourceError, StreamcryptError
+from streamcrypt.errors import (
+    IntegrityError,
+    KeyAccessError,
+    KeyUnavailableError,
+    SourceError,
+    StreamcryptError,
+)
 from streamcrypt.kms import shapes
 from streamcrypt.kms.errors import KmsError
 from streamcrypt.units import parse_duration
@@ -292,6 +298,11 @@ def _translated(error: Exception, operation: str, request: Mapping[str, Any]) ->
     if code in ("ThrottlingException", "KMSInternalException", "DependencyTimeoutException"):
         return KeyUnavailableError(
             f"{key}: {said.removesuffix('.') or code}; try again", code=code, operation=operation, key=key
+        )
+    if code in ("KMSInvalidSignatureException", "KMSInvalidMacException"):
+        what = "MAC" if operation == "VerifyMac" else "signature"
+        return IntegrityError(
+            f"{key}: the {what} does not hold ({code}): it, the message or the key is another"
         )
     found = translate(error, operation, key, request.get("EncryptionContext"))
     return found if found is not None else StreamcryptError(f"kms {_kebab(operation)}: {error}")

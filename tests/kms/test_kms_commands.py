@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from streamcrypt import decrypt_bytes, encrypt_bytes
+from streamcrypt.cli import main
 from streamcrypt.cli.kms import add_kms_commands
 from streamcrypt.cli.output import UsageError
 from streamcrypt.errors import KeyAccessError, KeyUnavailableError, StreamcryptError, WrappedKeyError
@@ -246,6 +247,29 @@ def test_env(run: Run, home: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(UsageError, match="--user"):
         run("env", "--user", "no such name!")
     assert capsys.readouterr().out == ""
+
+
+def test_a_signature_or_mac_that_does_not_hold_did_not_authenticate(
+    home: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Exit code 3, as the interface says, and not that of a key that could not be used."""
+    for spec, usage, sign, made in (
+        ("ECC_NIST_P256", "SIGN_VERIFY", "sign", "signature"),
+        ("HMAC_256", "GENERATE_VERIFY_MAC", "generate-mac", "mac"),
+    ):
+        assert main(["kms", "create-key", "--key-spec", spec, "--key-usage", usage, "--quiet"]) == 0
+        key = json.loads(capsys.readouterr().out)["KeyMetadata"]["KeyId"]
+        algorithm = (
+            ("--signing-algorithm", "ECDSA_SHA_256")
+            if made == "signature"
+            else ("--mac-algorithm", "HMAC_SHA_256")
+        )
+        assert main(["kms", sign, "--key-id", key, "--message", "aGVsbG8=", *algorithm]) == 0
+        proof = json.loads(capsys.readouterr().out)[made.title()]
+        verify = ["kms", "verify" if made == "signature" else "verify-mac", "--key-id", key, *algorithm]
+        assert main([*verify, f"--{made}", proof, "--message", "aGVsbG8="]) == 0
+        assert main([*verify, f"--{made}", proof, "--message", "aGVsbG9v"]) == 3
+        assert "does not hold" in capsys.readouterr().err
 
 
 def test_audit_and_cost(run: Run):
