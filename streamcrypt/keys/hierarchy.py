@@ -45,6 +45,7 @@ from streamcrypt.keys.kms import KeyArn
 from streamcrypt.message.context import serialize_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import IV_LENGTH, TAG_LENGTH, AlgorithmSuite
+from streamcrypt.system import missing_folders, sync_name
 from streamcrypt.tuples import NamedTuple
 
 BRANCH_KEY_LENGTH: Final = 32
@@ -299,6 +300,12 @@ class BranchKeyStore:
                 "check the id and the store, or create the branch key",
                 key=branch_key_id,
             )
+        # A whole row of another branch key, or of another version, opens under its own context.
+        if (row.get("branch-key-id"), row.get("type")) != (branch_key_id, kind):
+            raise IntegrityError(
+                f"branch key {printable(branch_key_id)}: the store holds another key's row as its "
+                f"{printable(kind)}: altered"
+            )
         return row
 
     def _open(self, row: Item) -> BranchKey:
@@ -400,12 +407,18 @@ class SqliteBranchKeyTable:
 
     @staticmethod
     def _row(text: str) -> Item:
-        row: Item = json.loads(text)
-        row["enc"] = base64.b64decode(row["enc"])
+        try:
+            row: Item = json.loads(text)
+            row["enc"] = base64.b64decode(row["enc"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError("a row of the branch-key store is malformed") from error
         return row
 
     def write(self, new: Sequence[Item], replaced: Sequence[Item]) -> None:
+        missing = missing_folders(str(self._path.parent.absolute()))
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in missing:
+            sync_name(folder)
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
         with self._connection() as connection:
             connection.execute(

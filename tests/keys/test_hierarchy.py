@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import sqlite3
 import stat
@@ -189,6 +190,41 @@ def test_altered_rows_do_not_open(home, change):
     altered = BranchKeyStore(Tampering(table, change), lambda arn: calls, logical_name="x")
     with pytest.raises(IntegrityError):
         altered.active(branch_key_id)
+
+
+def test_a_whole_row_in_another_place_does_not_open(home):
+    """Whoever writes to the store could have one tenant's data wrapped for another."""
+    path = home / "branch-keys.sqlite3"
+    service = open_service(home)
+    arn = service.create_key()["KeyMetadata"]["Arn"]
+    calls = KmsCalls(service)
+    store = BranchKeyStore(SqliteBranchKeyTable(path), lambda arn: calls, logical_name="x", kms_key_arn=arn)
+    ours, theirs = store.create(context={"tenant": "a"}), store.create(context={"tenant": "b"})
+    old = store.active(ours).version
+    store.rotate(ours)
+    new = store.active(ours).version
+
+    def put(row, place):
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            select = "SELECT item FROM branch_keys WHERE branch_key_id = ? AND type = ?"
+            (item,) = connection.execute(select, row).fetchone()
+            connection.execute(
+                "UPDATE branch_keys SET item = ? WHERE branch_key_id = ? AND type = ?", (item, *place)
+            )
+
+    put((theirs, "branch:ACTIVE"), (ours, "branch:ACTIVE"))
+    with pytest.raises(IntegrityError, match="another key's row"):
+        store.active(ours)
+    put((ours, f"branch:version:{old}"), (ours, "branch:ACTIVE"))
+    with pytest.raises(IntegrityError, match="another key's row"):
+        store.active(ours)
+    put((ours, f"branch:version:{new}"), (ours, f"branch:version:{old}"))
+    with pytest.raises(IntegrityError, match="another key's row"):
+        store.version(ours, old)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE branch_keys SET item = '{\"enc\": 1}'")
+    with pytest.raises(IntegrityError, match="malformed"):
+        store.version(ours, new)
 
 
 def test_the_file_is_private_and_whole(home):
