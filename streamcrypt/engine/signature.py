@@ -154,13 +154,13 @@ class Statement:
         self._source = tree.open(STATEMENT)
         try:
             first = self._first_line()
-            self._digest, sha256 = self._hashes(first["algorithm"])
+            digest, sha256 = self._hashes(first["algorithm"])
             try:
-                verify_digest(public_key, first["algorithm"], self._digest, signature)
+                verify_digest(public_key, first["algorithm"], digest, signature)
             except IntegrityError as error:
                 raise IntegrityError(f"{tree.path(SIGNATURE)}: {error}") from error
-            self._algorithm = first["algorithm"]
             _expect(first == _first_record(first))
+            self._first = first
         except BaseException:
             self._source.close()
             raise
@@ -176,11 +176,11 @@ class Statement:
     def lines(self) -> Iterator[Listed]:
         """Its messages and empty folders, names ascending; after the last one ``manifest`` is known.
 
-        IntegrityError when it is not whole, or no longer the one whose signature was verified.
+        IntegrityError when it is not whole, or, before a line of it is given out, no longer the one whose
+        signature was verified.
         """
-        digest = new_hash(self._algorithm)
-        lines = _lines(self._source, digest)
-        next(lines)
+        lines = self._signed_lines()
+        _expect(_parse(next(lines, b"")) == self._first)
         files = total = 0
         previous = ""
         for line in lines:
@@ -189,8 +189,6 @@ class Statement:
                 self.manifest = self._message(record, "manifest")
                 _expect(self.manifest.name == MANIFEST)
                 _expect(_parse(next(lines, b"")) == {"files": files, "bytes": total} and not next(lines, b""))
-                if digest.digest() != self._digest:
-                    raise IntegrityError(f"{self._path}: changed after its signature was verified")
                 return
             listed = self._message(record, "name")
             _expect(previous < sort_key(check_name(listed.name)))
@@ -227,10 +225,25 @@ class Statement:
     def _hashes(self, algorithm: str) -> tuple[bytes, str]:
         """The digest that was signed, and the statement's SHA-256 for people."""
         signed, plain = new_hash(algorithm), hashlib.sha256()
+        self._digests: list[bytes] = []  # of its blocks: no line of one that changes since is given out
         for block in _blocks(self._source):
             signed.update(block)
             plain.update(block)
+            self._digests.append(hashlib.sha256(block).digest())
         return signed.digest(), plain.hexdigest()
+
+    def _signed_lines(self) -> Iterator[bytes]:
+        """The lines of what the signature was verified for."""
+        rest = b""
+        digests = iter(self._digests)
+        for block in _blocks(self._source):
+            if hashlib.sha256(block).digest() != next(digests, None):
+                raise IntegrityError(f"{self._path}: changed after its signature was verified")
+            *lines, rest = (rest + block).split(b"\n")
+            for line in lines:
+                yield line + b"\n"
+        if rest:
+            yield rest
 
 
 def _first_record(first: dict[str, str]) -> dict[str, Any]:
@@ -258,17 +271,6 @@ def _blocks(source: Source) -> Iterator[memoryview]:
     while count := source.read_at(offset, buffer):
         yield buffer[:count]
         offset += count
-
-
-def _lines(source: Source, digest: Any) -> Iterator[bytes]:
-    rest = b""
-    for block in _blocks(source):
-        digest.update(block)
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
-    if rest:
-        yield rest
 
 
 def _parse(line: bytes) -> dict[str, Any]:
