@@ -63,6 +63,8 @@ _URL: Final = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
 FIRST_READ: Final = 64 * 2**10
 # The same for who reads all of it.
 _WHOLE_READ: Final = 2**20
+# An object of up to so many bytes is read by one request: a message of 1 MiB.
+WHOLE_LENGTH: Final = _WHOLE_READ + FIRST_READ
 # Bytes of objects that were opened, or are about to be, and wait for who needs them.
 _OPENED_BYTES: Final = 64 * 2**20
 # Who reads on without a gap is given what comes next before it is asked for: after so many bytes, in
@@ -254,10 +256,22 @@ class StoreTree:
             return opened if isinstance(opened, StoreSource) else opened.result()
         return StoreSource(self._bucket, self.key(name), self.path(name), self._first_read)
 
+    def read_whole(self, name: str, length: int) -> tuple[memoryview, State] | None:
+        """All of an object by one request, and its state; None where it has another length."""
+        import obstore
+
+        with _translated(SourceError, self.path(name)):
+            found = obstore.get(self._bucket.store, self.key(name))
+            meta = found.meta
+            if meta["size"] != length:  # known before any of it is taken into memory
+                return None
+            data = memoryview(found.bytes())
+        return (data, _state(meta)) if len(data) == length else None
+
     def expect(self, name: str, size: int) -> None:
         """Begin to open an object that will soon be opened and read; one of up to 1 MiB comes whole."""
         key, path = self.key(name), self.path(name)
-        length = size if size <= _WHOLE_READ + FIRST_READ else FIRST_READ
+        length = size if size <= WHOLE_LENGTH else FIRST_READ
         opened = _threads().submit(StoreSource, self._bucket, key, path, max(1, length))
         self._bucket.keep_opened(key, opened, length)
 

@@ -27,7 +27,7 @@ from streamcrypt.errors import (
     IntegrityError,
     LimitExceededError,
 )
-from streamcrypt.message.derive import derive_for_reading, derive_keys
+from streamcrypt.message.derive import DerivedKeys, derive_for_reading, derive_keys
 from streamcrypt.message.footer import MAX_FOOTER_LENGTH, Signer, Verifier, parse_footer
 from streamcrypt.message.frames import (
     FINAL_MARK,
@@ -309,11 +309,7 @@ class UnlockedMessage(NamedTuple):
 def unlock(header: Header, materials: Materials, rules: ReadingRules) -> UnlockedMessage:
     """Check the rules, unwrap the data key, compare the commitment, authenticate the header."""
     rules.check(header)
-    unstored: Mapping[str, str] = {}
-    context = header.context
-    if rules.authenticated_context:
-        unstored = {name: value for name, value in rules.authenticated_context.items() if name not in context}
-        context = {**context, **unstored}
+    context, unstored = _contexts(header, rules)
     unwrapped = materials.for_decryption(header.suite, context, header.encrypted_data_keys)
     # No variable of its own for the content key: one is shown with a traceback by many tools.
     message = UnlockedMessage.of(
@@ -321,6 +317,44 @@ def unlock(header: Header, materials: Materials, rules: ReadingRules) -> Unlocke
     )
     authenticate_header(header, message.cipher.aead, unstored)
     return message
+
+
+def keys_alike(
+    known: Header, materials: Materials, rules: ReadingRules, message_ids: list[bytes]
+) -> tuple[HeaderTemplate, list[DerivedKeys]]:
+    """What the headers and keys of messages are that are like one that was unlocked under these rules.
+
+    Of as many of these as may share a data key, from the first on.  It is for whoever reads them to see that
+    each begins with that very header, commitment included, and that its tag holds.
+    """
+    context, unstored = _contexts(known, rules)
+    unwrapped, count = materials.for_decryption_of_several(
+        known.suite, context, known.encrypted_data_keys, len(message_ids)
+    )
+    return HeaderTemplate.of(known, unstored), [
+        derive_keys(known.suite, unwrapped.data_key, message_id) for message_id in message_ids[:count]
+    ]
+
+
+def _contexts(header: Header, rules: ReadingRules) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """The whole encryption context of a message, and the pairs of it that are not stored."""
+    if not rules.authenticated_context:
+        return header.context, {}
+    unstored = {
+        name: value for name, value in rules.authenticated_context.items() if name not in header.context
+    }
+    return {**header.context, **unstored}, unstored
+
+
+def open_whole(cipher: FrameCipher, geometry: Geometry, message: memoryview, plaintext: memoryview) -> None:
+    """Open all frames of an unsigned message; nothing of a frame that does not authenticate stays in ``plaintext``."""
+    frame_length, frames = geometry.frame_length, geometry.regular_frames
+    end, split = geometry.frame_offset(frames), frames * frame_length
+    cipher.open_final(
+        message[end:], frames, frame_length, plaintext[split:]
+    )  # first of all: it proves the length
+    if frames:
+        cipher.open_regular(message[geometry.header_length : end], 0, frame_length, plaintext[:split])
 
 
 def read_header(
@@ -705,13 +739,8 @@ def open_message(blob: Buffer, materials: Materials, rules: ReadingRules) -> byt
         )
     geometry = Geometry.of_message(header, len(blob))
     plaintext = bytearray(geometry.plaintext_length)
-    cipher = message.cipher
-    final_offset = geometry.frame_offset(geometry.regular_frames)
     with memoryview(plaintext) as target:
-        split = geometry.regular_frames * geometry.frame_length
-        cipher.open_final(view[final_offset:], geometry.regular_frames, geometry.frame_length, target[split:])
-        if geometry.regular_frames:
-            cipher.open_regular(view[header_length:final_offset], 0, geometry.frame_length, target[:split])
+        open_whole(message.cipher, geometry, view, target)
     return bytes(plaintext)
 
 

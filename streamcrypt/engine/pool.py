@@ -21,10 +21,9 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
-from streamcrypt.engine.spans import FileTask, SmallFiles, SpanTask
+from streamcrypt.engine.spans import Tasks
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, SmallOutcome, Worker
 from streamcrypt.errors import StreamcryptError
 from streamcrypt.system import c_call
@@ -32,8 +31,6 @@ from streamcrypt.tuples import NamedTuple
 
 # What only processes need is imported where they are made: a small job runs in threads, and must not
 # wait for it (benchmarks/README.md, "start-up").
-
-Tasks: TypeAlias = Sequence[FileTask | SpanTask | SmallFiles]
 
 # Lists that a worker holds: the one that it works on, and one more so that it need not wait for it.
 _HELD: Final = 2

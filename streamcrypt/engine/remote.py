@@ -33,7 +33,7 @@ from typing import Any, Final
 
 from streamcrypt import __version__
 from streamcrypt.engine.job import Failure, Job, Place, Report
-from streamcrypt.engine.pool import Lost, Pool, Taken, Tasks
+from streamcrypt.engine.pool import Lost, Pool, Taken
 from streamcrypt.engine.run import SAMPLE, _Item, _Run, made_by, outcome_of, own_rules
 from streamcrypt.engine.spans import (
     BATCH_BYTES,
@@ -42,8 +42,8 @@ from streamcrypt.engine.spans import (
     Opening,
     Sealing,
     SmallFile,
-    SmallFiles,
     SpanTask,
+    Tasks,
 )
 from streamcrypt.engine.worker import Cancelled, Outcome, Setup, Worker, unexpected
 from streamcrypt.errors import (
@@ -303,7 +303,7 @@ class _ClusterRun(_Run):
 
     def __init__(self, job: Job, ray: Any, access: Access, stats: KmsStats) -> None:
         super().__init__(job)
-        self._small_below = 0  # a node draws the ids itself
+        self._small_below = self._messages_to = 0  # a node draws the ids and derives the keys itself
         self._ray = ray
         self._access = access
         self._stats = stats
@@ -312,8 +312,8 @@ class _ClusterRun(_Run):
         self._given_up: dict[int, list[FileTask]] = {}  # attempts that were lost, by number
         self._made_again: list[FileTask] = []
 
-    def open(self, item: _Item) -> FileTask | None:
-        task = super().open(item)
+    def _open(self, item: _Item) -> FileTask | None:
+        task = super()._open(item)
         if task is not None and task.opening is not None and self._access.reading is None:
             _refuse_local_keys(task.opening.header)
         return task
@@ -343,7 +343,7 @@ class _ClusterRun(_Run):
         held: list[FileTask | SpanTask] = []
         size = 0
         for tasks_of_one in super()._lists(tasks):
-            group = [task for task in tasks_of_one if not isinstance(task, SmallFiles)]
+            group = [task for task in tasks_of_one if isinstance(task, FileTask | SpanTask)]
             length = sum(_length(task) for task in group)
             if held and (
                 type(held[0]) is not type(group[0])
@@ -521,7 +521,9 @@ class RayPool:
             node = self._least_busy()
             work = work.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         self._held[
-            work.remote(self._common, [_wrapped(task) for task in tasks if not isinstance(task, SmallFiles)])
+            work.remote(
+                self._common, [_wrapped(task) for task in tasks if isinstance(task, FileTask | SpanTask)]
+            )
         ] = (tasks, node)
 
     def collect(self) -> list[Taken]:

@@ -36,7 +36,7 @@ from streamcrypt.engine.manifest import (
     read_manifest,
     source_line,
 )
-from streamcrypt.engine.pool import Lost, Pool, ProcessPool, Tasks, ThreadPool
+from streamcrypt.engine.pool import Lost, Pool, ProcessPool, ThreadPool
 from streamcrypt.engine.spans import (
     BATCH_FILES,
     MANIFEST,
@@ -50,6 +50,8 @@ from streamcrypt.engine.spans import (
     Sealing,
     SmallFile,
     SmallFiles,
+    SmallMessages,
+    Tasks,
     cut,
     in_batches,
     is_large,
@@ -66,7 +68,7 @@ from streamcrypt.errors import (
 )
 from streamcrypt.keys.materials import EncryptionMaterials, Materials
 from streamcrypt.message.derive import derive_keys
-from streamcrypt.message.frames import FINAL_OVERHEAD, UNFRAMED_PREFIX, FrameCipher, unframed_length
+from streamcrypt.message.frames import FINAL_OVERHEAD, UNFRAMED_PREFIX, FrameCipher, Geometry, unframed_length
 from streamcrypt.message.header import Header, HeaderTemplate, authenticate_header, parse_header
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import (
@@ -88,6 +90,7 @@ from streamcrypt.streams import (
     OutgoingMessage,
     ReadingRules,
     header_template,
+    keys_alike,
     new_message_ids,
     read_bytes,
     source_geometry,
@@ -104,6 +107,12 @@ if TYPE_CHECKING:
 _ATTEMPTS: Final = 3
 # Messages in a store that are being opened while those before them become tasks.
 _OPENED_AHEAD: Final = 32
+# Threads that decrypt small messages of a store each ask for them themselves.  Where a request takes longer than so
+# many seconds they mostly wait, and there are up to so many, who ask for at most so many bytes at once; elsewhere
+# more threads than a job's workers cost more than they bring (benchmarks/README.md, "Object stores").
+_STORE_LATENCY: Final = 0.002
+_STORE_READERS: Final = 32
+_STORE_BYTES_ASKED: Final = 16 * 2**20
 # Files that a worker holds until all of them are whole, where they are held in memory; and small ones, which
 # it holds a few of at a time and waits for the store at each.
 _STORE_BATCH_FILES: Final = 4
@@ -198,6 +207,7 @@ class _Run:
         self._large: dict[int, _Large] = {}
         self._feeds: list[Iterator[Tasks]] = []  # the last one is served first
         self._small: dict[int, SmallFiles] = {}  # the same, by their first number
+        self._messages: dict[int, tuple[SmallMessages, list[SmallFile]]] = {}
         # Finished, and waiting for those before them: the line of each, and its source as it was read.
         self._listings: dict[int, tuple[Listed | _Lines | None, State | None]] = {}
         self._next_listing = 0
@@ -212,6 +222,10 @@ class _Run:
         self._statement: StatementWriter | None = None
         self._wrapped: set[int] = set()  # data keys that were made, of a job with a key map
         self._header: Header | None = None  # the last one that was read
+        # The last one that was unlocked, of a kind whose messages can come in columns; and how many came so and
+        # were not like it, less those that were.
+        self._known: Header | None = None
+        self._unlike = 0
         self._refused: dict[Hashable, KeyAccessError] = {}  # data keys that no key opens, and why
         self._batch_files = self._batch_small_files = BATCH_FILES
         # A resumed job replaces what the interrupted one made; `_resumed` looks before it does.
@@ -224,6 +238,7 @@ class _Run:
         tree = job.destination.tree if job.destination is not None else None
         self._undivided = (tree is not None and tree.in_order) or job.signing is not None
         self._small_below = self._small_files_below()
+        self._messages_to = self._small_messages_to()
         if self._whole_tree and tree is not None and not job.dry_run:
             self._journal = self._open_journal(tree)
         if self._whole_tree and job.writing is not None and not job.dry_run:
@@ -252,6 +267,24 @@ class _Run:
         ):
             return 0
         return min(job.frame_length, SMALL_LENGTH)
+
+    def _small_messages_to(self) -> int:
+        """Messages of up to so many bytes are decrypted several at a time (``SmallMessages``)."""
+        job = self.job
+        if (
+            not job.source.tree.in_order  # one request brings an object, from a disk it is several calls
+            or job.reading is None
+            or job.writing is not None
+            or job.against is not None
+            or job.signed_by is not None
+            or job.resume
+            or job.audit is not None
+            or job.dry_run
+        ):
+            return 0
+        from streamcrypt.stores import WHOLE_LENGTH  # start-up: few jobs read from a store
+
+        return WHOLE_LENGTH
 
     def _open_journal(self, tree: Tree) -> Journal | StoreJournal:
         job = self.job
@@ -485,8 +518,26 @@ class _Run:
         target = self._target_name(entry.name)
         return FileTask(number, entry.name, target, entry.size, sealing=sealing, undivided=self._undivided)
 
-    def open(self, item: _Item) -> FileTask | None:
+    def open(self, item: _Item) -> FileTask | SmallFile | None:
         """The task that decrypts, verifies or rekeys a message; None when its header is refused."""
+        if self._known is not None and self._is_small_message(item):
+            return SmallFile(item.number, item.entry.name, item.entry.size, item.listed)
+        task = self._open(item)
+        if self._known is None and self._is_small_message(item):
+            self._unlike += 1
+        return task
+
+    def _is_small_message(self, item: _Item) -> bool:
+        """Whether a message can be one of ``SmallMessages``, as far as the store's listing and the manifest tell."""
+        size, listed = item.entry.size, item.listed
+        return (
+            0 < size <= self._messages_to
+            and listed is not None
+            and listed.message_length == size
+            and self._unlike <= 0
+        )
+
+    def _open(self, item: _Item) -> FileTask | None:
         job, (number, entry, listed) = self.job, item
         assert job.reading is not None
         source: Source | None = None
@@ -500,6 +551,8 @@ class _Run:
             if job.resume and number not in self._looked_at and self._resumed(number, entry, header):
                 return None
             content_key = b"" if job.dry_run else self._content_key(header, job.reading)
+            if header.framed and header.suite.committing and not header.suite.signed:
+                self._known = header
             geometry = source_geometry(source, header) if header.framed else None
             if geometry is not None:
                 length = geometry.plaintext_length
@@ -847,7 +900,8 @@ class _Run:
     def _expected_of(self, tree: StoreTree, items: Iterator[_Item]) -> Iterator[_Item]:
         waiting: deque[_Item] = deque()
         for item in items:
-            tree.expect(item.entry.name, item.entry.size)
+            if not self._is_small_message(item):
+                tree.expect(item.entry.name, item.entry.size)
             waiting.append(item)
             if len(waiting) > _OPENED_AHEAD:
                 yield waiting.popleft()
@@ -862,7 +916,12 @@ class _Run:
         setup = Setup(
             job.source.tree, target, compared, self._may_replace, job.durable, job.signing is not None
         )
+        began = time.perf_counter()
         frame_length = job.frame_length if job.writing is not None else self._frame_length_of(sample[0])
+        waited = time.perf_counter() - began
+        if self._messages_to and waited > _STORE_LATENCY:
+            largest = max(entry.size for entry in sample)
+            workers = max(workers, min(_STORE_READERS, _STORE_BYTES_ASKED // max(1, largest)))
         if len(sample) < SAMPLE:  # all: no more workers than there is work for, and every one gets some
             pieces = sum(
                 1 + (entry.size // SPAN_LENGTH if entry.size > SPLIT_LENGTH else 0) for entry in sample
@@ -913,8 +972,12 @@ class _Run:
         """What goes to workers: small files together, a large one span by span."""
         for group in in_batches(tasks, self._batch_files, self._batch_small_files):
             if isinstance(group[0], SmallFile):
-                for small in self._small_files([file for file in group if isinstance(file, SmallFile)]):
-                    yield [small]
+                files = [file for file in group if isinstance(file, SmallFile)]
+                if self.job.reading is None:
+                    for small in self._small_files(files):
+                        yield [small]
+                else:
+                    yield from self._small_messages(files)
             elif is_large(group[0]):
                 yield from self._spans(group[0])
             else:
@@ -949,6 +1012,47 @@ class _Run:
             )
             yield small
             files = files[count:]
+
+    def _small_messages(self, files: list[SmallFile]) -> Iterator[Tasks]:
+        """The keys that they have if they are like the last one that was unlocked; those of one data key together."""
+        known, reading = self._known, self.job.reading
+        assert known is not None
+        assert reading is not None
+        if self.job.destination is not None:
+            for file in files:
+                self._target_name(file.source)
+        while files:
+            listed = [file.listed for file in files if file.listed is not None]
+            try:
+                ids = [bytes.fromhex(line.message_id) for line in listed]
+                tags = [bytes.fromhex(line.header_tag) for line in listed]
+                geometries = [Geometry.of_message(known, file.length) for file in files]
+                template, keys = keys_alike(known, reading, self.job.rules, ids)
+            except (StreamcryptError, ValueError):  # whatever it is, each of them will say it
+                yield from self._lists(self._one_by_one(files))
+                return
+            count, number = len(keys), files[0].number
+            small = SmallMessages(
+                number,
+                [file.source for file in files[:count]],
+                [file.length for file in files[:count]],
+                template,
+                geometries[:count],
+                ids[:count],
+                [key.content_key for key in keys],
+                [key.commitment for key in keys],
+                tags[:count],
+            )
+            self._messages[number] = small, files[:count]
+            yield [small]
+            files = files[count:]
+
+    def _one_by_one(self, files: Iterable[SmallFile]) -> Iterator[FileTask]:
+        """The tasks of messages that were to come in columns."""
+        for file in files:
+            task = self._open(_Item(file.number, Entry(file.source, file.length), file.listed))
+            if task is not None:
+                yield task
 
     def _spans(self, task: FileTask) -> Iterator[Tasks]:
         """Begin a large file: its target, its final frame; then its spans."""
@@ -1003,6 +1107,9 @@ class _Run:
 
     def _take_small(self, outcome: SmallOutcome) -> None:
         """As ``_take`` and ``_finish_file``, for several at once."""
+        if outcome.number in self._messages:
+            self._take_messages(outcome)
+            return
         files = self._small.pop(outcome.number)
         self._done_bytes += sum(files.lengths)
         if outcome.errors:
@@ -1038,6 +1145,40 @@ class _Run:
                 self._journal.add(Finished(name, source, made, length, *message))
         self._written_folders.update({name.rpartition("/")[0] for name in files.names})
         self._list(files.number, _Lines("".join(lines), count, total, "".join(sources)))
+
+    def _take_messages(self, outcome: SmallOutcome) -> None:
+        """The same for messages; those that are not like the others are looked at by themselves."""
+        messages, files = self._messages.pop(outcome.number)
+        report, errors, on_a_tree = self.report, outcome.errors, self.job.destination is not None
+        unlike: list[SmallFile] = []
+        for row, (file, geometry) in enumerate(zip(files, messages.geometries, strict=True)):
+            name, listed = file.source, file.listed
+            if row in errors:
+                error = errors[row]
+                if error is not None:
+                    self._fail(file.number, name, error)
+                else:
+                    unlike.append(file)
+                continue
+            length = geometry.plaintext_length
+            report.files += 1
+            report.bytes_in += file.length
+            self._done_bytes += length
+            if on_a_tree:
+                report.bytes_out += length
+                self._written_folders.add(name.rpartition("/")[0])
+                read, made = outcome.source_states[row], outcome.made_states[row]
+                if self._journal is not None and listed is not None and read is not None and made is not None:
+                    self._journal.add(
+                        Finished(name, read, made, length, file.length, listed.message_id, listed.header_tag)
+                    )
+            if errors:
+                self._list(file.number, None)
+        if not errors:
+            self._list(outcome.number, _Lines("", len(files), 0, ""))
+        self._unlike += 2 * len(unlike) - len(files)
+        if unlike:
+            self._feeds.append(self._lists(self._one_by_one(unlike)))
 
     def _finish_small(self, files: SmallFiles, row: int, outcome: SmallOutcome) -> None:
         task = files.task(row, outcome.tags[row])
@@ -1078,6 +1219,10 @@ class _Run:
         """A worker died: its messages start again, each under a new message id."""
         self._deaths = True
         for task in lost.tasks:
+            if isinstance(task, SmallMessages):
+                for again in self._one_by_one(self._messages.pop(task.number)[1]):
+                    self._retry(again, lost.reason)
+                continue
             if isinstance(task, SmallFiles):
                 del self._small[task.number]
                 for row in range(len(task.names)):

@@ -3,6 +3,7 @@
     FileTask   a whole file: the worker opens, writes, flushes and publishes it
     SpanTask   some whole frames of one large file, whose target the parent has made
     SmallFiles several files that become messages of one frame each
+    SmallMessages  several messages of a store that one request each brings
 
 A task carries a message's own derived key, never a data key; where it goes to another process it
 goes through that process's own pipe.  Tasks are named tuples, which pickle several times faster than
@@ -11,14 +12,17 @@ dataclasses with slots; their ``repr`` shows no key.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from streamcrypt.message.frames import Geometry
 from streamcrypt.message.header import HeaderTemplate
 from streamcrypt.message.suites import TAG_LENGTH
 from streamcrypt.storage import RESERVED_FOLDER
 from streamcrypt.tuples import NamedTuple
+
+if TYPE_CHECKING:
+    from streamcrypt.engine.manifest import Listed
 
 # A file of more than this is cut, so that the last one does not keep one worker busy while the
 # others have nothing left to do; a span is long enough for its hand-over (0.1 ms) not to count.
@@ -127,11 +131,15 @@ class SpanTask(NamedTuple):
 
 
 class SmallFile(NamedTuple):
-    """A file that is going to be one of ``SmallFiles``; its keys are derived when those are put together."""
+    """A file that is going to be one of ``SmallFiles``; its keys are derived when those are put together.
+
+    With its line of the manifest it is a message that is going to be one of ``SmallMessages``.
+    """
 
     number: int
     source: str
     length: int
+    listed: Listed | None = None
 
 
 class SmallFiles(NamedTuple):
@@ -161,6 +169,32 @@ class SmallFiles(NamedTuple):
         geometry = Geometry(len(header), length + 1, 0, length)
         sealing = Sealing(self.template.suite.id, header, message_id, self.content_keys[row], geometry)
         return FileTask(self.number + row, name, name, length, sealing=sealing)
+
+
+class SmallMessages(NamedTuple):
+    """Messages of following numbers that are decrypted under their own names, in columns for the same reason.
+
+    Ids are those that the manifest lists, and keys are derived from the data key of a message that was read
+    before: each header must be what these make it, else the message is one to be looked at by itself.
+    ``lengths`` are those of the messages.
+    """
+
+    number: int
+    names: list[str]
+    lengths: list[int]
+    template: HeaderTemplate
+    geometries: list[Geometry]
+    message_ids: list[bytes]
+    content_keys: list[bytes]
+    commitments: list[bytes]
+    tags: list[bytes]
+
+    def __repr__(self) -> str:
+        return f"<SmallMessages {self.number} to {self.number + len(self.names) - 1}>"
+
+
+# A list of them, one where there is a SmallFiles or SmallMessages.
+Tasks: TypeAlias = Sequence[FileTask | SpanTask | SmallFiles | SmallMessages]
 
 
 def is_large(task: FileTask) -> bool:

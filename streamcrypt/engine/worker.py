@@ -12,9 +12,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from streamcrypt.engine.spans import FileTask, Opening, Sealing, SmallFiles, SpanTask, unit_length
+from streamcrypt.engine.spans import (
+    FileTask,
+    Opening,
+    Sealing,
+    SmallFiles,
+    SmallMessages,
+    SpanTask,
+    Tasks,
+    unit_length,
+)
 from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.materials import read_public_key
 from streamcrypt.message.footer import Signer
@@ -27,6 +36,7 @@ from streamcrypt.streams import (
     FrameReader,
     SequentialReader,
     UnlockedMessage,
+    open_whole,
     seal_frames,
     seal_one_frame,
 )
@@ -35,6 +45,7 @@ from streamcrypt.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from streamcrypt.engine.hashing import HashingSource, HashingTarget
+    from streamcrypt.stores import StoreTree
 
 # Plaintext bytes per system call, in whole frames: see benchmarks/README.md, "batch".
 LOOP_LENGTH: Final = 2**20
@@ -73,14 +84,24 @@ class Outcome(NamedTuple):
 class SmallOutcome(NamedTuple):
     """What became of ``SmallFiles``: the tag that each header got, the states of what was read and made.
 
-    ``errors``: by row, of those that failed; then the other columns mean nothing there.
+    ``errors``: by row, of those that failed; then the other columns mean nothing there.  None: a message that is
+    not like the others.
     """
 
     number: int
     tags: list[bytes]
     source_states: list[State | None]
     made_states: list[State | None]
-    errors: dict[int, StreamcryptError]
+    errors: dict[int, StreamcryptError | None]
+
+    @classmethod
+    def of(cls, number: int, count: int) -> SmallOutcome:
+        """Of so many, about which nothing is known yet."""
+        return cls(number, [b""] * count, [None] * count, [None] * count, {})
+
+
+class _UnlikeError(Exception):
+    """A message is not what the columns of its list say."""
 
 
 class Cancelled(Exception):  # noqa: N818  (not an error of the job: it was told to stop)
@@ -107,10 +128,14 @@ class Worker:
             if tree is not None:
                 tree.close()
 
-    def take(self, tasks: Sequence[FileTask | SpanTask | SmallFiles]) -> list[Outcome | SmallOutcome]:
+    def take(self, tasks: Tasks) -> list[Outcome | SmallOutcome]:
         """Do the tasks, all of one kind, of any kind."""
-        small = [self._small_files(task) for task in tasks if isinstance(task, SmallFiles)]
-        return [*small] or [*self.run([task for task in tasks if not isinstance(task, SmallFiles)])]
+        first = tasks[0]
+        if isinstance(first, SmallFiles):
+            return [self._small_files(first)]
+        if isinstance(first, SmallMessages):
+            return [self._small_messages(first)]
+        return [*self.run([task for task in tasks if isinstance(task, FileTask | SpanTask)])]
 
     def run(self, tasks: Sequence[FileTask | SpanTask]) -> list[Outcome]:
         """Do the tasks; what goes wrong with one is its outcome and does not stop the others."""
@@ -163,22 +188,22 @@ class Worker:
     # -- small files
 
     def _small_files(self, files: SmallFiles) -> SmallOutcome:
-        """Encrypt them; all are written, then all flushed, then all get their names.
-
-        Each step is done for several files before the next one, since the code of one step stays in the
-        processor's cache (benchmarks/README.md, "small files").  A store flushes nothing and holds in memory
-        what has no name yet: there those few get their names at once.
-        """
+        """Encrypt them."""
         names, lengths, template = files.names, files.lengths, files.template
-        assert self._target_tree is not None
-        open_source, create, overwrite = self._source_tree.open, self._target_tree.create, self._overwrite
-        overhead, in_order = template.length + FINAL_OVERHEAD, self._target_tree.in_order
-        everything = range(len(names))
-        states: list[State | None] = [None] * len(names)
-        outcome = SmallOutcome(files.number, [b""] * len(names), states, states.copy(), {})
+        open_source = self._source_tree.open
+        outcome = SmallOutcome.of(files.number, len(names))
         contents: dict[int, memoryview] = {}
         messages: dict[int, memoryview] = {}
-        targets: dict[int, Target] = {}
+
+        def make_room(rows: range) -> None:
+            plaintext = self._room("_plaintext", sum(lengths[row] for row in rows))
+            overhead = template.length + FINAL_OVERHEAD
+            frames = self._room("_frames", sum(lengths[row] + overhead for row in rows))
+            start = end = 0
+            for row in rows:
+                contents[row] = plaintext[start : start + lengths[row]]
+                messages[row] = frames[end : end + lengths[row] + overhead]
+                start, end = start + lengths[row], end + lengths[row] + overhead
 
         def read(row: int) -> None:
             source, content = open_source(names[row]), contents[row]
@@ -201,10 +226,75 @@ class Worker:
             )
             outcome.tags[row] = header[-TAG_LENGTH:]
 
+        self._make(names, lengths, outcome, make_room, (read, seal), messages)
+        return outcome
+
+    def _small_messages(self, files: SmallMessages) -> SmallOutcome:
+        """Decrypt them, or only look whether they authenticate."""
+        names, lengths, geometries = files.names, files.lengths, files.geometries
+        read_whole = cast("StoreTree", self._source_tree).read_whole
+        outcome = SmallOutcome.of(files.number, len(names))
+        messages: dict[int, memoryview] = {}
+        contents: dict[int, memoryview] = {}
+
+        def make_room(rows: range) -> None:
+            plaintext = self._room("_plaintext", sum(geometries[row].plaintext_length for row in rows))
+            start = 0
+            for row in rows:
+                end = start + geometries[row].plaintext_length
+                contents[row] = plaintext[start:end]
+                start = end
+
+        def read(row: int) -> None:
+            found = read_whole(names[row], lengths[row])
+            if found is None:
+                raise _UnlikeError
+            messages[row], outcome.source_states[row] = found
+
+        def open_message(row: int) -> None:
+            message, message_id = messages.pop(row), files.message_ids[row]
+            cipher = FrameCipher(files.content_keys[row], message_id)
+            # The commitment is compared with it, before anything is decrypted with the key.
+            header = files.template.body(message_id, files.commitments[row]) + files.tags[row]
+            if not bytes_eq(bytes(message[: len(header)]), header):
+                raise _UnlikeError
+            try:
+                files.template.authenticate(header, cipher.aead)
+                open_whole(cipher, geometries[row], message, contents[row])
+            except StreamcryptError as error:
+                raise located(error, self._source_tree.path(names[row])) from error.__cause__
+
+        from cryptography.hazmat.primitives.constant_time import (
+            bytes_eq,
+        )  # it imports hashlib (message/derive.py)
+
+        self._make(names, lengths, outcome, make_room, (read, open_message), contents)
+        return outcome
+
+    def _make(
+        self,
+        names: list[str],
+        lengths: list[int],
+        outcome: SmallOutcome,
+        make_room: Callable[[range], None],
+        steps: tuple[Callable[[int], None], ...],
+        made: dict[int, memoryview],
+    ) -> None:
+        """Take these steps for the rows; write what they leave in ``made``, then flush all, then give all their names.
+
+        Each step is done for several files before the next one, since the code of one step stays in the
+        processor's cache (benchmarks/README.md, "small files").  A store flushes nothing and holds in memory
+        what has no name yet: there those few get their names at once.
+        """
+        tree, overwrite = self._target_tree, self._overwrite
+        targets: dict[int, Target] = {}
+        everything = range(len(names))
+
         def write(row: int) -> None:
-            message = messages[row]
-            target = targets[row] = create(names[row], size=len(message), overwrite=overwrite)
-            target.write_at(0, message)
+            assert tree is not None
+            data = made[row]
+            target = targets[row] = tree.create(names[row], size=len(data), overwrite=overwrite)
+            target.write_at(0, data)
             outcome.made_states[row] = target.state()
 
         def flush(row: int) -> None:
@@ -222,6 +312,8 @@ class Worker:
                     continue
                 try:
                     step(row)
+                except _UnlikeError:
+                    outcome.errors[row] = None
                 except StreamcryptError as error:
                     outcome.errors[row] = error
                 except Exception as error:  # noqa: BLE001  (the outermost loop, as in _guard)
@@ -229,27 +321,20 @@ class Worker:
 
         try:
             for rows in _steps(lengths):
-                total = sum(lengths[row] for row in rows)
-                plaintext = self._room("_plaintext", total)
-                frames = self._room("_frames", total + len(rows) * overhead)
-                start = end = 0
-                for row in rows:
-                    contents[row] = plaintext[start : start + lengths[row]]
-                    messages[row] = frames[end : end + lengths[row] + overhead]
-                    start, end = start + lengths[row], end + lengths[row] + overhead
-                each(read, rows)
-                each(seal, rows)
-                each(write, rows)
-                if in_order:
-                    each(publish, rows)
-            if not in_order:
+                make_room(rows)
+                for step in steps:
+                    each(step, rows)
+                if tree is not None:
+                    each(write, rows)
+                    if tree.in_order:
+                        each(publish, rows)
+            if tree is not None and not tree.in_order:
                 if self._durable:
                     each(flush, everything)
                 each(publish, everything)
         finally:
             for target in targets.values():
                 target.discard()
-        return outcome
 
     # -- one file
 

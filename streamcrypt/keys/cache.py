@@ -191,6 +191,13 @@ class DataKeyCache:
             if entry.materials is not None or self._wait(entry):
                 return cast(M, entry.materials)
 
+    def decryption_of_several(self, key: Hashable, make: Callable[[], M], count: int) -> M:
+        """The same for so many messages."""
+        materials = self.decryption(key, make)
+        with self._lock:
+            self._hits += count - 1
+        return materials
+
     def stats(self) -> dict[str, Any]:
         """Uses that were served (hits), calls for a new entry (misses), and evictions by cause."""
         with self._lock:

@@ -143,6 +143,25 @@ class Materials:
             lambda: self._open_materials(suite, context, encrypted_data_keys),
         )
 
+    def for_decryption_of_several(
+        self,
+        suite: AlgorithmSuite,
+        context: Mapping[str, str],
+        encrypted_data_keys: Sequence[EncryptedDataKey],
+        count: int,
+    ) -> tuple[DecryptionMaterials, int]:
+        """The same for as many of so many messages with these wrapped keys as may share it; and their number."""
+        cache = self._cache
+        if cache is None or suite.kdf_hash is None:
+            return self.for_decryption(suite, context, encrypted_data_keys), 1
+        self._check_count(len(encrypted_data_keys))
+        materials = cache.decryption_of_several(
+            (self._identity, suite.id, frozenset(context.items()), tuple(encrypted_data_keys)),
+            lambda: self._open_materials(suite, context, encrypted_data_keys),
+            count,
+        )
+        return materials, count
+
     def kms_key_arns(self) -> tuple[str, ...]:
         """The KMS keys that open messages here, as far as they are named; none for discovery."""
         return self._keyring.kms_key_arns()

@@ -35,6 +35,7 @@ DEFAULT_MAX_ENCRYPTED_DATA_KEYS: Final = 10
 MAX_HEADER_LENGTH: Final = 16 * 2**20
 
 _ZERO_IV: Final = bytes(IV_LENGTH)
+_NOT_AUTHENTIC: Final = "the header did not authenticate: it was altered"
 _V1_TYPE: Final = 0x80
 _UNFRAMED: Final = 1
 _FRAMED: Final = 2
@@ -251,6 +252,16 @@ class HeaderTemplate:
         )
         self._unstored = serialize_context(authenticated_context or {})
 
+    @classmethod
+    def of(cls, header: Header, authenticated_context: Mapping[str, str]) -> HeaderTemplate:
+        """The template of a header that was read, as it stands."""
+        made = cls.__new__(cls)
+        start, end = 3 + header.suite.message_id_length, len(header.body) - COMMITMENT_LENGTH
+        made.suite = header.suite
+        made._start, made._middle = header.body[:3], header.body[start:end]
+        made._unstored = serialize_context(authenticated_context)
+        return made
+
     @property
     def length(self) -> int:
         """Bytes of every header made from this template, authentication included."""
@@ -271,6 +282,13 @@ class HeaderTemplate:
         body = self.body(message_id, commitment)
         return body + aead.encrypt(_ZERO_IV, b"", body + self._unstored)
 
+    def authenticate(self, header: bytes, aead: AESGCM) -> None:
+        """Check the tag at the end of a header that is of this template; IntegrityError when it does not hold."""
+        try:
+            aead.decrypt(_ZERO_IV, header[-TAG_LENGTH:], header[:-TAG_LENGTH] + self._unstored)
+        except InvalidTag:
+            raise IntegrityError(_NOT_AUTHENTIC) from None
+
 
 def authenticate_header(
     header: Header, aead: AESGCM, authenticated_context: Mapping[str, str] | None = None
@@ -280,4 +298,4 @@ def authenticate_header(
     try:
         aead.decrypt(header.iv, header.tag, header.body + unstored)
     except InvalidTag:
-        raise IntegrityError("the header did not authenticate: it was altered") from None
+        raise IntegrityError(_NOT_AUTHENTIC) from None

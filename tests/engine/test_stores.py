@@ -27,6 +27,7 @@ from families.s3 import Bucket, MiB, listed, once, outage, set_store_environment
 
 import streamcrypt as sc
 from streamcrypt import stores
+from streamcrypt.engine import worker
 from streamcrypt.storage import sort_key
 
 BIG = 17 * MiB + 5  # three parts
@@ -305,6 +306,158 @@ def test_an_object_that_changes_while_it_is_read(bucket: Bucket) -> None:
     with pytest.raises(sc.StreamcryptError, match="changed while it was read"):
         source.read_at(2 * MiB, memoryview(bytearray(10)))
     source.close()
+
+
+# -- small messages, which are decrypted several at a time
+
+
+def many(folder: Path, lengths: dict[str, int]) -> Path:
+    for name, length in lengths.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(random.Random(name).randbytes(length))
+    return folder
+
+
+def a_local_copy(bucket: Bucket, prefix: str, folder: Path) -> Path:
+    for name in bucket.names():
+        if name.startswith(f"{prefix}/"):
+            path = folder / name[len(prefix) + 1 :]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bucket.get(name))
+    return folder
+
+
+def failures(job: Any, place: Path | str, *arguments: Any, **options: Any) -> dict[str, tuple[str, str]]:
+    """Names, and what is said of each without the place."""
+    with pytest.raises(sc.StreamcryptError) as failed:
+        job(place, *arguments, **options)
+    report = failed.value.report  # type: ignore[attr-defined]
+    told = {failure.path: (type(failure.error).__name__, str(failure.error)) for failure in report.failed}
+    assert report.files + len(told) == SMALL
+    return {
+        name: (kind, text.replace(str(place), "").partition(" (")[0]) for name, (kind, text) in told.items()
+    }
+
+
+SMALL = 60
+
+
+def flipped(message: bytes, place: int) -> bytes:
+    return message[:place] + bytes([message[place] ^ 1]) + message[place + 1 :]
+
+
+def test_small_messages_answer_as_from_a_disk(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    """Whatever was done to one of them: the same error as for a local tree, no file of it, and every other file."""
+    source = many(tmp_path / "in", {f"{number % 3}/{number:02}": 40 * number for number in range(SMALL)})
+    url = f"{bucket.url}/enc"
+    # Frames of 1,000 bytes, so some messages have several.
+    sc.encrypt(source, url, keys=key, frame_size=1000, context={"a": "b"}, authenticated_context={"c": "d"})
+    names = sorted(name for name in bucket.names() if "/_streamcrypt/" not in name)
+    messages = {name: bucket.get(name) for name in names}
+    other = sc.encrypt_bytes(b"x" * 40, keys=key, context={"a": "b"}, authenticated_context={"c": "d"})
+    body = len(sc.encrypt_bytes(b"", keys=key, context={"a": "b"}, authenticated_context={"c": "d"})) - 40
+    long = max(names, key=lambda name: len(messages[name]))
+    altered = {
+        names[5]: flipped(messages[names[5]], 0),  # version
+        names[6]: flipped(messages[names[6]], 10),  # message id
+        names[7]: flipped(messages[names[7]], 60),  # context
+        names[8]: flipped(messages[names[8]], body - 20),  # commitment
+        names[9]: flipped(messages[names[9]], body - 1),  # tag of the header
+        names[10]: flipped(messages[names[10]], body + 2),  # mark of the frame
+        names[11]: flipped(messages[names[11]], body + 7),  # its number
+        names[12]: flipped(messages[names[12]], -1),  # its tag
+        names[13]: flipped(messages[names[13]], body + 30),  # its ciphertext
+        names[14]: messages[names[14]][:-1],
+        names[15]: messages[names[15]] + b"x",
+        names[16]: messages[names[17]],
+        names[18]: other,
+        names[19]: b"",
+        names[20]: os.urandom(len(messages[names[20]])),
+        long: flipped(messages[long], body + 100),  # a frame that is not the last
+    }
+    for name, message in altered.items():
+        bucket.put(name, message)
+    bucket.delete(names[21])
+    copy = a_local_copy(bucket, "enc", tmp_path / "enc")
+    options = {"keys": key, "authenticated_context": {"c": "d"}}
+    expected = failures(sc.decrypt, copy, tmp_path / "from disk", **options)
+    assert expected.keys() == {name.removeprefix("enc/") for name in (*altered, names[21])}
+    assert failures(sc.decrypt, url, tmp_path / "from store", **options) == expected
+    assert failures(sc.verify, url, **options) == expected
+    assert failures(sc.decrypt, url, f"{bucket.url}/plain", **options) == expected
+    whole = {name: data for name, data in contents(source).items() if name not in expected}
+    assert contents(tmp_path / "from store") == whole
+    assert {name: bucket.get(f"plain/{name}") for name, data in whole.items() if data is not None} == {
+        name: data for name, data in whole.items() if data is not None
+    }
+
+
+def test_small_messages_take_a_request_each(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    lengths = {f"{number:02}": 100 * number for number in range(38)} | {"full": MiB, "long": MiB + 1}
+    source = many(tmp_path / "in", lengths)
+    sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    bucket.proxy.requests.clear()
+    cache = sc.DataKeyCache()
+    report = sc.decrypt(f"{bucket.url}/enc", tmp_path / "out", keys=key, cache=cache)
+    assert contents(tmp_path / "out") == contents(source)
+    assert (report.files, report.bytes_out) == (40, sum(lengths.values()))
+    assert report.bytes_in == sum(len(bucket.get(f"enc/{name}")) for name in lengths)
+    assert cache.stats()["hits"] == 40  # 41 messages with the manifest
+    asked = [path.rpartition("/")[2] for _, path, _ in bucket.proxy.requests if "/enc/" in path]
+    assert all(asked.count(name) == 1 for name in lengths if name != "00"), asked
+
+
+@pytest.mark.parametrize("limit", [1, 7])
+def test_small_messages_under_several_data_keys(bucket: Bucket, key: str, tmp_path: Path, limit: int) -> None:
+    source = many(tmp_path / "in", {f"{number:02}": 100 * number for number in range(SMALL)})
+    made = sc.encrypt(source, f"{bucket.url}/enc", keys=key, cache=sc.DataKeyCache(max_messages=limit))
+    assert made.data_keys >= SMALL // limit
+    for options in ({}, {"cache": False}):
+        out = tmp_path / f"out {len(options)}"
+        assert sc.decrypt(f"{bucket.url}/enc", out, keys=key, **options).files == SMALL
+        assert contents(out) == contents(source)
+
+
+def test_small_messages_replace_nothing(bucket: Bucket, key: str, tmp_path: Path) -> None:
+    source = many(tmp_path / "in", {f"{number:02}": 100 * number for number in range(SMALL)})
+    sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    out = tmp_path / "out"
+
+    def appears(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("enc/41"):
+            (out / "41").write_bytes(b"somebody else's")
+
+    bucket.proxy.fault = appears
+    with pytest.raises(sc.DestinationError, match="exists already") as failed:
+        sc.decrypt(f"{bucket.url}/enc", out, keys=key)
+    assert [failure.path for failure in failed.value.report.failed] == ["41"]  # type: ignore[attr-defined]
+    assert {name: contents(out)[name] for name in contents(source)} == contents(source) | {
+        "41": b"somebody else's"
+    }
+    bucket.proxy.fault = lambda method, path: None
+    sc.decrypt(f"{bucket.url}/enc", out, keys=key, overwrite=True)
+    assert contents(out) == contents(source)
+
+
+def test_small_messages_of_a_thread_that_ends_are_decrypted_by_themselves(
+    bucket: Bucket, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = many(tmp_path / "in", {f"{number:02}": 100 * number for number in range(SMALL)})
+    sc.encrypt(source, f"{bucket.url}/enc", keys=key)
+    make, left = worker.Worker._make, [1]
+
+    def ends(self: worker.Worker, *arguments: Any) -> None:
+        make(self, *arguments)
+        if left:  # after its files have their names, before it says so
+            left.pop()
+            raise SystemExit
+
+    monkeypatch.setattr(worker.Worker, "_make", ends)
+    report = sc.decrypt(f"{bucket.url}/enc", tmp_path / "out", keys=key)
+    assert not left
+    assert report.files == SMALL
+    assert contents(tmp_path / "out") == contents(source)
 
 
 # -- listings
