@@ -367,9 +367,8 @@ def fail(error: BaseException, words: Sequence[str], parsed: argparse.Namespace 
         import traceback
 
         traceback.print_exception(error)  # frames and lines, never the values in them
-    others = (
-        [failure for failure in report.failed if failure.error is not error] if report is not None else []
-    )
+    told = getattr(error, "gravest", error)
+    others = [failure for failure in report.failed if failure.error is not told] if report is not None else []
     for failure in others[:_SHOWN_FAILURES]:
         say(f"failed: {failure.error}")
     if len(others) > _SHOWN_FAILURES:

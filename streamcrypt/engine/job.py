@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -209,11 +210,14 @@ class Report:
         if not self.failed:
             return
         gravest = min(self.failed, key=lambda failure: _gravity(failure.error)).error
+        raised = gravest
         if len(self.failed) > 1:
             total = len(self.failed) + self.files + self.skipped
-            gravest.args = (f"{gravest} ({len(self.failed)} of {total} files failed)",)
-        gravest.report = self  # type: ignore[attr-defined]  # for the caller who wants all of them
-        raise gravest
+            raised = copy.copy(gravest)  # in ``failed`` an error says what became of its file, and no more
+            raised.args = (f"{gravest} ({len(self.failed)} of {total} files failed)",)
+            raised.gravest = gravest  # type: ignore[attr-defined]  # the one that it tells
+        raised.report = self  # type: ignore[attr-defined]  # for the caller who wants all of them
+        raise raised.with_traceback(gravest.__traceback__) from gravest.__cause__
 
 
 def _gravity(error: StreamcryptError) -> float:

@@ -171,6 +171,17 @@ def test_the_report_has_the_documented_shape_on_success_and_on_failure(
     assert (code, found["exit_code"]) == (1, 1)
     assert [failure["path"] for failure in found["failed"]] == ["a"]
     assert found.keys() >= REPORT | {"error", "exit_code"}
+    # Of several, each has its own error; how many they are is said of the whole.
+    (folder / "t.enc" / "b").write_bytes(b"added")
+    code, found = run_json(capfd, "verify", "t.enc")
+    assert {failure["path"] for failure in found["failed"]} == {"a", "b"}
+    assert [failure["error"] for failure in found["failed"] if "files failed" in failure["error"]] == []
+    assert found["error"].endswith("(2 of 2 files failed)")
+    with pytest.raises(sc.IntegrityError, match="2 of 2 files failed") as caught:
+        sc.verify("t.enc")
+    assert not any("files failed" in str(failure.error) for failure in caught.value.report.failed)  # type: ignore[attr-defined]
+    assert main(["verify", "t.enc"]) == 3
+    assert len(capfd.readouterr().err.splitlines()) == 2
 
 
 def test_inspect_and_usage_errors_are_json_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
