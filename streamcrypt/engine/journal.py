@@ -25,7 +25,8 @@ On an object store nothing is appended to, and to look at every object would tak
 There the journal is a folder of parts, and a proof: each part is a message of its own under the job's keys
 and context, and a line also names the ETag that the store gave the object.  Its plaintext:
 
-    CRC-32, 8 hexadecimal digits | space | [{"operation", "host", "process"}, [[...], ...]]
+    CRC-32 of all that follows, 8 hexadecimal digits | space | {"operation", "host", "process"}
+    [[...], ...]                                                files that have their names, several a line
 
 An object is taken over when
 the store's listing shows it with that ETag.
@@ -76,6 +77,7 @@ JOURNAL: Final = f"{RESERVED_FOLDER}/{_NAME}"
 # whatever somebody got encrypted as a file, its message is not taken for a part.
 _PART_FRAME_LENGTH: Final = 2**32 - 1
 _READERS: Final = 16
+_BLOCK: Final = 256
 _KEY_INFO: Final = b"streamcrypt journal 1"
 _KEY_LENGTH: Final = 32
 
@@ -317,7 +319,9 @@ class StoreJournal:
         self._write_at = now + max(_FLUSH_INTERVAL, _FLUSH_SHARE * (now - self._began))
 
     def _put(self, rows: list[tuple[Any, ...]]) -> None:
-        text = json.dumps([self._start, rows], separators=(",", ":")).encode()
+        # Some a line, so that whoever reads them holds the lists of one only: Python's collector looks through all.
+        blocks = [self._start, *(rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK))]
+        text = "\n".join(json.dumps(block, separators=(",", ":")) for block in blocks).encode()
         data = self._seal(b"%08x %s" % (zlib.crc32(text), text))
         # Names in the order in which parts were made: a later line about a file replaces an earlier one.
         target = self._parts.create(f"{time.time_ns():020}-{os.urandom(4).hex()}", size=len(data))
@@ -345,13 +349,15 @@ class StoreJournal:
             checksum, _, text = self._open(bytes(read_bytes(source, 0, source.size))).partition(b" ")
             if int(checksum, 16) != zlib.crc32(text):
                 return {}
-            start, rows = json.loads(text)
+            first, *blocks = text.split(b"\n")
+            start = json.loads(first)
             if start.pop("operation", None) != self._operation:
                 return {}
             writer = Writer(**start)
             part = {
                 name: Finished(name, tuple(read), tuple(made), size, length, message_id, tag)
-                for name, read, made, size, length, message_id, tag in rows
+                for block in blocks
+                for name, read, made, size, length, message_id, tag in json.loads(block)
             }
         except (IntegrityError, ValueError, TypeError, AttributeError):  # not ours, whoever put it there
             return {}
