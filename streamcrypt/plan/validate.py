@@ -61,8 +61,11 @@ def read_held_out(path: Path) -> tuple[Cell, ...]:
         raise sweep.SweepError(f"{path}: not a file of held-out configurations: {error}") from error
 
 
-def job_of(cell: Cell) -> planner.Job:
-    """The job that a cell is, as a plan would be asked for it."""
+def job_of(cell: Cell, cores: int) -> planner.Job:
+    """The job that a cell is, as a plan would be asked for it on a machine of so many cores.
+
+    Said, since a plan otherwise takes hosts that have a core for each of its workers.
+    """
     lengths = data.sizes_of(cell)
     limits = {
         "cache_max_age": cell.cache_max_age,
@@ -77,6 +80,7 @@ def job_of(cell: Cell) -> planner.Job:
         signed=cell.signed,
         frame_size=cell.frame_size,
         workers=cell.workers,
+        cores=cores,
         fsync=cell.fsync,
         storage=cell.storage,
         cache=cell.cache,
@@ -210,7 +214,7 @@ def judge(
     for runs in by_cell(measured.usable()).values():
         cell = runs[0].cell
         wall = median([run.wall_s for run in runs])
-        job = job_of(cell)
+        job = job_of(cell, cores)
         prediction = planner.predict(job, records)
         predicted = prediction.estimate.seconds
         known = records.usable()

@@ -399,7 +399,9 @@ def test_validating_with_rates_of_the_same_rounds(tmp_path):
     assert {run.cell for run in by_rates.runs} == set(rates)
     assert len(by_rates.runs) == 2 * len(rates)
     (row,) = result["rows"]
-    predicted = planner.predict(validate.job_of(held_out_cell), by_rates).estimate.seconds
+    predicted = planner.predict(
+        validate.job_of(held_out_cell, by_rates.machine.cores), by_rates
+    ).estimate.seconds
     assert row["predicted"] == pytest.approx(predicted)
     assert result["earlier"]["summary"]["plan"]["median"] != result["summary"]["plan"]["median"]
     assert "in the same rounds" in validate.table(result)
