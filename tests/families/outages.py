@@ -31,6 +31,7 @@ class Proxy:
 
     def __init__(self, behind: tuple[str, int]) -> None:
         self._behind = behind
+        self.dripped = 0  # answers that dripped to their end
         self._fault: str | None = None
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -116,6 +117,7 @@ class Proxy:
                         connection.sendall(bytes((byte,)))
                         if self._ended.wait(0.5):
                             return
+                    self.dripped += 1
                 else:
                     connection.sendall(answer)
         except OSError:

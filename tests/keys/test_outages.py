@@ -60,6 +60,7 @@ def test_an_outage_that_does_not_end_is_temporary_and_is_resumed(
         with pytest.raises(sc.KeyUnavailableError) as caught:
             sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=keyring, progress=count, **words)
         assert isinstance(caught.value, sc.TemporaryError)
+        assert proxy.dripped == 0  # no call waited for the end of its answer, minutes later
         proxy.recover()
         assert_nothing_partial(tmp_path / "enc", contents, reference)
         assert not leftovers(tmp_path / "enc")
