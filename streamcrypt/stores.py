@@ -168,8 +168,10 @@ class StoreTree:
             if (name[0] in "._" or "/." in name) and is_ours(name):
                 continue
             # "name/", as consoles make it, is listed as an empty object "name" that does not exist.
-            if entry.size == 0 and self._is_marker(name):
-                marker = entry._replace(folder=True)
+            if entry.size == 0 and self._is_marker(name.rstrip("/")):
+                marker = entry._replace(name=name.rstrip("/"), folder=True)
+            elif name[-1] == "/":
+                continue  # beside an object of that name
             elif admit is None or admit(name):
                 yield entry
         if marker is not None:
@@ -214,7 +216,8 @@ class StoreTree:
 
         prefix = "/".join(part for part in (self._prefix, folder.rstrip("/")) if part)
         skip = len(self._prefix) + 1 if self._prefix else 0
-        itself = len(prefix)  # a folder's marker
+        itself = len(self._prefix)  # the root's own marker
+        last = folder.rstrip("/")
         with _translated(SourceError, f"{self.root}/{folder}"):
             for objects in obstore.list(self._bucket.store, prefix or None, chunk_size=chunk):
                 page = [
@@ -230,6 +233,7 @@ class StoreTree:
                     if len(found["path"]) > itself
                 ]
                 if page:
+                    last = _mark_folders(page, last)
                     yield page
 
     def is_empty(self) -> bool:
@@ -368,6 +372,17 @@ class StoreTree:
 
     def _has(self, key: str) -> bool:
         return not self._prefix or key.startswith(f"{self._prefix}/")
+
+
+def _mark_folders(page: list[Entry], last: str) -> str:
+    """Give "name/" its slash back, of which the library says "name"; the page's last name.
+
+    It is listed after "name-b", and then only is its place not that of "name".
+    """
+    for number, entry in enumerate(page):
+        if entry.size == 0 and entry.name <= (page[number - 1].name if number else last):
+            page[number] = entry._replace(name=f"{entry.name}/")
+    return page[-1].name
 
 
 def _ready(listed: list[Entry], folders: list[str]) -> tuple[list[Entry], list[Entry]]:

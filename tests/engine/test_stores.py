@@ -488,6 +488,23 @@ def test_walk_in_our_order_over_many_pages(bucket: Bucket) -> None:
         assert [entry.name for entry in entries if entry.folder] == ["marker"]
 
 
+def test_markers_of_folders_beside_what_sorts_before_them(bucket: Bucket) -> None:
+    """A listing has "train/" after "train-1", and our library says "train" of it."""
+    from moto.s3.models import s3_backends
+
+    backend = s3_backends["123456789012"]["aws"]
+    names = ["file", "file-1", "full/x", *(f"train-{number:04}" for number in range(1100)), "train.csv"]
+    for name in (*names, "file/", "full/", "full-1", "train/"):
+        backend.put_object(bucket.name, f"root/{name}", b"" if name.endswith("/") else b"x")
+    expected = sorted([*names, "full-1", "train"], key=sort_key)
+    for held in (stores.HELD_ENTRIES, 10):
+        tree = stores.StoreTree(f"{bucket.url}/root")
+        tree.held_entries = held
+        entries = list(tree.walk())
+        assert [entry.name for entry in entries] == expected
+        assert [entry.name for entry in entries if entry.folder] == ["train"]
+
+
 def test_memory_does_not_grow_with_the_listing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """20,000 keys here, a million in campaigns/test_stores.py."""
     found = listed(20_000, monkeypatch)
