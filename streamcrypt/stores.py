@@ -52,6 +52,7 @@ from streamcrypt.errors import (
 )
 from streamcrypt.storage import RESERVED_FOLDER, Buffer, Entry, Filters, State, check_name, is_ours, sort_key
 from streamcrypt.tuples import NamedTuple
+from streamcrypt.units import parse_duration
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -96,6 +97,7 @@ HELD_ENTRIES: Final = 10_000
 _UP_TO_SLASH: Final = re.compile(r"(?<!/)[\x01-/]")
 
 _RETRY_SECONDS: Final = 120.0  # an outage of a minute is waited out; RETRY_VARIABLE sets another limit
+_LONGEST_RETRY: Final = 366 * 86400.0  # what the library's clock can hold
 _LONGEST_PAUSE: Final = 2.0
 RETRY_VARIABLE: Final = "STREAMCRYPT_STORE_RETRY_SECONDS"
 _THREADS: Final = 32
@@ -898,12 +900,16 @@ class _Bucket:
     def store(self) -> ObjectStore:
         with self._lock:
             if self._store is None:
-                self._store = _make_store(self.scheme, self.name, self._session)
+                self._store = _make_store(self.scheme, self.name, self._session, self._endpoint)
             return self._store
 
     @functools.cached_property
     def _session(self) -> Any:
         return _session() if self.scheme == "s3" else None
+
+    @functools.cached_property
+    def _endpoint(self) -> str | None:
+        return _s3_endpoint() if self.scheme == "s3" else None
 
     def head(self, key: str, path: str, kind: type[StreamcryptError]) -> dict[str, Any] | None:
         """What the store says of an object; None when there is none."""
@@ -941,7 +947,9 @@ class _Bucket:
 
         with self._lock:
             if self._client is None:
-                self._client = _make_client(self._session)
+                self._client = _make_client(self._session, self._endpoint)
+        if _is_true("AWS_REQUEST_PAYER"):  # as `obstore` sends it
+            request["RequestPayer"] = "requester"
         give_up = time.monotonic() + _retry_seconds()
         pause = 0.1
         while True:
@@ -972,7 +980,7 @@ class _Bucket:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
+def _make_store(scheme: str, name: str, session: Any, endpoint: str | None) -> ObjectStore:
     try:
         from obstore import store as stores
     except ImportError as error:
@@ -999,7 +1007,6 @@ def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
     if scheme == "az":
         return stores.AzureStore(name, client_options=options, retry_config=retry)
     config: Any = {}
-    endpoint = _s3_endpoint()
     if endpoint is not None:
         config["endpoint"] = endpoint
         if endpoint.startswith("http:"):
@@ -1013,7 +1020,7 @@ def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
         return stores.S3Store(name, config=config, client_options=options, retry_config=retry)
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    config["region"] = session.region_name or "us-east-1"
+    config["region"] = _region(session)
     return stores.S3Store(
         name,
         config=config,
@@ -1023,7 +1030,7 @@ def _make_store(scheme: str, name: str, session: Any) -> ObjectStore:
     )
 
 
-def _make_client(session: Any) -> Any:
+def _make_client(session: Any, endpoint: str | None) -> Any:
     import botocore
     from botocore.config import Config
 
@@ -1031,14 +1038,14 @@ def _make_client(session: Any) -> Any:
         retries={"total_max_attempts": 1, "mode": "standard"},  # `call` does it, with the same pauses
         max_pool_connections=_THREADS,
         connect_timeout=5,
-        s3={"payload_signing_enabled": not _is_payload_unsigned(_s3_endpoint())},
+        s3={"payload_signing_enabled": not _is_payload_unsigned(endpoint)},
         **({} if session is not None else {"signature_version": botocore.UNSIGNED}),
     )
     session = session or _boto3_session()
     return session.client(
         "s3",
-        endpoint_url=_s3_endpoint(),
-        region_name=session.region_name or "us-east-1",
+        endpoint_url=endpoint,
+        region_name=_region(session),
         config=config,
     )
 
@@ -1074,14 +1081,39 @@ def _loader(search_path: str | None) -> Any:
     return create_loader(search_path)
 
 
+def _region(session: Any) -> str:
+    """The Region, also from the variable of all the other AWS SDKs, which boto3 passes over."""
+    return os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+
+
 def _s3_endpoint() -> str | None:
-    """The endpoint that the environment names."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return _checked_endpoint(endpoint) if endpoint else None
+    """The endpoint that the environment or the profile sets, for both libraries; None for the Region's own."""
+    import botocore.session
+    from botocore.config import Config
+
+    # The last is one that `obstore` reads by itself.
+    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    endpoint: str | None = next(filter(None, named), None)
+    if endpoint is None:
+        session = botocore.session.get_session()
+        settings = [session.get_scoped_config().get(name) for name in ("endpoint_url", "services")]
+        settings += map(session.get_config_variable, ("use_fips_endpoint", "use_dualstack_endpoint"))
+        if any(settings):  # boto3 knows what they come to; asking it always would cost a client
+            asked = _boto3_session()
+            config = Config(s3={"us_east_1_regional_endpoint": "regional"})
+            endpoint = asked.client("s3", region_name=_region(asked), config=config).meta.endpoint_url
+    return None if endpoint is None else _checked_endpoint(endpoint)
 
 
 def _checked_endpoint(endpoint: str) -> str:
-    """The endpoint; StreamcryptError where it would send data in the clear."""
+    """The endpoint; StreamcryptError for what is none, or would send data in the clear."""
+    try:
+        url = urlsplit(endpoint)
+        is_one = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise StreamcryptError("the store's endpoint is not a URL; write https://HOST or https://HOST:PORT")
     if not _is_guarded(endpoint) and not _is_true("AWS_ALLOW_HTTP"):
         host = urlsplit(endpoint).hostname or ""
         raise StreamcryptError(
@@ -1114,8 +1146,8 @@ def _server_side_encryption() -> dict[str, Any]:
     asked: dict[str, Any] = {"ServerSideEncryption": kind}
     if key:
         asked["SSEKMSKeyId"] = key
-    if _is_true("AWS_SSE_BUCKET_KEY_ENABLED"):
-        asked["BucketKeyEnabled"] = True
+    if os.environ.get("AWS_SSE_BUCKET_KEY_ENABLED"):
+        asked["BucketKeyEnabled"] = _is_true("AWS_SSE_BUCKET_KEY_ENABLED")
     return asked
 
 
@@ -1128,7 +1160,10 @@ def _is_false(name: str) -> bool:
 
 
 def _retry_seconds() -> float:
-    return float(os.environ.get(RETRY_VARIABLE) or _RETRY_SECONDS)
+    try:
+        return min(parse_duration(os.environ.get(RETRY_VARIABLE) or _RETRY_SECONDS), _LONGEST_RETRY)
+    except ValueError as error:
+        raise StreamcryptError(f"{RETRY_VARIABLE}: {error}") from error
 
 
 def _abort(bucket: _Bucket, key: str, upload_id: str) -> None:
@@ -1206,7 +1241,9 @@ def _translation(
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return kind(f"{path}: the store denied access; the caller needs {_permission(path, reads=reads)}")
     if isinstance(error, exceptions.InvalidPathError):
-        return kind(f"{path}: holds a key that is not a name: an empty part, '.' or '..'")
+        found = re.search(r'Path "(.*)"(?:: Enc| contained)', str(error).partition("\n\n")[0], re.DOTALL)
+        key = f"the key {found[1]!r}, which is not a name" if found else "a key that is not a name"
+        return kind(f"{path}: holds {key}: an empty part, '.' or '..', or a control character")
     if isinstance(error, ValueError):
         return kind(f"{path}: is not a name that can be asked of a store")
     if not isinstance(error, exceptions.BaseError):

@@ -689,6 +689,91 @@ def test_proxies_of_the_environment_are_used(
     }
 
 
+@pytest.mark.parametrize("where", ["environment", "profile", "services"])
+def test_all_requests_go_to_the_endpoint_that_is_set(
+    bucket: Bucket, key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    """By obstore and by boto3: else large objects go elsewhere than small ones."""
+    url = os.environ["AWS_ENDPOINT_URL_S3"]
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    if where == "environment":
+        monkeypatch.setenv("AWS_ENDPOINT", url)
+    profile = f"endpoint_url = {url}" if where == "profile" else "services = here"
+    services = f"[services here]\ns3 =\n  endpoint_url = {url}"
+    (tmp_path / "config").write_text(f"[default]\n{profile}\n{services}\n" if where != "environment" else "")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with sc.open(f"{bucket.url}/m", "wb", keys=key) as file:
+        file.write(bytes(BIG))
+    assert (bucket.names(), bucket.uploads()) == (["m"], [])
+    with sc.open(f"{bucket.url}/m") as read:
+        assert read.size == BIG
+
+
+@pytest.mark.parametrize(
+    ("settings", "host"),
+    [
+        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "s3-fips.eu-west-1.amazonaws.com"),
+        ({"AWS_USE_DUALSTACK_ENDPOINT": "true"}, "s3.dualstack.eu-west-1.amazonaws.com"),
+        ({}, None),
+    ],
+)
+def test_the_region_and_its_endpoint_are_those_of_the_environment(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], host: str | None
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    config = dict(stores.StoreTree("s3://bucket")._bucket.store.config)  # type: ignore[call-overload]
+    assert config["region"] == "eu-west-1"
+    assert config.get("endpoint") == (f"https://{host}" if host else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (stores.RETRY_VARIABLE, "soon", "STREAMCRYPT_STORE_RETRY_SECONDS: 'soon' is not a duration"),
+        ("AWS_ENDPOINT_URL_S3", "https://", "endpoint is not a URL"),
+        ("AWS_ENDPOINT_URL_S3", "store.example", "endpoint is not a URL"),
+        ("AWS_ENDPOINT_URL_S3", "https://[::1", "endpoint is not a URL"),
+        ("AWS_ENDPOINT_URL_S3", "https://store.example:x", "endpoint is not a URL"),
+    ],
+)
+def test_settings_that_are_none(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(sc.StreamcryptError, match=message):
+        sc.open(f"{bucket.url}/m")
+
+
+def test_the_longest_time_for_retries_is_longer_than_any_job(
+    bucket: Bucket, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(stores.RETRY_VARIABLE, "999999999999d")
+    with sc.open(f"{bucket.url}/m", "wb", keys=key) as file:
+        file.write(bytes(BIG))
+
+
+def test_whoever_asks_pays_for_every_request(
+    bucket: Bucket, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "true")
+    for size in (10, BIG):
+        with sc.open(f"{bucket.url}/{size}", "wb", keys=key) as file:
+            file.write(bytes(size))
+    assert {headers.get("x-amz-request-payer") for headers in bucket.proxy.headers} == {"requester"}
+
+
+def test_a_key_that_is_no_name_is_named(bucket: Bucket) -> None:
+    for name in ("a//b", "a/../b", 'a\t"'):
+        bucket.put(f"{bucket.name}/{name}")
+        with pytest.raises(sc.StreamcryptError, match="is not a name: an empty part") as error:
+            list(stores.StoreTree(f"{bucket.url}/{bucket.name}").walk())
+        assert repr(f"{bucket.name}/{name}") in str(error.value)
+        bucket.delete(f"{bucket.name}/{name}")
+
+
 def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
