@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from streamcrypt.cli import output
-from streamcrypt.errors import StreamcryptError
+from streamcrypt.errors import StreamcryptError, TemporaryError
 from streamcrypt.units import format_size, parse_duration, parse_size
 
 USAGE_ERROR = 2
@@ -615,13 +615,22 @@ def _listing(source: str) -> tuple[int, int, Any]:
     from streamcrypt.plan.predict import PlanError, Sizes
     from streamcrypt.storage import STORE_SCHEMES
 
-    if "://" in source and not source.startswith(STORE_SCHEMES):
+    if source == "-" or ("://" in source and not source.startswith(STORE_SCHEMES)):
         raise PlanError(f"{source}: a listing is of a folder or of a {', '.join(STORE_SCHEMES)} URL")
     try:
-        entries = api.entries(source)
-        sizes = [entry.size for entry in entries if not entry.folder and entry.problem is None]
+        sizes, left_out = [], []
+        for entry in api.entries(source):
+            if entry.problem is not None:
+                left_out.append(entry)
+            elif not entry.folder:
+                sizes.append(entry.size)
+    except TemporaryError:
+        raise
     except (StreamcryptError, ImportError) as error:
         raise PlanError(str(error)) from error
+    if left_out:
+        first = f"{output.printable(left_out[0].name)}: {left_out[0].problem}"
+        _say(f"left out, and a job fails on them: {len(left_out)} names, first: {first}")
     return sum(sizes), len(sizes), Sizes.listing(sizes)
 
 
@@ -844,9 +853,14 @@ def _report(args: argparse.Namespace) -> int:
 
     try:
         page = report.page_of(args.source)
-        args.out.write_text(page, encoding="utf-8")
+        if args.out.exists() and args.out.samefile(args.source):
+            raise report.ReportError(f"{args.out}: is what the page is made of; name another file")
     except (RecordsError, OSError, report.ReportError) as error:
         return _refuse(args, str(error), USAGE_ERROR)
+    try:
+        args.out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        return _refuse(args, f"{args.out}: cannot be written: {error.strerror}", 1)
     if args.json:
         _out(json.dumps({"out": str(args.out), "bytes": len(page.encode())}))
     else:

@@ -99,6 +99,7 @@ BAD = {
     ),
     "deadline of zero": (["--bytes", "5TB", "--files", "100", "--deadline", "0s"], 2, "above 0"),
     "no listing": (["--listing", "no-such-folder"], 2, "does not exist"),
+    "listing of a stream": (["--listing", "-"], 2, "of a folder"),
     "negative price": (["--bytes", "5TB", "--files", "9", "--price-host-hour=-3"], 2, "0 or more"),
     "price of nothing": (["--bytes", "5TB", "--files", "9", "--price-host-hour", "nan"], 2, "0 or more"),
     "endless quota": (["--bytes", "5TB", "--files", "9", "--kms-quota", "inf"], 2, "above 0"),
@@ -150,6 +151,13 @@ def test_a_bucket_is_listed_by_our_own_stores(capsys, monkeypatch, records, buck
         assert len(err.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_bucket_that_is_out_of_reach_is_worth_another_try(capsys, monkeypatch, records, bucket):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    code, _, err = run(capsys, "plan", "--listing", f"{bucket.url}/data", "--records", records)
+    assert (code, "try again" in err) == (5, True)
+
+
 @pytest.mark.parametrize(("words", "code", "said"), BAD.values(), ids=BAD)
 def test_what_cannot_be_planned_is_one_line(capsys, records, words, code, said):
     got, _, err = run(capsys, "plan", *words, "--records", records)
@@ -181,10 +189,12 @@ def test_an_empty_listing_is_refused_and_a_real_one_counted(capsys, tmp_path, re
     (tmp_path / "sub").mkdir()
     for number in range(5):
         (tmp_path / "sub" / f"{number}").write_bytes(bytes(1000 * number))
-    code, out, _ = run(capsys, "plan", "--listing", tmp_path, "--records", records, "--json")
+    (tmp_path / "sub" / "link").symlink_to("1")
+    code, out, err = run(capsys, "plan", "--listing", tmp_path, "--records", records, "--json")
     assert code == 0
     plan = json.loads(out)
     assert (plan["files"], plan["bytes"]) == (5, 10_000)
+    assert "left out, and a job fails on them: 1 names, first: sub/link: is a symbolic link" in err
 
 
 def test_a_finished_job_is_checked(capsys, tmp_path, records):
@@ -324,6 +334,12 @@ def test_a_plan_as_a_page(capsys, tmp_path, records):
     assert run(capsys, "report", tmp_path / "plan.json", "--out", tmp_path / "plan.html")[0] == 0
     assert "sliders" in (tmp_path / "plan.html").read_text()
     assert run(capsys, "report", tmp_path / "absent.json", "--out", tmp_path / "x.html")[0] == 2
+    before = (tmp_path / "plan.json").read_text()
+    code, _, err = run(capsys, "report", tmp_path / "plan.json", "--out", tmp_path / "plan.json")
+    assert (code, "name another file" in err) == (2, True)
+    assert (tmp_path / "plan.json").read_text() == before
+    code, _, err = run(capsys, "report", tmp_path / "plan.json", "--out", tmp_path / "absent" / "x.html")
+    assert (code, "cannot be written" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
