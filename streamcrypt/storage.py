@@ -49,6 +49,8 @@ RESERVED_FOLDER: Final = "_streamcrypt"
 CLAIMED_LENGTH: Final = 2**20
 # A folder's descriptor is kept for the files that follow; a few are enough, since names come sorted.
 KEPT_FOLDERS: Final = 8
+# Folders in one another take a frame of the interpreter's stack each, which has a thousand.
+_DEEPEST: Final = 800
 
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not hang us
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
@@ -272,6 +274,9 @@ class LocalTree:
         yield from self._walk("", filters or Filters())
 
     def _walk(self, folder: str, filters: Filters) -> Iterator[Entry]:
+        if folder.count("/") >= _DEEPEST:
+            yield Entry(folder, 0, problem=f"lies in more than {_DEEPEST} folders")
+            return
         try:
             # Names only: a folder of a million files must not cost a million objects of a kilobyte.
             names = os.listdir(self._folder(folder).descriptor)

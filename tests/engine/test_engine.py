@@ -905,6 +905,21 @@ def test_a_destination_folder_that_is_a_link_is_not_followed(tmp_path):
     assert list((tmp_path / "outside").iterdir()) == []
 
 
+def test_a_folder_deeper_than_the_stack_fails_alone(tmp_path):
+    make_tree(tmp_path / "in", {"a": 1})
+    descriptor = os.open(tmp_path / "in", os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+    with pytest.raises(sc.SourceError, match="lies in more than 800 folders"):
+        sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
+    assert (tmp_path / "enc" / "a").exists()
+    subprocess.run(["rm", "-rf", tmp_path / "in"], check=True)  # deeper than pytest's own removal goes
+
+
 def test_a_fifo_as_source_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for act in (
