@@ -3,7 +3,8 @@
     submit(tasks)     hand a list of tasks to the least busy worker; ``has_room`` first
     collect()         wait, and return what has become of some lists
 
-Threads serve few or large files: `cryptography` and the kernel work without the interpreter's lock.
+Threads serve few or large files: `cryptography` and the kernel work without the interpreter's lock.  Where the
+interpreter's part is the larger one, a single thread works in turns with the one that collects.
 Processes serve many small files, whose cost is the interpreter's own; they start in 0.2 s, so a job
 must be worth that (benchmarks/README.md, "threads or processes").
 
@@ -65,13 +66,16 @@ class Pool(Protocol):
 
 
 class ThreadPool:
-    """Workers as threads of this process."""
+    """Workers as threads of this process.
 
-    def __init__(self, setup: Setup, workers: int) -> None:
+    ``in_turns``: one list at a time, so that who collects and who works never want the interpreter's lock both.
+    """
+
+    def __init__(self, setup: Setup, workers: int, *, in_turns: bool = False) -> None:
         self._tasks: queue.SimpleQueue[Tasks | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[list[Taken]] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._limit = workers * _HELD
+        self._limit = 1 if in_turns else workers * _HELD
         self._in_flight = 0
         self._threads = [
             threading.Thread(

@@ -181,6 +181,29 @@ def test_processes_give_what_threads_give(heavy, tmp_path):
     assert not any(map(is_running, children))
 
 
+def test_threads_side_by_side_only_where_they_do_not_wait_for_the_interpreter(tmp_path):
+    """Small files: one, in turns with the caller's; as many as asked for large ones, and where a disk is waited for."""
+    make_tree(tmp_path / "small", {f"{number:03}": 1000 for number in range(300)})
+    make_tree(tmp_path / "large", {f"{number}": 2**20 for number in range(8)})
+
+    def threads_of(action, *places, **options) -> int:
+        names = set()
+
+        def look(_):
+            names.update(thread.name for thread in threading.enumerate())
+
+        action(*places, keys=KEYS, workers=4, progress=look, **options)
+        return sum(name.startswith("streamcrypt-") for name in names)
+
+    assert threads_of(sc.encrypt, tmp_path / "small", tmp_path / "a", fsync=False) == 1
+    assert threads_of(sc.verify, tmp_path / "a") == 1
+    assert threads_of(sc.decrypt, tmp_path / "a", tmp_path / "b", fsync=False) == 1
+    assert read_tree(tmp_path / "b") == read_tree(tmp_path / "small")
+    assert threads_of(sc.decrypt, tmp_path / "a", tmp_path / "c") == 4
+    assert threads_of(sc.encrypt, tmp_path / "large", tmp_path / "d", fsync=False) == 4
+    assert threads_of(sc.encrypt, tmp_path / "large", tmp_path / "e", fsync=False, frame_size=1000) == 1
+
+
 def test_rekey(tree, tmp_path, home):
     root, contents = tree
     service = open_service(home)
