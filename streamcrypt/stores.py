@@ -161,8 +161,9 @@ class StoreTree:
         # What is done for every object is what finding out what is done costs (benchmarks/README.md, "Object stores").
         admit = filters.admit if filters is not None and filters != Filters() else None
         marker: Entry | None = None
+        name = ""
         for entry in self._in_our_order(""):
-            name = entry.name
+            before, name = name, entry.name
             if marker is not None:
                 if not name.startswith(marker.name + "/"):
                     yield marker
@@ -170,11 +171,13 @@ class StoreTree:
             if (name[0] in "._" or "/." in name) and is_ours(name):
                 continue
             # "name/", as consoles make it, is listed as an empty object "name" that does not exist.
-            if entry.size == 0 and self._is_marker(name.rstrip("/")):
-                marker = entry._replace(name=name.rstrip("/"), folder=True)
-            elif name[-1] == "/":
-                continue  # beside an object of that name
-            elif admit is None or admit(name):
+            if entry.size == 0 and name[-1] == "/":
+                entry = entry._replace(name=name[:-1])
+                if before == entry.name:
+                    continue  # beside an object of that name
+            if entry.size == 0 and self._is_marker(entry.name):
+                marker = entry._replace(folder=True)
+            elif admit is None or admit(entry.name):
                 yield entry
         if marker is not None:
             yield marker

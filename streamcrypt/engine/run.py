@@ -449,8 +449,7 @@ class _Run:
             yield from self.readable(entries)
             return
         with manifest:
-            lines = self._admitted(read_manifest(io.BufferedReader(manifest, 2**20)))
-            yield from self._matched(entries, lines)
+            yield from self._matched(entries, self._admitted(self._lines(manifest)))
 
     def _matched(self, entries: Iterator[Entry], lines: Iterator[Listed]) -> Iterator[_Item]:
         for entry, line in merge(entries, lines):
@@ -470,6 +469,12 @@ class _Run:
                 self._fail_integrity(entry.name, "is a folder in one place and a file in the other")
             else:
                 yield from self.readable((entry,), line)
+
+    def _lines(self, manifest: DecryptingFile) -> Iterator[Listed]:
+        try:
+            yield from read_manifest(io.BufferedReader(manifest, 2**20))
+        except StreamcryptError as error:
+            raise located(error, self._path(MANIFEST)) from error.__cause__
 
     def _signed_lines(self) -> Iterator[Listed]:
         """The lines of the signed manifest, which then stands in for the encrypted one."""

@@ -349,6 +349,14 @@ def test_a_tree_that_was_changed_as_a_whole(tmp_path, tamper, named):
     assert not named & set(read_tree(tmp_path / "dec"))
 
 
+def test_a_message_in_the_manifests_place_is_named(tmp_path):
+    make_tree(tmp_path / "in", {"a": 100})
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
+    (tmp_path / "enc" / MANIFEST).write_bytes((tmp_path / "enc" / "a").read_bytes())
+    with pytest.raises(sc.IntegrityError, match=rf"enc/{MANIFEST}: is not a whole manifest"):
+        sc.verify(tmp_path / "enc", keys=KEYS)
+
+
 def test_the_manifest(tmp_path):
     make_tree(tmp_path / "in", {"a": 100, "b": 100})
     report = sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS)
