@@ -7,6 +7,7 @@ knows better replaces the prices by a file (``Prices.from_json``).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Prices:
                 value, (float, int) if expected is float else expected
             ):
                 raise ValueError(f"prices: {name} must be {expected.__name__}")
-            if not isinstance(value, str) and value < (1 if name == "per" else 0):
+            if not isinstance(value, str) and not (1 if name == "per" else 0) <= value < math.inf:
                 raise ValueError(f"prices: {name} is out of range")
         return dataclasses.replace(PRICES, **values)
 

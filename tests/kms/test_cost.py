@@ -90,6 +90,8 @@ def test_prices_can_be_replaced() -> None:
         {"symetric": 1.0},
         {"symmetric": "1"},
         {"symmetric": -1.0},
+        {"symmetric": float("nan")},
+        {"key_month": float("inf")},
         {"per": 0},
         {"free_requests": True},
     ):
