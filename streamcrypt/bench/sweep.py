@@ -721,7 +721,8 @@ def compare_exit_code(comparisons: Sequence[Comparison]) -> int:
 def summary(records: Records) -> list[dict[str, Any]]:
     """A row per cell: median seconds and rate, spread, KMS calls, memory, share of the yardstick's rate.
 
-    ``of_copy`` is against a copy of the same files; of an epoch against the same loader over plain files.
+    ``of_copy`` is against a copy of the same files, None where none was made; of an epoch against the same
+    loader over plain files.
     """
     rows = []
     for runs in by_cell(records.usable()).values():
@@ -736,7 +737,7 @@ def summary(records: Records) -> list[dict[str, Any]]:
                 "seconds": wall,
                 "bytes_per_second": median([run.rate for run in runs]),
                 "spread": spread([run.wall_s for run in runs]),
-                "of_copy": median(copies) / wall if copies and wall else math.nan,
+                "of_copy": median(copies) / wall if copies and wall else None,
                 "yardstick": "plain" if runs[0].yardstick_s.get("plain") else "copy",
                 "kms_calls": median([float(run.calls) for run in runs]),
                 "peak_rss": max(run.peak_rss for run in runs),

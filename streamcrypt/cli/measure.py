@@ -357,9 +357,10 @@ def _tell(records: Any, args: argparse.Namespace, refused: list[dict[str, str]] 
         _out(json.dumps(found))
     else:
         for row in rows:
+            of_copy = "–" if row["of_copy"] is None else f"{row['of_copy']:.2f} of {row['yardstick']}"
             _out(
                 f"{row['seconds']:9.3f} s  {format_size(row['bytes_per_second']):>10}/s  ±{row['spread']:4.0%}  "
-                f"{row['of_copy']:4.2f} of {row['yardstick']}  {row['label']}"
+                f"{of_copy}  {row['label']}"
             )
     if failed:
         return _fail(f"{len(failed)} of {len(records.runs)} runs failed, first: {failed[0].error}", 1)

@@ -278,6 +278,16 @@ def test_bench_run_and_report(capsys, tmp_path):
     assert code == 2  # two cells are too few to fit
 
 
+def test_a_sweep_without_yardsticks_has_no_ratio(capsys, tmp_path):
+    axes = ("--axis", "files=3", "--axis", "file_size=10KiB", "--axis", "storage=disk", "--no-yardsticks")
+    words = ("bench", "run", *axes, "--rounds", "1", "--attempts", "1", "--out", tmp_path / "out")
+    code, out, _ = run(capsys, *words, "--work", tmp_path, "--quiet", "--json")
+    assert (code, "NaN" in out) == (0, False)
+    assert [row["of_copy"] for row in json.loads(out)["cells"]] == [None]
+    _, out, _ = run(capsys, *words, "--work", tmp_path, "--quiet")
+    assert "–  encrypt, 3 × 10 KiB" in out
+
+
 def test_what_a_sweep_cannot_measure_is_left_out_by_name(capsys, tmp_path):
     axes = ("--axis", "files=2", "--axis", "file_size=1KiB", "--axis", "storage=disk", "--seed", "5")
     axes += (
