@@ -107,15 +107,16 @@ MODEL = """\
 {formula}
 ```
 
-P is the number of workers that have a task and a core; whether workers are threads or processes is the engine's own
-rule; d is the parent's share of the work on a small file, from processor seconds. The coefficients are fitted by
-non-negative least squares with relative weights, one fit for all runs of an operation: what depends on the storage
-(files, bytes) has a coefficient for each, the rest is shared. Waits for the KMS come from a closed form of the engine's
-queue (one cache for a host; message, age and byte limits; a token bucket for the quota), which a property test holds to
-an event simulation of 200 random loads. An interval repeats the plan with rates refitted to resampled runs, times the
-relative errors of cells left out of their own fit. What limits a job: the processor seconds, fitted in the same way,
-over the cores that the work can keep busy; of the rest the waits for the KMS, and what is left is the storage's (in
-memory nobody waits for a device: what is left there are the interpreter's lock and hand-overs, and counts as `cpu`).
+P is the number of workers that have a task and a core; whether workers are processes, threads or one thread alone (P
+is 1) is the engine's own rule; d is the parent's share of the work on a small file, from processor seconds. The
+coefficients are fitted by non-negative least squares with relative weights, one fit for all runs of an operation:
+what depends on the storage (files, bytes) has a coefficient for each, the rest is shared. Waits for the KMS come from
+a closed form of the engine's queue (one cache for a host; message, age and byte limits; a token bucket for the
+quota), which a property test holds to an event simulation of 200 random loads. An interval repeats the plan with
+rates refitted to resampled runs, times the relative errors of cells left out of their own fit. What limits a job: the
+processor seconds, fitted in the same way, over the cores that the work can keep busy; of the rest the waits for the
+KMS, and what is left is the storage's (in memory nobody waits for a device: what is left there are the interpreter's
+lock and hand-overs, and counts as `cpu`).
 """
 
 METRICS = """\
@@ -180,7 +181,8 @@ def measured_table(records: Records) -> list[str]:
 
 def rates_table(records: Records) -> list[str]:
     units = {
-        "start": (1e3, "ms"), "process": (1e3, "ms"), "file_lock": (1e6, "µs"), "file_contended": (1e6, "µs"),
+        "start": (1e3, "ms"), "starting": (1e3, "ms"), "process": (1e3, "ms"),
+        "file_lock": (1e6, "µs"), "file_contended": (1e6, "µs"),
         "file_serial": (1e6, "µs"), "file": (1e6, "µs"), "single": (1e6, "µs"), "frame": (1e6, "µs"),
         "byte_serial": (2**20 * 1e3, "ms/MiB"), "byte": (2**20 * 1e3, "ms/MiB"), "sync_serial": (1e6, "µs"),
         "sync": (1e6, "µs"), "sync_byte": (2**20 * 1e3, "ms/MiB"), "signature_serial": (1e6, "µs"),
@@ -215,10 +217,10 @@ def validation_section(path: Path | None) -> list[str]:
         ]
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     told = (
-        "Every configuration of `benchmarks/held_out.json` and every one of a calibration was measured once in each "
-        "round, in one seeded order; the rates are fitted to the latter alone. So this says how good "
-        "the model is, not how old records may be. Each row is held against the noise floor of its kind: one "
-        "of these configurations, ten times, spread over the same rounds. The row of a run and the others of its own "
+        "Every configuration of `benchmarks/held_out.json` was measured once in each round, of a calibration's a "
+        "third, in one seeded order; the rates are fitted to the latter alone. So this says how good "
+        "the model is, not how old records may be. A configuration's noise floor is how far nine in ten of its own "
+        "runs keep to their median. The row of a run and the others of its own "
         "configuration is the machine's part: knowing the answer of the other rounds is off by so much."
         if result.get("same_rounds")
         else ""

@@ -47,7 +47,7 @@ from streamcrypt.bench.records import (
     this_machine,
     write_parquet,
 )
-from streamcrypt.engine.run import PROCESSES_PAY, interpreter_seconds
+from streamcrypt.engine.run import PROCESSES_PAY, interpreter_seconds, way_of_working
 from streamcrypt.units import parse_duration, parse_size
 
 KIB: Final = 1 << 10
@@ -74,6 +74,7 @@ class Sweep:
     cells: tuple[Cell, ...]
     rounds: int
     seed: int = 1
+    first_round: int = 0  # those before it are another sweep's
 
 
 def parse_value(axis: str, text: Any) -> Any:
@@ -316,52 +317,64 @@ def possible(sweep: Sweep) -> tuple[Sweep, list[tuple[Cell, str]]]:
 def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep:
     """The cells from which a plan's rates are fitted: about six minutes for two storages and one round.
 
-    Many small files give the cost of a file, small frames that of a frame, large files that of a byte; each
-    with one worker and with as many as there are cores, since their ratio is the contention, and with so
-    many that the engine takes processes for workers.  Twice as many workers as cores say what threads wait
-    for each other, and what waits for a disk at once.  What does not depend on the storage (frames,
-    signatures, data keys, starting workers) is measured on the first one only, memory if it is there.
+    Many small files give the cost of a file, small frames that of a frame, large files that of a byte, middling
+    ones what lies between; each with one worker and with as many as there are cores, since their ratio is the
+    contention, and with so many that the engine takes processes for workers.  Twice as many workers as cores
+    say what threads wait for each other, and what waits for a disk at once.  What does not depend on the storage
+    (frames, signatures, data keys, starting workers) is measured on the first one only, memory if it is there.
+    What one thread does alone is measured once, whatever the number of workers asked for.
     """
     # Clearly below the number of small files from which on workers are processes, clearly above it, far above.
     turn = PROCESSES_PAY / interpreter_seconds(1, 1)
     many, more, most = ((min(20_000, round(times * turn)), 8 * KIB, MIB) for times in (0.55, 1.5, 3.5))
-    large, middle = (32, 24 * MIB, MIB), (400, 2 * MIB, MIB)
+    large, middle, spans = (32, 24 * MIB, MIB), (400, 2 * MIB, MIB), (2, 384 * MIB, MIB)
     frames = (math.ceil(1.1 * PROCESSES_PAY / interpreter_seconds(1, 1025)), 4 * MIB, 4 * KIB)
-    spans, some_frames = (2, 384 * MIB, MIB), (1500, 256 * KIB, 64 * KIB)
+    short, between = (2000, 64 * KIB, 16 * KIB), (800, 640 * KIB, 256 * KIB)
     cells: list[Cell] = []
 
     def add(shape: tuple[int, int, int], **fields: Any) -> None:
         files, size, frame = shape
-        cells.append(Cell(files=files, file_size=size, frame_size=frame, **fields))
+        cell = Cell(files=files, file_size=size, frame_size=frame, **fields)
+        counted = files * (size // frame + 1)
+        if cell.workers == 1 or (
+            way_of_working(files, counted, files * size, cell.workers, flushed=cell.fsync) != "alone"
+        ):
+            cells.append(cell)
 
     ordered = sorted(set(storages), key=lambda storage: storage != "memory")
     for storage, workers, operation in itertools.product(
         ordered, sorted({1, cores}), ("encrypt", "decrypt", "verify", "rekey")
     ):
-        common: dict[str, Any] = {"storage": storage, "workers": workers, "operation": operation}
         fsync = storage == "disk" and operation != "verify"
+        common: dict[str, Any] = {
+            "storage": storage,
+            "workers": workers,
+            "operation": operation,
+            "fsync": fsync,
+        }
         moves = operation in ("encrypt", "decrypt")
         shapes = [many, large]
+        if operation != "rekey" and (storage == ordered[0] or moves):
+            shapes += [short, between]
         if storage == ordered[0]:
-            shapes += [more, frames] + ([middle, spans, some_frames] if moves else [])
-            add((600, 8 * KIB, MIB), cache_max_messages=1, **common)
+            shapes += [more, frames] + ([middle, spans] if moves else [])
+            add((600, 8 * KIB, MIB), cache_max_messages=1, **common | {"fsync": False})
             for signed in (
                 ((300, 16 * KIB, MIB), (12, 24 * MIB, MIB)) if operation != "rekey" or workers > 1 else ()
             ):
-                add(signed, signed=True, **common)
+                add(signed, signed=True, **common | {"fsync": False})
             if workers > 1:
-                add(most, fsync=fsync, **common)
+                add(most, **common)
         elif workers > 1:
             shapes.append(more)
         for shape in shapes:
-            add(shape, fsync=fsync, **common)
+            add(shape, **common)
         if fsync and (workers == 1 or operation == "encrypt"):
-            add(many, **common)
-            add(large, **common)
+            add(many, **common | {"fsync": False})
+            add(large, **common | {"fsync": False})
         if workers > 1 and operation != "rekey":
-            crowd = common | {"workers": 2 * workers, "fsync": fsync}
-            add(many, **crowd)
-            add(large, **crowd)
+            for shape in [many, large] + ([frames, between] if storage == ordered[0] else []):
+                add(shape, **common | {"workers": 2 * workers})
     return Sweep(_distinct(cells), 1)
 
 
@@ -580,7 +593,7 @@ def _session() -> str:
 
 
 def _rounds(sweep: Sweep) -> Iterator[tuple[int, Cell]]:
-    for round_number in range(sweep.rounds):
+    for round_number in range(sweep.first_round, sweep.rounds):
         for cell in order(sweep, round_number):
             yield round_number, cell
 

@@ -588,7 +588,13 @@ def _add_plan(subparsers: Any) -> None:
     what.add_argument(
         "--out", type=Path, help="folder for what --validate measures; goes on where it stopped"
     )
-    what.add_argument("--rounds", type=_count, default=3, help="with --validate: runs of every configuration")
+    what.add_argument(
+        "--rounds",
+        type=_count,
+        default=10,
+        help="with --validate: runs of every configuration (default 10, for its noise floor); of those of the rates a "
+        "third",
+    )
     what.add_argument(
         "--attempts",
         type=_count,
@@ -596,7 +602,7 @@ def _add_plan(subparsers: Any) -> None:
         help="with --validate: a noisy run is repeated up to so many times",
     )
     what.add_argument("--work", type=Path, help="folder for test data of --validate")
-    what.add_argument("--budget", type=DURATION, default=3600.0, help="time for --validate (default 1h)")
+    what.add_argument("--budget", type=DURATION, default=7200.0, help="time for --validate (default 2h)")
     _common(parser)
     parser.set_defaults(run=_needing_extras(_plan))
 

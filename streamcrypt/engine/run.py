@@ -22,7 +22,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
@@ -127,7 +127,7 @@ _INTERPRETER_PER_FILE: Final = 150e-6
 _INTERPRETER_PER_FRAME: Final = 4e-6
 PROCESSES_PAY: Final = 0.4
 # What cipher and kernel need for a byte, which they do without the interpreter's lock.
-_UNLOCKED_PER_BYTE: Final = 0.65e-9
+UNLOCKED_PER_BYTE: Final = 0.65e-9
 # Descriptors that are left to whatever else this process opens meanwhile.
 _OTHER_DESCRIPTORS: Final = 32
 
@@ -151,7 +151,22 @@ def threads_pay(files: float, frames: float, length: float) -> bool:
     Where the interpreter's part is the larger one they only take its lock from each other, and each time wake a
     processor that sleeps: half as fast as one of them alone.
     """
-    return length * _UNLOCKED_PER_BYTE > interpreter_seconds(files, frames)
+    return length * UNLOCKED_PER_BYTE > interpreter_seconds(files, frames)
+
+
+def way_of_working(
+    files: float, frames: float, length: float, workers: int, *, flushed: bool = False, on_store: bool = False
+) -> Literal["alone", "threads", "processes"]:
+    """What so many workers are for a job that begins with so many files, frames and bytes.
+
+    ``alone``: one thread, in turns with the one that hands out.  ``flushed``: to a disk, file by file.
+    """
+    # Who waits for a store needs no processor of its own.
+    if workers > 1 and not on_store and processes_pay(files, frames):
+        return "processes"
+    # Who waits for a store or for a disk to flush leaves the lock to others.
+    waiting = on_store or (workers > 1 and flushed)
+    return "threads" if waiting or threads_pay(files, frames, length) else "alone"
 
 
 def encrypt(job: Job) -> Report:
@@ -950,13 +965,17 @@ class _Run:
         if on_a_store:
             self._batch_small_files = min(self._batch_files, _STORE_BATCH_SMALL_FILES)
             self._batch_files = min(self._batch_files, _STORE_BATCH_FILES)
-        # Who waits for a store needs no processor of its own.
-        if workers > 1 and processes_pay(len(sample), frames) and not on_a_store:
+        way = way_of_working(
+            len(sample),
+            frames,
+            sum(entry.size for entry in sample),
+            workers,
+            flushed=job.durable and target is not None,
+            on_store=on_a_store,
+        )
+        if way == "processes":
             return ProcessPool(setup, workers)
-        # Who waits for a store or for a disk to flush leaves the lock to others.
-        waiting = on_a_store or (workers > 1 and job.durable and target is not None)
-        alone = not waiting and not threads_pay(len(sample), frames, sum(entry.size for entry in sample))
-        if alone:
+        if way == "alone":
             workers = 1
         # Threads share this process's descriptors: a file that is being written holds its own and perhaps
         # its folder's, and source and target each keep some folders open.
@@ -966,7 +985,7 @@ class _Run:
             most = max(1, spare // (2 * workers))
             self._batch_files = min(self._batch_files, most)
             self._batch_small_files = min(self._batch_small_files, most)
-        return ThreadPool(setup, workers, in_turns=alone)
+        return ThreadPool(setup, workers, in_turns=way == "alone")
 
     def _frame_length_of(self, entry: Entry) -> int:
         """The frame length of a message, to choose workers by; its task will say what is wrong with it."""

@@ -51,6 +51,9 @@ class Load:
     )
     idle: float = 0.0  # seconds that the first files wait for workers that are being started
     closing: bool = False  # the last file, a manifest, gets its key when all others are done
+    handing: float = (
+        0.0  # seconds of the parent for a file, in which it cannot wait for the KMS (shared caches)
+    )
 
     @property
     def tokens(self) -> float:
@@ -289,9 +292,9 @@ def _cycle(load: Load, per_fetch: float) -> float:
     left = load.prefetch + 1 - load.batch  # in the workers' hands when a list is asked for
     wait = load.latency - min(float(left), per_fetch) * load.service / load.workers
     stall = _stall(wait, load.service, load.variation)
-    if load.prefetch == 0:  # the worker whose end asked for the file has nothing left in hand
+    if load.prefetch < load.batch:  # the worker whose end asked for the file has nothing left in hand
         stall += (wait - stall) / load.workers
-    return max(load.latency, busy + stall)
+    return max(load.latency + per_fetch * load.handing, busy + stall)
 
 
 def _private(load: Load) -> Outcome:

@@ -1,7 +1,8 @@
 """Rates fitted to measured runs: how long a host takes for files, bytes, frames, signatures and data keys.
 
-    wall = start + [processes] workers·w
-           + [threads] files·(a + a'·(1 - 1/workers)) + frames·f      one at a time: the interpreter's lock
+    wall = start + [processes] u + workers·w
+           + [alone, threads] files·a + frames·f                      one at a time: the interpreter's lock
+           + [threads] files·a'·(1 - 1/workers)
            + [processes] files·b·(d + (1 - d)/P) + frames·f/P         P = usable workers
            + [encrypt] files above 256 KiB or a frame·o       one by one, not in columns
            + bytes·(c_serial + c/P)
@@ -9,7 +10,8 @@
            + [signed] files·(s_serial + s/P) + bytes·s_B/P
            + keys·k
 
-Whether the workers are threads or processes is the engine's own choice (``engine.run.processes_pay``).
+Whether the workers are processes, threads or one thread alone is the engine's own choice
+(``engine.run.way_of_working``); alone P is 1.
 d is the parent's share of the work on a small file, from the processor seconds of parent and workers: on
 one machine, whose processes are always as many as its cores, the wall clock cannot tell the two apart.
 Every coefficient is at least zero (non-negative least squares, each cell weighted by 1/wall, so that
@@ -37,12 +39,12 @@ import numpy as np
 
 from streamcrypt.bench.data import sizes_of
 from streamcrypt.bench.records import Cell, Record, Records, by_cell, median, spread
-from streamcrypt.engine.run import SAMPLE, interpreter_seconds, processes_pay
+from streamcrypt.engine.run import SAMPLE, interpreter_seconds, way_of_working
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SMALL_LENGTH, SPAN_LENGTH, SPLIT_LENGTH
 
 # In the order of the coefficients.
 TERMS: Final = (
-    "start", "process", "file_lock", "file_contended", "file_serial", "file", "single", "frame",
+    "start", "starting", "process", "file_lock", "file_contended", "file_serial", "file", "single", "frame",
     "byte_serial", "byte", "sync_serial", "sync", "sync_byte", "signature_serial", "signature", "hash", "key",
 )  # fmt: skip
 CPU_TERMS: Final = (
@@ -76,6 +78,7 @@ class Work:
     keys: float = 1.0  # data keys that are asked for
     singles: float = 0.0  # files that do not travel in columns: encrypted one by one
     apart: bool = False  # the workers are processes, whatever there is to do: a cluster's
+    on_store: bool = False
 
     @property
     def tasks(self) -> float:
@@ -99,16 +102,32 @@ class Work:
     @property
     def parallel(self) -> float:
         """Workers' worth of work that goes on at once: no more than cores, and the last round is rarely full."""
+        if self.alone:
+            return 1.0
         workers = max(1, min(self.workers, self.cores))
         tasks = max(1, round(self.tasks))
         return tasks / math.ceil(tasks / workers) if tasks < 4 * workers else float(workers)
 
     @property
+    def way(self) -> str:
+        """What the engine takes for workers: alone, threads, processes."""
+        if self.apart:
+            return "processes"
+        share = min(1.0, SAMPLE / max(self.files, 1))
+        return way_of_working(
+            self.files * share, self.frames * share, self.bytes * share, self.workers,
+            flushed=self.fsync, on_store=self.on_store,
+        )  # fmt: skip
+
+    @property
     def processes(self) -> bool:
-        """Whether the engine takes processes for workers."""
-        sample = min(self.files, SAMPLE)
-        many = self.workers > 1 and processes_pay(sample, self.frames * sample / max(self.files, 1))
-        return self.apart or many
+        """Whether workers are processes."""
+        return self.way == "processes"
+
+    @property
+    def alone(self) -> bool:
+        """Whether one thread works, in turns with the engine's own."""
+        return self.way == "alone"
 
     def lanes(self, cpu_seconds: float) -> float:
         """Cores that ``cpu_seconds`` of this work keep busy; in threads the interpreter's part goes one at a time."""
@@ -117,13 +136,18 @@ class Work:
         alone = min(1.0, interpreter_seconds(self.files, self.frames) / cpu_seconds)
         return 1 + (self.parallel - 1) * (1 - alone)
 
+    @property
+    def _contended(self) -> float:
+        """Files for which threads wait for each other."""
+        return self.files * (1 - 1 / self.workers) if self.way == "threads" else 0.0
+
     def features(self) -> Vector:
         """One number for each of TERMS; the prediction is their product with the coefficients."""
         n, p = self.files, self.parallel
         lock, free = (0.0, 1.0) if self.processes else (1.0, 0.0)
         sync, signed = float(self.fsync), float(self.signed)
         return np.array([
-            1.0, free * self.workers, lock * n, lock * n * (1 - 1 / self.workers), free * n, free * n / p,
+            1.0, free, free * self.workers, lock * n, self._contended, free * n, free * n / p,
             self.singles, self.frames * (lock + free / p), self.bytes, self.bytes / p,
             sync * n, sync * n / p, sync * self.bytes, signed * n, signed * n / p, signed * self.bytes / p,
             self.keys,
@@ -134,7 +158,7 @@ class Work:
         n, sync, signed = self.files, float(self.fsync), float(self.signed)
         lock, free = (0.0, 1.0) if self.processes else (1.0, 0.0)
         return np.array([
-            1.0, free * self.workers, lock * n, lock * n * (1 - 1 / self.workers), free * n, self.singles,
+            1.0, free * self.workers, lock * n, self._contended, free * n, self.singles,
             self.frames, self.bytes, sync * n, sync * self.bytes, signed * n, signed * self.bytes, self.keys,
         ])  # fmt: skip
 
@@ -153,6 +177,7 @@ def work_of(run: Record, cores: int) -> Work:
         singles=sum(size >= alone_from(run.cell.frame_size) for size in sizes_of(run.cell))
         if run.cell.operation == "encrypt"
         else 0,
+        on_store=run.cell.storage == "store",
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from streamcrypt.bench.records import Records
 from streamcrypt.engine.manifest import HELD_LENGTH
-from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, interpreter_seconds
+from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, UNLOCKED_PER_BYTE, interpreter_seconds
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SMALL_LENGTH, SPAN_LENGTH, SPLIT_LENGTH
 from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH
 from streamcrypt.plan import cluster, limits
@@ -331,6 +331,8 @@ class Prediction:
             "cpu_coefficients": dict(zip(CPU_TERMS, self.fit.cpu.tolist(), strict=True)),
             "interpreter": [interpreter_seconds(1, 0), interpreter_seconds(0, 1)],
             "processes_pay": PROCESSES_PAY,
+            "unlocked_per_byte": UNLOCKED_PER_BYTE,
+            "on_store": job.storage == "store",
             "by_size": _BY_SIZE,
             "sample": SAMPLE,
             "sizes": sizes.points,
@@ -374,10 +376,9 @@ class Prediction:
 
 
 def _load(
-    job: Job, work: Work, work_seconds: float, per_key: float, quota: float, variation: float, idle: float
+    job: Job, work: Work, product: dict[str, float], per_key: float, quota: float, variation: float
 ) -> Load:
-    """One host's queue; ``per_key`` seconds are what a data key costs besides the KMS's latency, ``idle``
-    those in which workers are started."""
+    """One host's queue for seconds by term; ``per_key`` are what a data key costs besides the KMS's latency."""
     lanes, files, batch = max(1, round(work.parallel)), round(work.files), work.list_files
     sizes = job.size_points
     pieces = 1 if job.signed else max(1, round(sizes.spans()))
@@ -391,7 +392,8 @@ def _load(
     return Load(
         files=messages,
         workers=lanes,
-        service=work_seconds * lanes / messages,
+        service=_busy(product) * lanes / messages,
+        handing=product["file_serial"] / messages,
         variation=0.0 if pieces > 1 else variation,
         latency=job.kms_latency * questions + per_key,
         quota=quota / job.busy_hosts / questions,
@@ -402,9 +404,9 @@ def _load(
         size_variation=sizes.variation,
         sharing=job.sharing,
         groups=min(job.contexts, files),
-        prefetch=max(0, LISTS_HELD * batch * min(work.workers, files) - lanes),
+        prefetch=batch - 1 if work.alone else max(0, LISTS_HELD * batch * min(work.workers, files) - lanes),
         batch=batch,
-        idle=idle,
+        idle=_starting(product),
         closing=encrypting and not apart,
         data_keys=data_keys if job.cache else (messages if data_keys else 0),
         order=job.order,
@@ -462,6 +464,7 @@ def _work(job: Job, files: int, workers: int, cores: int) -> Work:
         if job.operation == "encrypt"
         else 0.0,
         apart=job.engine == "ray",
+        on_store=job.storage == "store",
     )
 
 
@@ -486,6 +489,16 @@ def _products(work: Work, coefficients: Vector) -> dict[str, float]:
     return dict(zip(TERMS, (coefficients * work.features()).tolist(), strict=True))
 
 
+def _starting(product: dict[str, float]) -> float:
+    """Seconds in which workers are started."""
+    return product["starting"] + product["process"]
+
+
+def _busy(product: dict[str, float]) -> float:
+    """Seconds of all but the starting."""
+    return max(sum(product.values()) - product["start"] - _starting(product), 1e-9)
+
+
 def _estimate(
     job: Job, rates: Fit, coefficients: Vector, workers: int, cores: int, quota: float, *, exact: bool = False
 ) -> Estimate:
@@ -493,13 +506,12 @@ def _estimate(
     files = math.ceil(job.files / job.hosts)
     work = _work(job, files, workers, cores)
     product = _products(work, coefficients)
-    overhead = product["start"] + product["process"]
-    busy = max(sum(product.values()) - overhead, 1e-9)
+    overhead, busy = product["start"] + _starting(product), _busy(product)
     by_size = sum(product[term] for term in _BY_SIZE) / busy
     if job.engine == "ray":
         return _on_cluster(job, work, product, quota, job.size_points.variation * by_size, cores)
     per_key = float(coefficients[TERMS.index("key")])
-    load = _load(job, work, busy, per_key, quota, job.size_points.variation * by_size, product["process"])
+    load = _load(job, work, product, per_key, quota, job.size_points.variation * by_size)
     outcome = _outcome(load, exact=exact)
 
     bounds = _bounds(job, files / job.files)
@@ -581,7 +593,7 @@ def _cluster_load(
 ) -> cluster.ClusterLoad:
     """``products`` are the seconds of one host by term; what the parent does for a file is the driver's here."""
     driver = products["file_serial"]
-    busy = max(sum(products.values()) - products["start"] - products["process"] - driver, 1e-9)
+    busy = max(_busy(products) - driver, 1e-9)
     workers = max(1, min(work.workers, work.cores))
     encrypting = job.operation in ("encrypt", "rekey")
     return cluster.ClusterLoad(

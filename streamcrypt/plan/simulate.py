@@ -135,6 +135,7 @@ def _play_shared(load: Load, kms: _Kms, files: Iterator[tuple[float, float, int]
                 now = max(now, heapq.heappop(in_flight))
         if load.closing and number == load.files:
             now = end
+        now += load.handing
         if not cache.usable(key, size, now):
             now = kms.call(now)
             cache.put(key, size, now)

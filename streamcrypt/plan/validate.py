@@ -3,11 +3,12 @@
 The file holds the cells and the seed they were drawn with.  Every one is measured (only a run that
 failed is left out, and counted), predicted from the records alone, and put beside two naive planners:
 bytes over the best measured rate, and the nearest measured cell scaled by its bytes.  Beside them stands what no
-planner can do better than: each run foretold from the other runs of the same configuration.
+planner can do better than: each run foretold from the other runs of the same configuration, and the noise floor
+of each configuration, how far nine in ten of its runs keep to their median.
 
 A virtual disk is not as fast in this hour as in the next.  So the rates can be measured in the same rounds as
-the cells: the cells of a calibration and those held out, in one seeded order.  The fit
-sees none of the latter; what an error then says is said of the model, and what records of an earlier hour
+the cells, a third of a calibration's cells in each, all in one seeded order.  The fit
+sees none of those held out; what an error then says is said of the model, and what records of an earlier hour
 miss besides is said of their age.
 """
 
@@ -35,13 +36,12 @@ from streamcrypt.bench.records import (
 from streamcrypt.plan import predict as planner
 from streamcrypt.plan.model import best_rate, nearest, work_of
 
-REPEATS: Final = 10  # runs of one cell, for the machine's own noise floor
-ROUNDS: Final = 3
+ROUNDS: Final = 10  # runs of one cell: enough for the machine's own noise floor
+RATES_EVERY: Final = 3  # rounds: a cell of the calibration is measured in one of so many
 KNOWN_LATENCY: Final = 0.1  # spread of the mean of a KMS that answers as it was told
 UNLIMITED: Final = 1e9  # calls a second
 WITHIN: Final = 0.2  # of the time: a good prediction
 BY_AGE: Final = 0.05  # of the calls, where an age limit decides how many there are
-_SMALL: Final = 1 << 20  # bytes
 
 _FAMILY: Final = {"cpu": "cpu", "driver": "cpu", "start-up": "cpu", "network": "storage"}
 
@@ -120,7 +120,6 @@ def validate(
     rates: Sequence[Cell] = (),
     work: Path | None = None,
     budget: float = 3600.0,
-    repeats: int = REPEATS,
     rounds: int = ROUNDS,
     attempts: int = sweep.ATTEMPTS,
     progress: Callable[[int, int, Record], None] | None = None,
@@ -142,38 +141,42 @@ def validate(
             f"the records are of {records.machine.name}, this is {here.name}: a plan is validated where its rates "
             "were measured; run `streamcrypt bench calibrate --storage disk,memory` here and give it as --records"
         )
-    everything = tuple({cell.hash: cell for cell in (*cells, *rates)}.values())
+    named = {cell.hash for cell in cells}
+    rates = tuple({cell.hash: cell for cell in rates if cell.hash not in named}.values())
+    in_round = [
+        (
+            *cells,
+            *(cell for place, cell in enumerate(rates) if (place + number) % min(RATES_EVERY, rounds) == 0),
+        )
+        for number in range(rounds)
+    ]
+    planned = sum(map(len, in_round))
     with tempfile.TemporaryDirectory(prefix="streamcrypt-validate-") as scratch:
         folder = out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         started = clock()
         options: dict[str, Any] = {
-            "work": work, "yardsticks": False, "attempts": attempts, "progress": progress,
+            "work": work, "yardsticks": False, "attempts": attempts,
+            "progress": None if progress is None else lambda done, _, run: progress(done, planned, run),
         }  # fmt: skip
-        chosen = tuple(
-            _middle([cell for cell in cells if floor_of(cell) == kind])
-            for kind in sorted({floor_of(cell) for cell in cells})
-        )
-
-        def left() -> float:
-            return budget - (clock() - started)
-
-        for number in range(1, rounds + 1):  # what is repeated for the floor meets the same hour
-            again = sweep.Sweep(chosen, math.ceil(repeats * number / rounds))
-            floor_runs = sweep.run(again, folder / "floor", budget=left(), **options)
-            found = sweep.run(sweep.Sweep(everything, number), folder / "cells", budget=left(), **options)
-        named = {cell.hash for cell in cells}
+        for number, chosen in enumerate(in_round):
+            found = sweep.run(
+                sweep.Sweep(chosen, number + 1, first_round=number),
+                folder / "cells",
+                budget=budget - (clock() - started),
+                **options,
+            )
         measured = Records(found.machine, tuple(run for run in found.runs if run.cell.hash in named))
         earlier = records
         if rates:
-            wanted = {cell.hash for cell in rates} - named
+            wanted = {cell.hash for cell in rates}
             records = Records(found.machine, tuple(run for run in found.runs if run.cell.hash in wanted))
             write_json(folder / "machine.json", records)
     assert records is not None
-    left_over = len(chosen) * repeats - len(floor_runs.runs) + len(everything) * rounds - len(found.runs)
+    left_over = planned - len(found.runs)
 
     def judged(by: Records) -> dict[str, Any]:
-        return judge(measured, by, floor_runs.usable(), planned=len(cells), cores=here.cores)
+        return judge(measured, by, planned=len(cells), cores=here.cores)
 
     if rates and left_over:
         measured = Records(measured.machine, ())
@@ -183,37 +186,16 @@ def validate(
     return result
 
 
-def _storages(cells: Sequence[Cell]) -> list[str]:
-    return sorted({cell.storage for cell in cells})
-
-
-def floor_of(cell: Cell) -> str:
-    """The kind of work whose noise floor a cell is held against."""
-    storage = f"{cell.storage} + fsync" if cell.fsync else cell.storage
-    return f"{storage}, {'small' if cell.file_size < _SMALL else 'large'} files"
-
-
-def _middle(cells: Sequence[Cell]) -> Cell:
-    """The cell of middling length of those that wait for no KMS, to repeat for the noise floor."""
-    without = [cell for cell in cells if not cell.kms_latency and not cell.kms_quota] or cells
-    return sorted(without, key=lambda cell: (cell.files * cell.file_size, cell.hash))[len(without) // 2]
-
-
-def judge(
-    measured: Records, records: Records, floor: Sequence[Record], *, planned: int, cores: int
-) -> dict[str, Any]:
+def judge(measured: Records, records: Records, *, planned: int, cores: int) -> dict[str, Any]:
     """The table and its summary, from what was measured and what the records predict.
 
-    ``floor`` are runs of one cell of each kind (``floor_of``), repeated: how far a run is from the median of its
-    own cell.  A prediction is good within 20 %, or within 1.2 times what nine in ten of those runs keep to.
+    A prediction is good within 20 %, or within 1.2 times what nine in ten runs of its own cell keep to.
     """
-    floors = {
-        floor_of(runs[0].cell): _floor([run.wall_s for run in runs]) for runs in by_cell(floor).values()
-    }
     rows = []
     for runs in by_cell(measured.usable()).values():
         cell = runs[0].cell
-        wall = median([run.wall_s for run in runs])
+        walls = [run.wall_s for run in runs]
+        wall, floor = median(walls), _floor(walls)
         job = job_of(cell, cores)
         prediction = planner.predict(job, records)
         predicted = prediction.estimate.seconds
@@ -239,8 +221,9 @@ def judge(
                 "exact_calls": cell.cache_max_age is None,
                 "by_best_rate": (cell.files * cell.file_size / rate) / wall - 1 if rate else math.nan,
                 "by_nearest": nearest(known, cell, cell.files * cell.file_size) / wall - 1,
-                "by_itself": _by_itself([run.wall_s for run in runs]),
-                "allowed": max(WITHIN, 1.2 * floors.get(floor_of(cell), {}).get("p90", 0.0)),
+                "by_itself": _by_itself(walls),
+                "floor": floor,
+                "allowed": max(WITHIN, 1.2 * floor),
                 "noisy": sum(1 for run in runs if run.noise),
             }
         )
@@ -251,7 +234,6 @@ def judge(
         "planned": planned,
         "measured": len(rows),
         "failed": sorted({run.error for run in measured.runs if run.error is not None}),
-        "floor": floors,
         "summary": _summary(rows),
         "rows": rows,
     }
@@ -267,10 +249,10 @@ def _by_itself(walls: Sequence[float]) -> float | None:
     return median(apart)
 
 
-def _floor(walls: Sequence[float]) -> dict[str, float]:
+def _floor(walls: Sequence[float]) -> float:
+    """How far nine in ten runs of one cell are from their median, at most."""
     middle = median(walls)
-    apart = [abs(wall / middle - 1) for wall in walls]
-    return {"runs": len(walls), "median": median(apart), "p90": _quantile(apart, 0.9)}
+    return _quantile([abs(wall / middle - 1) for wall in walls], 0.9)
 
 
 def _quantile(values: Sequence[float], fraction: float) -> float:
@@ -303,6 +285,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "by_best_rate": errors("by_best_rate"),
         "by_nearest": errors("by_nearest"),
         "by_itself": errors("by_itself"),
+        "floor": errors("floor"),
         "bias": median([row["error"] for row in rows]),
         "within_20": share([abs(row["error"]) <= WITHIN for row in rows]),
         "within_allowed": share([abs(row["error"]) <= row["allowed"] for row in rows]),
@@ -347,7 +330,7 @@ def _percent(share: float | None) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: summary first, then every row, misses included."""
-    summary, floors = result["summary"], result["floor"]
+    summary = result["summary"]
     lines = [
         f"Machine: {result['machine']}; held-out runs {result['measured_date']}, rates measured "
         + ("in the same rounds." if result.get("same_rounds") else f"{result['records_date']}."),
@@ -363,7 +346,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     names = {
         "plan": "plan", "by_best_rate": "bytes over best rate", "by_nearest": "nearest cell, scaled",
-        "by_itself": "a run, from the others of the same configuration",
+        "by_itself": "a run, from the others of the same configuration", "floor": "noise floor of a configuration",
     }  # fmt: skip
     for name, label in names.items():
         if figures := summary[name]:
@@ -372,13 +355,8 @@ def table(result: dict[str, Any]) -> str:
                 f"| {figures['within_20']:.0%} |"
             )
     lines += [
-        f"| noise floor, {kind}: one configuration {floor['runs']} times "
-        f"| {floor['median']:.1%} | {floor['p90']:.1%} | | |"
-        for kind, floor in floors.items()
-    ]
-    lines += [
         "",
-        f"Within 20 %: {summary['within_20']:.0%}; within 20 % or 1.2 times the noise floor: "
+        f"Within 20 %: {summary['within_20']:.0%}; within 20 % or 1.2 times its noise floor: "
         f"{summary['within_allowed']:.0%}. Bias: {summary['bias']:+.1%}. Within their 80 % interval: "
         f"{summary['coverage_80']:.0%} of runs, {summary['coverage_80_medians']:.0%} of medians. "
         f"Limiting resource right: {summary['limit_right']:.0%}. "
@@ -388,16 +366,16 @@ def table(result: dict[str, Any]) -> str:
         f"Configurations with a noisy run: {summary['noisy']}.",
         *_by_earlier(result.get("earlier")),
         "",
-        "| configuration | measured s | predicted s | error | 80 % interval "
+        "| configuration | measured s | noise floor | predicted s | error | 80 % interval "
         "| limit: predicted, measured | KMS calls: predicted, measured |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in sorted(result["rows"], key=lambda row: -abs(row["error"])):
         low, high = row["interval"]
         mark = "" if low <= row["measured"] <= high else " *"
         lines.append(
-            f"| {row['label']} | {row['measured']:.3f} | {row['predicted']:.3f} | {row['error']:+.0%} | "
-            f"{low:.3f}–{high:.3f}{mark} | {row['limit']}, {row['limit_measured']} | "
+            f"| {row['label']} | {row['measured']:.3f} | {row['floor']:.0%} | {row['predicted']:.3f} "
+            f"| {row['error']:+.0%} | {low:.3f}–{high:.3f}{mark} | {row['limit']}, {row['limit_measured']} | "
             f"{row['calls_predicted']}, {row['calls_measured']} |"
         )
     return "\n".join(lines)

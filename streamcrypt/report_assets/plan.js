@@ -63,8 +63,8 @@ function cycleOf(load, perFetch) {
   const left = load.prefetch + 1 - load.batch;
   const wait = load.latency - Math.min(left, perFetch) * load.service / load.workers;
   let stall = stallOf(wait, load.service, load.variation);
-  if (load.prefetch === 0) stall += (wait - stall) / load.workers;
-  return Math.max(load.latency, busy + stall);
+  if (load.prefetch < load.batch) stall += (wait - stall) / load.workers;
+  return Math.max(load.latency + perFetch * load.handing, busy + stall);
 }
 
 function byAge(load, lifeRate, rate, most, groups, ahead) {
@@ -150,22 +150,27 @@ function estimate(job) {
   const listFiles = size ? Math.max(1, Math.min(batch, Math.trunc(page.batch_bytes / size))) : batch;
   const sample = Math.min(files, page.sample);
   const interpreter = (n, m) => n * page.interpreter[0] + m * page.interpreter[1];
-  const processes = workers > 1 && interpreter(sample, frames * sample / Math.max(files, 1)) > page.processes_pay;
+  const processes = workers > 1 && !page.on_store
+    && interpreter(sample, frames * sample / Math.max(files, 1)) > page.processes_pay;
+  const waiting = page.on_store || (workers > 1 && page.sync);
+  const inTurns = !(waiting || processes || bytes * page.unlocked_per_byte > interpreter(files, frames));
   let tasks = Math.min(files, Math.max(files / batch, bytes / page.batch_bytes));
   if (size > page.split && !page.signed) tasks = Math.max(files, bytes / page.span);
   const usable = Math.max(1, Math.min(workers, cores));
   const whole = Math.max(1, roundEven(tasks));
-  const p = whole < 4 * usable ? whole / Math.ceil(whole / usable) : usable;
+  const p = inTurns ? 1 : whole < 4 * usable ? whole / Math.ceil(whole / usable) : usable;
   const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = processes ? 0 : 1, free = 1 - lock;
-  const features = { start: 1, process: free * workers, file_lock: lock * files,
-    file_contended: lock * files * (1 - 1 / workers), file_serial: free * files, file: free * files / p, single: singles,
+  const contended = processes || inTurns ? 0 : files * (1 - 1 / workers);
+  const features = { start: 1, starting: free, process: free * workers, file_lock: lock * files,
+    file_contended: contended, file_serial: free * files, file: free * files / p, single: singles,
     frame: frames * (lock + free / p), byte_serial: bytes, byte: bytes / p,
     sync_serial: sync * files, sync: sync * files / p, sync_byte: sync * bytes,
     signature_serial: signed * files, signature: signed * files / p, hash: signed * bytes / p, key: 0 };
   const product = {};
   let total = 0;
   for (const [name, value] of Object.entries(page.coefficients)) total += product[name] = value * features[name];
-  const overhead = product.start + product.process, busy = Math.max(total - overhead, 1e-9);
+  const starting = product.starting + product.process;
+  const overhead = product.start + starting, busy = Math.max(total - overhead, 1e-9);
   const bySize = page.by_size.reduce((sum, name) => sum + product[name], 0) / busy;
   const apart = files * page.manifest_line > page.manifest_held, own = apart && !page.reading ? 1 : 0;
   const lanes = Math.max(1, roundEven(p)), messages = files + 1 - own;
@@ -184,8 +189,9 @@ function estimate(job) {
     quota: job.kms_quota / busyHosts / page.questions, maxMessages: cacheMessages,
     maxAge: job.cache ? job.cache_max_age : Infinity, maxBytes: cacheBytes, size: middle,
     sizeVariation: variation, groups: Math.min(page.contexts, files),
-    prefetch: Math.max(0, page.lists_held * listFiles * Math.min(workers, files) - lanes), dataKeys,
-    capacity: page.capacity, pieces, batch: listFiles, idle: product.process, closing: !page.reading && !own };
+    prefetch: inTurns ? listFiles - 1 : Math.max(0, page.lists_held * listFiles * Math.min(workers, files) - lanes),
+    dataKeys, capacity: page.capacity, pieces, batch: listFiles, handing: product.file_serial / messages,
+    idle: starting, closing: !page.reading && !own };
   const outcome = sharedOf(load);
   const overheadBytes = job.files * (page.header + 8 + (page.signed ? 105 : 0)) + 32 * framesOf * job.files;
   const out = page.writing === "message" ? job.bytes + overheadBytes : page.writing === "plain" ? job.bytes : 0;
@@ -196,7 +202,7 @@ function estimate(job) {
   const all = [outcome.seconds, ...bounds.filter((bound) => bound > 0)], top = Math.max(...all);
   const joined = all.length > 1
     ? top * Math.pow(all.reduce((sum, value) => sum + Math.pow(value / top, page.knee), 0), 1 / page.knee) : top;
-  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file_contended: lock * files * (1 - 1 / workers), file: free * files, single: singles, frame: frames,
+  const cpuFeatures = { start: 1, process: free * workers, file_lock: lock * files, file_contended: contended, file: free * files, single: singles, frame: frames,
     byte: bytes, sync: sync * files, sync_byte: sync * bytes, signature: signed * files, hash: signed * bytes,
     key: outcome.calls };
   let cpuSeconds = 0;

@@ -12,7 +12,7 @@ from streamcrypt.bench.sweep import calibration
 from streamcrypt.plan.model import TERMS, Work, alone_from
 
 LAW = {
-    "start": 0.02, "process": 0.05, "file_lock": 180e-6, "file_contended": 40e-6, "file_serial": 48e-6,
+    "start": 0.02, "starting": 0.1, "process": 0.03, "file_lock": 180e-6, "file_contended": 40e-6, "file_serial": 48e-6,
     "file": 192e-6, "single": 60e-6, "frame": 4e-6, "byte_serial": 0.05e-9, "byte": 0.35e-9,
     "sync_serial": 0.0, "sync": 1e-3, "sync_byte": 0.2e-9, "signature_serial": 0.0, "signature": 1.5e-3,
     "hash": 1.5e-9, "key": 0.3e-3,

@@ -1,5 +1,6 @@
 """The formulas against the simulation: 200 random loads, and the cases that have one exact answer."""
 
+import dataclasses
 import math
 import random
 
@@ -43,6 +44,11 @@ def draw(kind: str, rng: random.Random) -> Load:
         options |= {"batch": batch, "prefetch": (2 * batch - 1) * workers, "sharing": "shared"}
         options |= {"closing": True, "idle": rng.choice([0.0, 0.3])}
         options["max_messages" if rng.random() < 0.5 else "max_age"] = round(log(1, 300))
+        way = rng.choice(["threads", "processes", "in turns"])
+        if way == "processes":  # whose parent has a share of the work
+            options["handing"] = float(str(options["service"])) / workers * rng.uniform(0.1, 0.9)
+        elif way == "in turns":
+            options |= {"workers": 1, "prefetch": batch - 1}
     if kind == "prefetch":
         options["prefetch"] = rng.choice([1, workers, 4 * workers])
     elif options["sharing"] == "shared" and rng.random() < 0.5:
@@ -161,6 +167,23 @@ def test_a_quota_bounds_the_rate_of_calls():
     for outcome in (simulate(load), closed_form(load)):
         assert outcome.seconds == pytest.approx(2000 / 50, rel=0.02)
         assert outcome.peak_per_second <= 52
+
+
+def test_a_parent_that_hands_out_cannot_wait_for_the_kms_meanwhile():
+    """A key takes 12 ms and its 100 files 5 ms of the parent, 7 of the workers."""
+    load = Load(
+        files=5000, workers=2, service=140e-6, latency=0.012, max_messages=100, batch=50, prefetch=198
+    )
+    for model in (simulate, closed_form):
+        assert model(load).seconds == pytest.approx(50 * 0.012, rel=0.05)
+        handing = dataclasses.replace(load, handing=50e-6)
+        assert model(handing).seconds == pytest.approx(50 * 0.017, rel=0.05)
+
+
+def test_in_turns_nothing_hides_the_latency():
+    load = Load(files=5000, workers=1, service=1e-3, latency=0.02, max_messages=100, batch=50, prefetch=49)
+    for model in (simulate, closed_form):
+        assert model(load).seconds == pytest.approx(5.0 + 50 * 0.02, rel=0.02)
 
 
 def test_files_handed_out_ahead_hide_the_latency():

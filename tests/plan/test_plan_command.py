@@ -391,13 +391,12 @@ def test_validating_measures_judges_and_goes_on(capsys, tmp_path):
     validate.write_held_out(tmp_path / "cells.json", cells, 1)
     words = ("plan", "--validate", tmp_path / "cells.json", "--records", tmp_path / "machine.json")
     words += ("--work", tmp_path, "--out", tmp_path / "out")
-    options = {"work": tmp_path, "repeats": 2, "rounds": 1}
+    options = {"work": tmp_path, "rounds": 1}
     cut_short = validate.validate(cells, records, tmp_path / "out", budget=0.0, **options)
-    assert cut_short["runs_left"] == 2 + 3  # nothing is begun when the time is over, in no round
+    assert cut_short["runs_left"] == 3  # nothing is begun when the time is over, in no round
     result = validate.validate(cells, records, tmp_path / "out", **options)
     assert result["planned"] == result["measured"] == 3
     assert result["runs_left"] == 0
-    assert result["floor"]["disk, small files"]["runs"] == 2
     # Four files and the manifest.
     assert sorted(row["calls_measured"] for row in result["rows"]) == [1, 3, 5]
     assert result["summary"]["calls_exact"] == 1.0
@@ -415,7 +414,7 @@ def test_validating_with_rates_of_the_same_rounds(tmp_path):
     shapes = ((4, 1000), (40, 1000), (4, 100_000), (40, 100_000))
     rates = [Cell(files=files, file_size=size, storage="disk") for files, size in shapes]
     held_out_cell = Cell(files=20, file_size=50_000, storage="disk", frame_size=4096)
-    options = {"work": tmp_path, "repeats": 2, "rounds": 2, "rates": rates}
+    options = {"work": tmp_path, "rounds": 4, "rates": rates}
     cut_short = validate.validate([held_out_cell], None, tmp_path / "out", budget=0.0, **options)
     assert cut_short["runs_left"] > 0
     assert cut_short["measured"] == 0  # nothing is judged by half of the rates
@@ -423,7 +422,8 @@ def test_validating_with_rates_of_the_same_rounds(tmp_path):
     assert (result["runs_left"], result["measured"]) == (0, 1)
     by_rates = read(tmp_path / "out" / "machine.json")
     assert {run.cell for run in by_rates.runs} == set(rates)
-    assert len(by_rates.runs) == 2 * len(rates)
+    assert sorted(run.round for run in by_rates.runs if run.cell == rates[0]) == [0, 3]  # one round in three
+    assert sorted(run.round for run in by_rates.runs if run.cell == rates[1]) == [2]
     (row,) = result["rows"]
     predicted = planner.predict(
         validate.job_of(held_out_cell, by_rates.machine.cores), by_rates

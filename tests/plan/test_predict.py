@@ -361,8 +361,7 @@ def test_judging_held_out_runs():
     slow = dataclasses.replace(run, cell=dataclasses.replace(aged, seed=2), wall_s=2 * run.wall_s,
                                kms_calls={"GenerateDataKey": 2 * calls})  # fmt: skip
     measured = Records(RECORDS.machine, (*measured.runs, run, slow))
-    floor = [synthetic_run(cells[0], number, rng) for number in range(5)]
-    result = validate.judge(measured, RECORDS, floor, planned=len(cells), cores=2)
+    result = validate.judge(measured, RECORDS, planned=len(cells), cores=2)
     assert result["measured"] == len(cells) + 2 > 5
     # Of a job that took twice as long as planned the calls were not foreseen, but of its time they are.
     assert (result["summary"]["calls_by_age"], result["summary"]["calls_by_age_at_measured"]) == (0.5, 1.0)
@@ -385,8 +384,10 @@ def test_a_run_is_foretold_from_the_others_of_its_configuration():
     runs = tuple(
         dataclasses.replace(synthetic_run(cell, n, random.Random(1)), wall_s=w) for n, w in enumerate(walls)
     )
-    (row,) = validate.judge(Records(RECORDS.machine, runs), RECORDS, [], planned=1, cores=2)["rows"]
+    (row,) = validate.judge(Records(RECORDS.machine, runs), RECORDS, planned=1, cores=2)["rows"]
     assert row["by_itself"] == pytest.approx(0.625)
+    assert row["floor"] == pytest.approx(1.0)  # 4.0, from the median
+    assert row["allowed"] == pytest.approx(1.2)
 
 
 def test_held_out_cells_are_drawn_from_their_seed_and_survive_the_file(tmp_path):
