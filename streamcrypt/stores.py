@@ -101,6 +101,9 @@ _LONGEST_RETRY: Final = 366 * 86400.0  # what the library's clock can hold
 _LONGEST_PAUSE: Final = 2.0
 RETRY_VARIABLE: Final = "STREAMCRYPT_STORE_RETRY_SECONDS"
 _THREADS: Final = 32
+# What boto3 gives is good for ten minutes at least, which is when it renews them at the latest; `obstore` takes half an
+# hour for granted, and asks again five minutes before.
+_CREDENTIALS_HOLD: Final = timedelta(minutes=10)
 
 
 def split_url(text: str) -> tuple[str, str, str]:
@@ -1029,7 +1032,7 @@ def _make_store(scheme: str, name: str, session: Any, endpoint: str | None) -> O
         config=config,
         client_options=options,
         retry_config=retry,
-        credential_provider=Boto3CredentialProvider(session),
+        credential_provider=Boto3CredentialProvider(session, ttl=_CREDENTIALS_HOLD),
     )
 
 
@@ -1241,6 +1244,9 @@ def _translation(
         return _exists_already(path)
     if isinstance(error, exceptions.PreconditionError):
         return _changed(path)
+    _, external, reason = str(error).partition("\n")[0].partition("External AWS credential provider: ")
+    if external:
+        return kind(f"{path}: AWS credentials cannot be had: {reason.partition(': ')[2]}")
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return kind(f"{path}: the store denied access; the caller needs {_permission(path, reads=reads)}")
     if isinstance(error, exceptions.InvalidPathError):

@@ -7,6 +7,8 @@ of them fail.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import os
 import pickle
 import random
@@ -781,6 +783,38 @@ def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     with pytest.raises(sc.StreamcryptError, match="no AWS credentials"):
+        sc.open(f"{bucket.url}/m")
+
+
+def credentials_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minutes: float
+) -> datetime.datetime:
+    """Credentials come from a program that says until when they hold."""
+    expires = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=minutes)
+    answer = {"Version": 1, "AccessKeyId": "AKIA", "SecretAccessKey": "s", "SessionToken": "t"}
+    (tmp_path / "answer").write_text(json.dumps(answer | {"Expiration": expires.isoformat()}))
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = cat {tmp_path}/answer\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    return expires
+
+
+def test_credentials_are_asked_for_again_before_they_expire(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """boto3 renews them at fifteen minutes and less; whoever keeps these for longer is denied access."""
+    expires = credentials_of_a_process(monkeypatch, tmp_path, 16)
+    store: Any = stores.StoreTree(bucket.url)._bucket.store
+    assert store.credential_provider()["expires_at"] < expires
+
+
+def test_credentials_that_cannot_be_renewed_are_no_missing_permission(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    credentials_of_a_process(monkeypatch, tmp_path, -5)
+    with pytest.raises(sc.StreamcryptError, match=r"AWS credentials cannot be had: .* still expired"):
         sc.open(f"{bucket.url}/m")
 
 
