@@ -26,9 +26,9 @@ import stat
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import IO, Final, Protocol, TypeAlias
 
 from streamcrypt.errors import DestinationError, SourceError, StreamcryptError
@@ -36,7 +36,8 @@ from streamcrypt.system import c_call, missing_folders, sync_name
 from streamcrypt.tuples import NamedTuple
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-State: TypeAlias = tuple[int, int, int]
+# Size, modification time in ns and inode; of an object in a store its size, 0 and its ETag.
+State: TypeAlias = tuple[int, int, int | str]
 
 # Leftovers of a killed job carry this name; whoever holds the lock on one is still writing it.
 TEMPORARY_PREFIX: Final = ".streamcrypt-"
@@ -82,6 +83,10 @@ class Entry(NamedTuple):
     problem: str | None = None
     state: State | None = None
     changed: int = 0
+
+
+# As ``Entry._make``, in less than half the time: for every object of a tree.
+new_entry: Final[Callable[[tuple[object, ...]], Entry]] = partial(tuple.__new__, Entry)
 
 
 class Seen(NamedTuple):
@@ -300,7 +305,7 @@ class LocalTree:
                 if admit is None and is_regular(status.st_mode):
                     size = status.st_size
                     state = size, status.st_mtime_ns, status.st_ino
-                    yield Entry(path, size, False, None, state, status.st_ctime_ns)
+                    yield new_entry((path, size, False, None, state, status.st_ctime_ns))
                     continue
             except OSError as error:
                 if filters.admit(path):

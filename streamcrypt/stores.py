@@ -25,7 +25,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from streamcrypt.errors import (
@@ -50,13 +49,25 @@ from streamcrypt.errors import (
     StreamcryptError,
     TemporaryError,
 )
-from streamcrypt.storage import RESERVED_FOLDER, Buffer, Entry, Filters, State, check_name, is_ours, sort_key
+from streamcrypt.storage import (
+    RESERVED_FOLDER,
+    Buffer,
+    Entry,
+    Filters,
+    State,
+    check_name,
+    is_ours,
+    new_entry,
+    sort_key,
+)
 from streamcrypt.tuples import NamedTuple
 from streamcrypt.units import parse_duration
 
 if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ObjectStore
+
+Item = TypeVar("Item")
 
 _URL: Final = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
 
@@ -92,6 +103,8 @@ _UPLOADS: Final = f"{RESERVED_FOLDER}/uploads"
 # The record of an upload of another machine is left alone until then.
 _ABANDONED_AFTER: Final = timedelta(days=7)
 
+# Objects of a listing that are told at once.
+_PAGE: Final = 1000
 # Entries that wait in memory for others that may come before them.
 HELD_ENTRIES: Final = 10_000
 _UP_TO_SLASH: Final = re.compile(r"(?<!/)[\x01-/]")
@@ -218,18 +231,14 @@ class StoreTree:
                     yield from ready
         yield from _ready(held, [])[0]
 
-    def _listing(self, folder: str, *, chunk: int = 1000) -> Iterator[list[Entry]]:
+    def _listing(self, folder: str, *, chunk: int = _PAGE) -> Iterator[list[Entry]]:
         """The store's own listing of ``folder`` ("" or ending in '/'), several at a time."""
-        import obstore
-
-        prefix = "/".join(part for part in (self._prefix, folder.rstrip("/")) if part)
-        skip = len(self._prefix) + 1 if self._prefix else 0
-        itself = len(self._prefix)  # the root's own marker
+        skip = self._name_starts
         last = folder.rstrip("/")
-        with _translated(SourceError, f"{self.root}/{folder}"):
-            for objects in obstore.list(self._bucket.store, prefix or None, chunk_size=chunk):
-                page = [
-                    Entry(
+        for objects in self._pages(folder, chunk):
+            page = [
+                new_entry(
+                    (
                         found["path"][skip:],
                         found["size"],
                         False,
@@ -237,11 +246,36 @@ class StoreTree:
                         _state(found),
                         int(found["last_modified"].timestamp() * 1e9),
                     )
-                    for found in objects
-                    if len(found["path"]) > itself
-                ]
-                if page:
-                    last = _mark_folders(page, last)
+                )
+                for found in objects
+            ]
+            last = _mark_folders(page, last)
+            yield page
+
+    def states(self) -> Iterator[dict[str, State]]:
+        """The states of all objects by their names, as the store lists them: by bytes of the key.
+
+        The first page is asked for at once, each further one while that before it is looked at.
+        """
+        skip = self._name_starts
+        return _one_ahead(
+            {found["path"][skip:]: _state(found) for found in page} for page in self._pages("", _PAGE)
+        )
+
+    @property
+    def _name_starts(self) -> int:
+        """Where in a key a name of this tree begins."""
+        return len(self._prefix) + 1 if self._prefix else 0
+
+    def _pages(self, folder: str, chunk: int) -> Iterator[list[Any]]:
+        """What the library tells of the objects below ``folder``, several at a time."""
+        import obstore
+
+        prefix = "/".join(part for part in (self._prefix, folder.rstrip("/")) if part)
+        itself = len(self._prefix)  # the root's own marker
+        with _translated(SourceError, f"{self.root}/{folder}"):
+            for objects in obstore.list(self._bucket.store, prefix or None, chunk_size=chunk):
+                if page := [found for found in objects if len(found["path"]) > itself]:
                     yield page
 
     def is_empty(self) -> bool:
@@ -391,6 +425,19 @@ def _mark_folders(page: list[Entry], last: str) -> str:
         if entry.size == 0 and entry.name <= (page[number - 1].name if number else last):
             page[number] = entry._replace(name=f"{entry.name}/")
     return page[-1].name
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread waits for the one after that which is given out."""
+    following = _threads().submit(next, items, None)
+
+    def given_out() -> Iterator[Item]:
+        nonlocal following
+        while (item := following.result()) is not None:
+            following = _threads().submit(next, items, None)
+            yield item
+
+    return given_out()
 
 
 def _ready(listed: list[Entry], folders: list[str]) -> tuple[list[Entry], list[Entry]]:
@@ -596,7 +643,7 @@ class StoreTarget:
             etag = self._upload.complete(self._held, overwrite=overwrite)
             self._upload = None
         self._held = b""
-        return (self._length, 0, _etag_number(etag)) if etag else None
+        return (self._length, 0, etag.strip('"')) if etag else None
 
     def discard(self) -> None:
         upload, self._upload = self._upload, None
@@ -1292,17 +1339,13 @@ def _changed(path: str) -> SourceError:
 
 
 def _state(meta: Any) -> State:
-    """An object's size and its ETag as a number; the time of its last change only where there is no ETag.
+    """An object's size and its ETag; the time of its last change only where there is no ETag.
 
     A listing tells times more exactly than an answer for the object alone does, and the two must be equal.
     """
-    if meta["e_tag"]:
-        return meta["size"], 0, _etag_number(meta["e_tag"])
+    if etag := meta["e_tag"]:
+        return meta["size"], 0, etag.strip('"')
     return meta["size"], int(meta["last_modified"].timestamp()), 0
-
-
-def _etag_number(etag: str) -> int:
-    return int.from_bytes(hashlib.sha256(etag.strip('"').encode()).digest()[:16], "big")
 
 
 # -- threads for requests

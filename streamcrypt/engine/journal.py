@@ -26,10 +26,11 @@ There the journal is a folder of parts, and a proof: each part is a message of i
 and context, and a line also names the ETag that the store gave the object.  Its plaintext:
 
     CRC-32 of all that follows, 8 hexadecimal digits | space | {"operation", "host", "process"}
-    [[...], ...]                                                files that have their names, several a line
+    [[names], [sizes], ...]                                     files that have their names, several at once
+    their lines of the manifest and of the digest of its sources
 
-An object is taken over when
-the store's listing shows it with that ETag.
+Such a block has its files in walk order: most often they are all taken over at once, with these lines (``left`` in
+engine/run.py).  An object is taken over when the store's listing shows it with that ETag.
 """
 
 from __future__ import annotations
@@ -40,25 +41,25 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from streamcrypt.engine.job import Job
+from streamcrypt.engine.manifest import file_line, quoted, source_line
 from streamcrypt.errors import DestinationError, FormatError, IntegrityError
 from streamcrypt.message.footer import Signer
 from streamcrypt.message.frames import FINAL_OVERHEAD
 from streamcrypt.message.header import parse_header
-from streamcrypt.storage import RESERVED_FOLDER, LocalTree, Tree
+from streamcrypt.storage import RESERVED_FOLDER, Entry, LocalTree, State, Tree, sort_key
 from streamcrypt.streams import (
     OutgoingMessage,
     ReadingRules,
     header_template,
     open_message,
-    read_bytes,
     unlock,
 )
 from streamcrypt.tuples import NamedTuple
@@ -92,19 +93,76 @@ def is_interrupted(tree: Tree) -> bool:
 class Finished(NamedTuple):
     """A finished file: its source as it was, and what was made of it.
 
-    ``source`` and ``made`` are the states of the two files (size, modification time in ns, inode);
+    ``source`` and ``made`` are the states of the two files;
     ``message_id`` and ``header_tag`` (hexadecimal) name the message that was written, or read.
     ``noted`` is when this was written down (ns since 1970), 0 where the store's ETag says more.
     """
 
     name: str
-    source: tuple[int, int, int]
-    made: tuple[int, int, int]
+    source: State
+    made: State
     size: int
     message_length: int
     message_id: str
     header_tag: str
     noted: int = 0
+
+
+class Block(NamedTuple):
+    """Several finished files in walk order: of each its name, both states, and its lines in the manifest's two texts.
+
+    As text: the columns of names and states and the lengths of both texts, as JSON in one line, then the texts.
+    """
+
+    names: Sequence[str]
+    sources: Sequence[State]
+    made: Sequence[State]
+    lines: str
+    source_lines: str
+
+    @classmethod
+    def of(cls, rows: Sequence[Finished]) -> Block:
+        names, sources, made, *_ = zip(*rows, strict=True)
+        lines = [file_line(quoted(row.name), *row[3:7]) for row in rows]
+        source_lines = [source_line(quoted(row.name), row.source) for row in rows]
+        return cls(names, sources, made, "".join(lines), "".join(source_lines))
+
+    @classmethod
+    def parse(cls, text: str, start: int) -> tuple[Block, int]:
+        """The block that begins there, and where it ends; for what ``text`` never gave a ValueError or the like."""
+        first = text.index("\n", start) + 1
+        names, size, modified, identity, made, written, etag, length, source_length = json.loads(
+            text[start:first]
+        )
+        second, end = first + length, first + length + source_length
+        states = (
+            zip(*columns, strict=True) for columns in ((size, modified, identity), (made, written, etag))
+        )
+        sources, made = map(list, states)
+        if not len(names) == len(sources) == len(made) > 0 or min(length, source_length) < 0:
+            raise ValueError("columns and texts that do not fit")
+        return cls(names, sources, made, text[first:second], text[second:end]), end
+
+    def text(self) -> str:
+        columns = [self.names, *zip(*self.sources, strict=True), *zip(*self.made, strict=True)]
+        lengths = [len(self.lines), len(self.source_lines)]
+        return json.dumps([*columns, *lengths], separators=(",", ":")) + "\n" + self.lines + self.source_lines
+
+    def rows(self) -> list[Finished]:
+        """The same, file by file."""
+        records = json.loads(f"[{','.join(self.lines.splitlines())}]")
+        return [
+            Finished(
+                name,
+                source,
+                made,
+                record["size"],
+                record["message_length"],
+                record["message_id"],
+                record["header_tag"],
+            )
+            for name, source, made, record in zip(self.names, self.sources, self.made, records, strict=True)
+        ]
 
 
 class Journal:
@@ -290,15 +348,13 @@ class StoreJournal:
         self._has_begun = False
         self.writers: set[Writer] = set()  # of the parts that were read
 
-    def read(self) -> dict[str, Finished]:
-        """What an interrupted job of the same kind had finished, by name, from the parts that authenticate."""
+    def read(self) -> list[Block]:
+        """What an interrupted job of the same kind had finished, from the parts that authenticate, the oldest first."""
         from concurrent.futures import ThreadPoolExecutor
 
-        finished: dict[str, Finished] = {}
         with ThreadPoolExecutor(_READERS, thread_name_prefix="streamcrypt-journal") as readers:
-            for part in readers.map(self._read_part, [entry.name for entry in self._parts.walk()]):
-                finished.update(part)
-        return finished
+            parts = readers.map(self._read_part, list(self._parts.walk()))
+            return [block for part in parts for block in part]
 
     def begin(self, materials: EncryptionMaterials | None) -> None:
         """Say that a job has begun here, where it replaces what a manifest there lists."""
@@ -314,14 +370,14 @@ class StoreJournal:
         now = time.monotonic()
         if not self._lines or (now < self._write_at and not last):
             return
-        self._put([line[:-1] for line in self._lines])
+        self._put(self._lines)
         self._lines.clear()
         self._write_at = now + max(_FLUSH_INTERVAL, _FLUSH_SHARE * (now - self._began))
 
-    def _put(self, rows: list[tuple[Any, ...]]) -> None:
-        # Some a line, so that whoever reads them holds the lists of one only: Python's collector looks through all.
-        blocks = [self._start, *(rows[at : at + _BLOCK] for at in range(0, len(rows), _BLOCK))]
-        text = "\n".join(json.dumps(block, separators=(",", ":")) for block in blocks).encode()
+    def _put(self, lines: Sequence[Finished]) -> None:
+        rows = sorted(lines, key=_place)
+        blocks = (Block.of(rows[at : at + _BLOCK]).text() for at in range(0, len(rows), _BLOCK))
+        text = "".join([json.dumps(self._start), "\n", *blocks]).encode()
         data = self._seal(b"%08x %s" % (zlib.crc32(text), text))
         # Names in the order in which parts were made: a later line about a file replaces an earlier one.
         target = self._parts.create(f"{time.time_ns():020}-{os.urandom(4).hex()}", size=len(data))
@@ -341,30 +397,38 @@ class StoreJournal:
             if names:
                 self._tree.delete(names)
 
-    def _read_part(self, name: str) -> dict[str, Finished]:
+    def _read_part(self, entry: Entry) -> list[Block]:
         from streamcrypt.stores import Writer
 
-        source = self._parts.open(name)
+        part = self._parts.read_whole(entry.name, entry.size)
+        if part is None:
+            return []
+        blocks: list[Block] = []
         try:
-            checksum, _, text = self._open(bytes(read_bytes(source, 0, source.size))).partition(b" ")
-            if int(checksum, 16) != zlib.crc32(text):
-                return {}
-            first, *blocks = text.split(b"\n")
+            checksum, _, plaintext = self._open(part[0]).partition(b" ")
+            if int(checksum, 16) != zlib.crc32(plaintext):
+                return []
+            first, _, text = str(plaintext, "ascii").partition("\n")
             start = json.loads(first)
             if start.pop("operation", None) != self._operation:
-                return {}
+                return []
             writer = Writer(**start)
-            part = {
-                name: Finished(name, tuple(read), tuple(made), size, length, message_id, tag)
-                for block in blocks
-                for name, read, made, size, length, message_id, tag in json.loads(block)
-            }
-        except (IntegrityError, ValueError, TypeError, AttributeError):  # not ours, whoever put it there
-            return {}
-        finally:
-            source.close()
+            position = 0
+            while position < len(text):
+                block, position = Block.parse(text, position)
+                if self._job.resuming is None:  # whoever wrote it
+                    block.rows()
+                blocks.append(block)
+        except (
+            IntegrityError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+        ):  # not ours, whoever put it there
+            return []
         self.writers.add(writer)
-        return part
+        return blocks
 
     def _seal(self, lines: bytes) -> bytes:
         """The part as it is stored: as it is where the job has no key to encrypt with."""
@@ -384,10 +448,10 @@ class StoreJournal:
             part += signer.footer()
         return part
 
-    def _open(self, part: bytes) -> bytes:
+    def _open(self, part: memoryview) -> bytes:
         job = self._job
         if job.resuming is None:
-            return part
+            return bytes(part)
         header, _ = parse_header(part, max_encrypted_data_keys=None)
         if header.frame_length != _PART_FRAME_LENGTH:
             raise FormatError("a message, but not a part of a journal")
@@ -397,6 +461,10 @@ class StoreJournal:
             require_signed=job.suite.signed,
         )
         return open_message(part, job.resuming, rules)
+
+
+def _place(finished: Finished) -> str:
+    return sort_key(finished.name)
 
 
 def _opener(folder: int) -> Callable[[str, int], int]:

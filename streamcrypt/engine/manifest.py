@@ -90,6 +90,8 @@ def file_line(quoted_name: str, size: int, message_length: int, message_id: str,
 
 def source_line(quoted_name: str, state: State) -> str:
     size, modified, identity = state
+    if isinstance(identity, str):
+        identity = quoted(identity)
     return f"[{quoted_name},{size},{modified or identity}]\n"
 
 

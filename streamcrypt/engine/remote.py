@@ -185,7 +185,7 @@ class Cluster:
             _ClusterRun(job, ray, access._replace(protect=ours), self.stats) as run,
         ):
             if job.operation == "encrypt":
-                run.drive(run.readable(run.entries()), run.seal)
+                run.drive(run.readable(run.left(run.entries())), run.seal)
             else:
                 run.drive(run.listed(run.entries()), run.open)
         return run.report

@@ -20,13 +20,13 @@ import resource
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Failure, Job, Place, Progress, Report
-from streamcrypt.engine.journal import Finished, Journal, StoreJournal
+from streamcrypt.engine.journal import Block, Finished, Journal, StoreJournal
 from streamcrypt.engine.manifest import (
     Listed,
     ManifestWriter,
@@ -117,8 +117,6 @@ _STORE_BYTES_ASKED: Final = 16 * 2**20
 # it holds a few of at a time and waits for the store at each.
 _STORE_BATCH_FILES: Final = 4
 _STORE_BATCH_SMALL_FILES: Final = 16
-# Lines of the manifest that are made of a journal at once.
-_LINES_TAKEN_OVER: Final = 256
 # The first entries are looked at to choose threads or processes.
 SAMPLE: Final = 4096
 # What the interpreter itself spends on a file and on a frame, and what starting processes costs, in
@@ -258,6 +256,7 @@ class _Run:
         self._may_replace = job.overwrite or job.resume
         self._journal: Journal | StoreJournal | None = None
         self._before: dict[str, Finished] = {}
+        self._blocks: deque[Block] = deque()  # what else was finished, in walk order
         self._made: _Listing | None = None  # what a store holds already, for a job that goes on there
         self._looked_at: set[int] = set()  # by `_resumed`, and not done
         self._unlisted: set[int] = set()  # decrypted files that are there without a line in the journal
@@ -325,13 +324,24 @@ class _Run:
         store = cast("StoreTree", tree)
         store_journal = StoreJournal(store, kind, job)
         if job.resume:
-            self._before = store_journal.read()
+            self._made = _Listing(store.states())
+            self._note_finished(store_journal.read())
             # Whoever resumes a job says that it has ended, on whichever machine.
             store.abort_uploads(of=store_journal.writers)
-            self._made = _Listing(tree.walk(job.filters))
         elif job.overwrite:
             store_journal.remove()
         return store_journal
+
+    def _note_finished(self, blocks: list[Block]) -> None:
+        """Keep what an interrupted job on a store had finished, the newest of what several parts tell of one file."""
+        job = self.job
+        names = {name for block in blocks for name in block.names}
+        told_once = len(names) == sum(len(block.names) for block in blocks)
+        # A key map may have changed since, and what is signed is read again: those are looked at one by one.
+        if told_once and job.operation == "encrypt" and job.key_map is None and job.signing is None:
+            self._blocks.extend(sorted(blocks, key=lambda block: sort_key(block.names[0])))
+        else:
+            self._before = {row.name: row for block in blocks for row in block.rows()}
 
     def __enter__(self) -> _Run:
         self._started = time.perf_counter()
@@ -730,7 +740,7 @@ class _Run:
             state = listing.state(entry.name)
             if state is None:
                 return False
-            made, proved = state, state[2] != 0
+            made, proved = state, bool(state[2])
         proved = proved and finished is not None and finished.made == made
         same = finished is not None and (
             finished.source == (entry.state or self.job.source.tree.state(entry.name))
@@ -769,51 +779,45 @@ class _Run:
     def left(self, entries: Iterator[Entry]) -> Iterator[Entry]:
         """The same entries without the objects that both listings prove to be done, as ``_resumed`` says it.
 
-        Those go into the manifest several at a time: what each costs is what finding out what is done costs.
+        Those are taken over a block of the journal at a time, if all of its files are as it says: what each costs
+        is what finding out what is done costs.  The files of other blocks are looked at one by one.
         """
-        made, before = self._made, self._before
-        if made is None or not before or self.job.key_map is not None or self._statement is not None:
-            yield from entries
-            return
-        state_of = made.state
-        lines: list[str] = []
-        sources: list[str] = []
-        total = 0
-
-        def take_over() -> None:
-            nonlocal total
-            if lines:
-                count = len(lines)
-                self.report.skipped += count
-                self._next_number += count
-                listed = _Lines("".join(lines), count, total, "".join(sources))
-                self._list(self._next_number - count, listed)
-                lines.clear()
-                sources.clear()
-                total = 0
-
-        for entry in entries:
-            name, state = entry.name, entry.state
-            finished = before.get(name)
-            if (
-                finished is None
-                or finished.source != state
-                or finished.made != state_of(name)
-                or not finished.made[2]
-                or state is None
-            ):
-                take_over()
-                yield entry
+        blocks = self._blocks
+        waiting: deque[Entry] = deque()
+        while waiting or (blocks and (waiting := deque(islice(entries, 1)))):
+            name = waiting[0].name
+            if not blocks or sort_key(name) < sort_key(blocks[0].names[0]):
+                yield waiting.popleft()
                 continue
-            del before[name]
-            _, _, _, size, message_length, message_id, header_tag, _ = finished
-            quoted_name = quoted(name)
-            lines.append(file_line(quoted_name, size, message_length, message_id, header_tag))
-            sources.append(source_line(quoted_name, state))
-            total += size
-            if len(lines) >= _LINES_TAKEN_OVER:
-                take_over()
-        take_over()
+            block = blocks.popleft()
+            if block.names[0] == name:
+                count = len(block.names)
+                waiting.extend(islice(entries, max(0, count - len(waiting))))
+                there = [*islice(waiting, count)]
+                if self._is_done(block, there):
+                    self._take_over(block)
+                    for _ in there:
+                        waiting.popleft()
+                    continue
+            self._before.update((row.name, row) for row in block.rows())
+        yield from entries
+
+    def _is_done(self, block: Block, there: Sequence[Entry]) -> bool:
+        """Whether all files of a block are what comes next in the source, as they were, and in the store."""
+        assert self._made is not None
+        names, _, _, _, sources, _ = zip(*there, strict=True)
+        if [*names] != block.names or [*sources] != block.sources:
+            return False
+        return self._made.states(names) == block.made and all(etag for _, _, etag in block.made)
+
+    def _take_over(self, block: Block) -> None:
+        assert self._made is not None
+        self._made.forget(block.names)
+        count = len(block.names)
+        self.report.skipped += count
+        self._next_number += count
+        total = sum(size for size, _, _ in block.sources)
+        self._list(self._next_number - count, _Lines(block.lines, count, total, block.source_lines))
 
     def _to_do(self, items: Iterator[_Item]) -> Iterator[_Item]:
         """Those that are not done already, as far as that is known without opening the source."""
@@ -861,7 +865,7 @@ class _Run:
     def _tell_left_behind(self, destination: Place) -> None:
         """What the interrupted job made of files that this one has not seen is in nobody's manifest."""
         told = {failure.path for failure in self.report.failed}
-        for name in self._before:
+        for name in chain(self._before, *(block.names for block in self._blocks)):
             if name not in told and destination.tree.exists(name):
                 error = SourceError(
                     f"{self._path(name)}: is not among the files any more, but the interrupted job made "
@@ -1443,27 +1447,37 @@ class _Run:
 
 
 class _Listing:
-    """The states of what a tree holds, asked for in the order of the names: a page at a time, not one by one."""
+    """The states of what a store holds, as far as they were asked for: a page at a time, not one by one."""
 
-    def __init__(self, entries: Iterator[Entry]) -> None:
-        self._entries = entries
-        self._found: Entry | None = None
-        self._next = next(entries, None)
+    def __init__(self, pages: Iterator[dict[str, State]]) -> None:
+        self._pages = pages
+        self._last = ""  # a store lists by the bytes of keys, so all names up to this one are known
+        self._is_whole = False
+        self._found: dict[str, State] = {}
 
     def state(self, name: str) -> State | None:
-        """The state of the object of that name, None when there is none; names must not descend."""
-        if self._found is not None and self._found.name == name:
-            return self._found.state
-        following = self._next
-        if following is not None and following.name != name:
-            place = sort_key(name)
-            while following is not None and sort_key(following.name) < place:
-                following = next(self._entries, None)
-            self._next = following
-        if following is None or following.name != name:
-            return None
-        self._found, self._next = following, next(self._entries, None)
-        return following.state
+        """The state of the object of that name, None when there is none."""
+        self._list_up_to(name)
+        return self._found.get(name)
+
+    def states(self, names: Sequence[str]) -> list[State | None]:
+        """The same for several."""
+        self._list_up_to(max(names))
+        return [*map(self._found.get, names)]
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Keep no states that nobody will ask for again."""
+        for name in names:
+            del self._found[name]
+
+    def _list_up_to(self, name: str) -> None:
+        while self._last < name and not self._is_whole:
+            page = next(self._pages, None)
+            if page is None:
+                self._is_whole = True
+            else:
+                self._found |= page
+                self._last = next(reversed(page))
 
 
 def entries(job: Job) -> Iterator[Entry]:

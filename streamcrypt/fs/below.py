@@ -9,7 +9,7 @@ from typing import Final
 
 from fsspec import AbstractFileSystem
 
-from streamcrypt.storage import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, Buffer
+from streamcrypt.storage import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, Buffer, State
 
 _MAX_READ_AHEAD: Final = 8 * 2**20
 
@@ -22,7 +22,7 @@ class RemoteSource:
         self._fs = fs
         self._path = path
         self._ahead = threading.local()
-        self.state = size, 0, 0
+        self.state: State = size, 0, 0
 
     def read_at(self, offset: int, buffer: memoryview) -> int:
         length = min(len(buffer), max(0, self.size - offset))
@@ -72,7 +72,7 @@ class RemoteTarget:
         self._file.write(data)
         self._position += len(data)
 
-    def state(self) -> tuple[int, int, int]:
+    def state(self) -> State:
         return self._position, 0, 0
 
     def flush(self) -> None:

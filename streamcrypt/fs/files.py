@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from streamcrypt.fs.below import RemoteSource
 from streamcrypt.fs.process import keep_scratch, scratch
 from streamcrypt.keys.materials import Materials
-from streamcrypt.storage import Buffer, Source, Target
+from streamcrypt.storage import Buffer, Source, State, Target
 from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules
 from streamcrypt.system import prefer_huge_pages
 from streamcrypt.tuples import NamedTuple
@@ -479,7 +479,7 @@ class LateTarget:
     def write_at(self, offset: int, data: Buffer) -> None:
         self._target.write_at(offset, data)
 
-    def state(self) -> tuple[int, int, int]:
+    def state(self) -> State:
         return self._target.state()
 
     def flush(self) -> None:

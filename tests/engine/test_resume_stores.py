@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from families.s3 import Bucket, MiB
 import streamcrypt as sc
 from streamcrypt.cli import diagnosis, main
 from streamcrypt.engine.journal import JOURNAL
+from streamcrypt.engine.run import _Run
 
 FILES = 24
 
@@ -87,7 +89,7 @@ def test_an_interrupted_encryption_goes_on(bucket: Bucket, key: str, source: Pat
 def test_what_is_taken_over_stands_in_the_manifest_as_if_nothing_had_been_interrupted(
     bucket: Bucket, key: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamcrypt.engine.run._LINES_TAKEN_OVER", 4)
+    monkeypatch.setattr("streamcrypt.stores._PAGE", 4)
     url = f"{bucket.url}/enc"
     interrupt("encrypt", source, url, key, after=FILES + 1)
     (source / "nothing in it").mkdir()
@@ -113,6 +115,40 @@ def test_what_is_taken_over_stands_in_the_manifest_as_if_nothing_had_been_interr
     assert sc.encrypt(source, url, keys=key, resume=True).skipped == FILES + 2  # by the digest of its sources
 
 
+def test_the_newest_of_what_the_journal_tells_of_a_file_counts(
+    bucket: Bucket, key: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second job is broken off too, after it has made some files of the first anew."""
+    url = f"{bucket.url}/enc"
+    interrupt("encrypt", source, url, key, after=FILES + 1)
+    for name in ("003", "004", "020"):
+        (source / "sub" / name).write_bytes(b"new " + name.encode())
+
+    def broken_off(run: _Run, destination: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_finish", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            sc.encrypt(source, url, keys=key, resume=True)
+    (source / "sub" / "004").write_bytes(b"newer")
+    report = sc.encrypt(source, url, keys=key, resume=True)
+    assert (report.files, report.skipped) == (1, FILES)
+    assert sc.verify(url, against=source).files == FILES + 1
+
+
+def test_what_the_interrupted_job_made_of_a_file_that_is_gone_is_told(
+    bucket: Bucket, key: str, source: Path
+) -> None:
+    url = f"{bucket.url}/enc"
+    interrupt("encrypt", source, url, key, after=FILES + 1)
+    for name in ("000", "010"):  # the first of a line of the journal, and one within
+        (source / "sub" / name).unlink()
+    with pytest.raises(sc.SourceError, match="not among the files any more") as caught:
+        sc.encrypt(source, url, keys=key, resume=True)
+    assert sorted(failure.path for failure in caught.value.report.failed) == ["sub/000", "sub/010"]  # type: ignore[attr-defined]
+
+
 def test_finding_what_is_done_takes_no_request_for_each_file(bucket: Bucket, key: str, source: Path) -> None:
     url = f"{bucket.url}/enc"
     interrupt("encrypt", source, url, key, after=FILES + 1)
@@ -129,10 +165,18 @@ def test_an_interrupted_decryption_and_a_rekeying_go_on(
     sc.encrypt(source, f"{bucket.url}/enc", keys=key)
     interrupt("decrypt", f"{bucket.url}/enc", f"{bucket.url}/plain", key)
     bucket.put("plain/sub/000", b"altered meanwhile")
-    for number, part in enumerate(
-        (b"", b"\n", b"[1]\n", os.urandom(50))
-    ):  # what others put there is passed over
-        bucket.put(f"plain/{JOURNAL}/{number}", part)
+    start, _, _ = bucket.get(parts(bucket)[0]).partition(b" ")[2].partition(b"\n")
+    columns = [["sub/000"], [0], [0], [0], [0], [0], [""]]
+    forged = (
+        [*columns, -50, 0],  # the next block would begin before this one
+        [*columns, 0, 0],  # without a line
+        [*columns[:-1], [], 0, 0],
+        [*columns[1:], columns[0], 3, 3],
+    )
+    texts = [start + b"\n" + json.dumps(block).encode() + b"\n[]\n[]\n" for block in forged]
+    texts = [b"%08x %s" % (zlib.crc32(text), text) for text in texts]
+    for number, part in enumerate([b"", b"\n", b"[1]\n", os.urandom(50), *texts]):
+        bucket.put(f"plain/{JOURNAL}/{number}", part)  # what others put there is passed over
     report = sc.decrypt(f"{bucket.url}/enc", f"{bucket.url}/plain", resume=True)
     assert report.skipped >= 7
     for name, data in contents(source).items():
@@ -182,8 +226,8 @@ def test_a_journal_that_somebody_else_wrote_is_not_believed(
     interrupt("encrypt", source, url, key, after=FILES + 1)
     real = parts(bucket)
     contents = [sc.decrypt_bytes(bucket.get(name)) for name in real]
-    rows = [row for lines in contents for block in lines.splitlines()[1:] for row in json.loads(block)]
-    assert sorted(row[0] for row in rows) == sorted(
+    blocks = [json.loads(line) for text in contents for line in text.splitlines() if line.startswith(b"[[")]
+    assert sorted(name for names, *_ in blocks for name in names) == sorted(
         ["sub-", *(f"sub/{number:03}" for number in range(FILES))]
     )
     for name in real:
