@@ -12,7 +12,8 @@ manifest, other data keys or errors.  They are what the work itself leaves of ob
 for.
 Variants are taken in turns in an order that is shuffled each round; a ratio is that of medians.  The last rows are the
 share of a whole job that a resumed one spends on finding that everything is done.
-``STREAMCRYPT_STORE_ROUNDS`` (default 5), ``STREAMCRYPT_BENCH_DIR`` (where local files lie; 2.5 GiB).
+``STREAMCRYPT_STORE_ROUNDS`` (default 5), ``STREAMCRYPT_STORE_FILES`` (how many of 16 KiB; 4,000),
+``STREAMCRYPT_BENCH_DIR`` (where local files lie; 2.5 GiB).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ pytestmark = pytest.mark.timeout(0)
 
 ROUNDS = int(os.environ.get("STREAMCRYPT_STORE_ROUNDS", "5"))
 AT_EMPTY_PATH = 0x1000
-KINDS = {"large": (12, 64 * MiB), "middle": (768, MiB), "small": (4000, 16 * KiB)}
+SMALL_FILES = int(os.environ.get("STREAMCRYPT_STORE_FILES", "4000"))
+KINDS = {"large": (12, 64 * MiB), "middle": (768, MiB), "small": (SMALL_FILES, 16 * KiB)}
 
 
 @pytest.fixture(scope="module", params=[0, 10], ids=lambda latency: f"{latency} ms")
@@ -279,6 +281,41 @@ def test_decrypt_from_a_store(store: Any, data: Data) -> None:
     assert show("decrypt from a store", data, spent, "decrypt") >= 0.8
 
 
+class Clock:
+    """What a job takes beyond its work: beyond the time from its first task to its last outcome."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from streamcrypt.engine.run import _Run
+
+        choose, drive = _Run._choose_pool, _Run.drive
+
+        def begin(run: _Run, *sample: Any) -> Any:
+            self._work = self._now()
+            return choose(run, *sample)
+
+        def end(run: _Run, *work: Any) -> None:
+            drive(run, *work)
+            if self._work is not None:
+                self._worked = self._since(self._work)
+
+        patch.setattr(_Run, "_choose_pool", begin)
+        patch.setattr(_Run, "drive", end)
+
+    def time(self, job: Callable[[], object]) -> tuple[Spent, Spent]:
+        """What it takes, and without its work."""
+        self._work, self._worked = None, Spent(0.0, 0.0)
+        started = self._now()
+        job()
+        whole = self._since(started)
+        return whole, Spent(*(of_all - of_work for of_all, of_work in zip(whole, self._worked, strict=True)))
+
+    def _now(self) -> Spent:
+        return Spent(time.perf_counter(), time.process_time())
+
+    def _since(self, before: Spent) -> Spent:
+        return Spent(*(now - then for now, then in zip(self._now(), before, strict=True)))
+
+
 @pytest.mark.parametrize("state", ["finished", "all done", "half done"])
 @pytest.mark.parametrize("where", ["disk", "disk without fsync", "store"])
 def test_a_resumed_job_soon_knows_what_is_done(
@@ -286,14 +323,22 @@ def test_a_resumed_job_soon_knows_what_is_done(
 ) -> None:
     """A whole job; and its resuming when it had ended, was broken off at its end, or at its half.
 
-    Of a half, what is left is done too: finding what is done is what a resumed job takes beyond the work on
-    the other half, which is that of a job on these files alone.
+    Finding what is done is what a resumed job takes beyond what any job takes: beyond a new job on a folder of what is
+    left (of nothing, or of the other half), with its start, clients and manifest, and beyond looking at the sources
+    that are done.  Of both jobs the work itself does not count, from the first task to the last outcome: it is the
+    same, and of half a job far longer than what is looked for.  With looking at the sources the share is printed too.
     """
     from streamcrypt.engine.run import _Run
+    from streamcrypt.storage import LocalTree
 
     place = "s3://bench/resumed" if where == "store" else data.folder / "resumed"
     options: dict[str, Any] = {"keys": data.keys, "fsync": where == "disk"}
     done = data.names[: len(data.names) // 2] if state == "half done" else data.names
+    left = data.folder / "left"
+    remove(left)
+    left.mkdir()
+    for name in data.names[len(done) :]:
+        os.link(data.source / name, left / name)
 
     def clear() -> None:
         if where != "store":
@@ -304,38 +349,49 @@ def test_a_resumed_job_soon_knows_what_is_done(
             for objects in obstore.list(store, "resumed/"):
                 obstore.delete(store, [found["path"] for found in objects])
 
-    def timed(names: list[str], *, resume: bool = False) -> float:
-        started = time.perf_counter()
-        files = None if len(names) == len(data.names) else names
-        report = sc.encrypt(data.source, place, files=files, resume=resume, **options)
-        seconds = time.perf_counter() - started
-        assert report.skipped == (len(done) if resume else 0)
-        return seconds
-
     def break_off(run: _Run, destination: object) -> None:
         raise KeyboardInterrupt
 
-    seconds: dict[str, list[float]] = {"whole": [], "finding": []}
-    for _ in range(ROUNDS):
-        clear()
-        work = 0.0
-        if state == "half done":
-            work = timed(data.names[len(done) :])
+    def job(source: Path, names: list[str] | None = None, *, resume: bool = False) -> None:
+        report = sc.encrypt(source, place, files=names, resume=resume, **options)
+        assert report.skipped == (len(done) if resume else 0)
+
+    def minus(one: Spent, other: Spent) -> Spent:
+        return Spent(*(mine - theirs for mine, theirs in zip(one, other, strict=True)))
+
+    whole, finding, looking, beyond = [], [], [], []
+    with monkeypatch.context() as patch:
+        clock = Clock(patch)
+        for _ in range(ROUNDS):
             clear()
-        seconds["whole"].append(timed(data.names))
-        if state != "finished":
+            _, others = clock.time(lambda: job(left))
             clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(_Run, "_finish", break_off)
-                with pytest.raises(KeyboardInterrupt):
-                    timed(done)
-        seconds["finding"].append(timed(data.names, resume=True) - work)
+            whole.append(clock.time(lambda: job(data.source))[0])
+            if state != "finished":
+                clear()
+                with monkeypatch.context() as broken:
+                    broken.setattr(_Run, "_finish", break_off)
+                    with pytest.raises(KeyboardInterrupt):
+                        job(data.source, None if done == data.names else done)
+            beyond.append(minus(clock.time(lambda: job(data.source, resume=True))[1], others))
+            tree = LocalTree(str(data.source))
+            looked = clock.time(lambda tree=tree: sum(1 for _ in tree.walk()))[0]
+            looking.append(Spent(*(spent * len(done) / len(data.names) for spent in looked)))
+            finding.append(minus(beyond[-1], looking[-1]))
     clear()
-    share = statistics.median(seconds["finding"]) / statistics.median(seconds["whole"])
     count, length = KINDS[data.kind]
-    print(
-        f"\nresumed job, {where}, {state}, {count} files of {length // KiB} KiB: {100 * share:.1f} % "
-        f"({1e6 * statistics.median(seconds['finding']) / count:.0f} µs a file)"
-    )
+    shares = []
+    for field in Spent._fields:
+        all_of_it, *parts = (
+            statistics.median(getattr(spent, field) for spent in some)
+            for some in (whole, finding, looking, beyond)
+        )
+        a_file = [1e6 * seconds / count for seconds in (*parts, all_of_it)]
+        shares.append([part / all_of_it for part in parts])
+        print(
+            f"\nresumed job, {where}, {state}, {count} files of {length // KiB} KiB, {field}: "
+            f"{100 * shares[-1][0]:.1f} %, with looking at the sources {100 * shares[-1][2]:.1f} % "
+            f"({a_file[0]:.1f} and {a_file[1]:.1f} of {a_file[3]:.0f} µs a file)"
+        )
     # Without fsync a small file takes so little that listing it alone is a good part of 5 %.
-    assert share < (0.05 if where != "disk without fsync" or length > 16 * KiB else 0.2)
+    assert shares[0][0] < (0.05 if where != "disk without fsync" or length > 16 * KiB else 0.2)

@@ -212,7 +212,7 @@ class StoreTree:
         held: list[Entry] = []  # as they were listed
         settled: set[str] = set()  # there is no such folder, or it was listed
         taken: tuple[str, ...] = ()
-        for page in self._listing(folder):
+        for page in _one_ahead(self._listing(folder)):
             last = page[-1].name
             # Only what begins as the last name does can wait: the listing has passed all other folders.
             folders = [last[: match.start()] for match in _UP_TO_SLASH.finditer(last, len(folder) + 1)]

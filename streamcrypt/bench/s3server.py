@@ -46,6 +46,7 @@ class S3Server(ThreadingHTTPServer):
         self.objects: dict[str, tuple[bytes | bytearray, str, dict[str, str]]] = {}
         self.uploads: dict[str, tuple[str, dict[str, str], dict[int, tuple[bytearray, str]]]] = {}
         self.names = sorted(names or ())
+        self._listed: list[str] | None = None  # sorted once for all pages, until a name comes or goes
         self.latency = latency
         self.bandwidth = bandwidth
         self.lock = threading.Lock()
@@ -57,13 +58,25 @@ class S3Server(ThreadingHTTPServer):
     def load(self, folder: Path, prefix: str) -> None:
         """The files of a folder as objects."""
         for path in sorted(folder.iterdir()):
-            self.objects[f"{prefix}/{path.name}"] = path.read_bytes(), f'"{secrets.token_hex(16)}"', {}
+            self.keep(f"{prefix}/{path.name}", path.read_bytes(), f'"{secrets.token_hex(16)}"', {})
+
+    def keep(self, key: str, body: bytes | bytearray, etag: str, metadata: dict[str, str]) -> None:
+        """Keep an object; for who holds the lock."""
+        if key not in self.objects:
+            self._listed = None
+        self.objects[key] = body, etag, metadata
+
+    def drop(self, *keys: str) -> None:
+        with self.lock:
+            for key in keys:
+                if self.objects.pop(key, None) is not None:
+                    self._listed = None
 
     def listing(self) -> list[str]:
         with self.lock:
-            if not self.objects:
-                return self.names
-            return sorted([*self.names, *self.objects])
+            if self._listed is None:
+                self._listed = sorted([*self.names, *self.objects])
+            return self._listed
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -145,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 if self._must_be_new() and key in self.server.objects:
                     return self._refuse(412, "PreconditionFailed")
-                self.server.objects[key] = body, etag, self._metadata()
+                self.server.keep(key, body, etag, self._metadata())
         return self._answer(200, ETag=etag)
 
     def do_POST(self) -> None:
@@ -159,8 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if "delete" in query:
             names = re.findall(r"<Key>([^<]*)</Key>", body.decode())
-            for name in names:
-                self.server.objects.pop(unescape(name), None)
+            self.server.drop(*map(unescape, names))
             deleted = "".join(f"<Deleted><Key>{name}</Key></Deleted>" for name in names)
             return self._xml(f"<DeleteResult>{deleted}</DeleteResult>")
         upload = self.server.uploads.pop(query["uploadId"][0], None)
@@ -171,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             if self._must_be_new() and key in self.server.objects:
                 return self._refuse(412, "PreconditionFailed")
-            self.server.objects[key] = bytearray().join(parts), etag, upload[1]
+            self.server.keep(key, bytearray().join(parts), etag, upload[1])
         return self._xml(
             f"<CompleteMultipartUploadResult><Key>{escape(key)}</Key><ETag>{escape(etag)}</ETag>"
             "</CompleteMultipartUploadResult>"
@@ -183,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.uploads.pop(query["uploadId"][0], None) is None:
                 return self._refuse(404, "NoSuchUpload")
         else:
-            self.server.objects.pop(key, None)
+            self.server.drop(key)
         return self._answer(204)
 
     def do_HEAD(self) -> None:
