@@ -704,9 +704,15 @@ def check_uploads(url: str) -> Check:
         uploads = list(tree.open_uploads())
         interrupted = is_interrupted(tree)
     except StreamcryptError as error:
-        code = output.TEMPORARY if isinstance(error, TemporaryError) else output.FAILED
-        return Check("leftovers", "failed", str(error), "allow s3:ListBucketMultipartUploads and s3:ListBucket",
-                     code=code)  # fmt: skip
+        code, mend = (
+            output.FAILED,
+            "mend the store's settings: docs/object-stores.md says where they come from",
+        )
+        if isinstance(error, TemporaryError):
+            code, mend = output.TEMPORARY, "try again when the store can be reached"
+        elif "denied access" in str(error):
+            mend = "allow s3:ListBucketMultipartUploads and s3:ListBucket"
+        return Check("leftovers", "failed", str(error), mend, code=code)
     journal = "; the journal of a job that did not finish, or still runs" if interrupted else ""
     if not uploads:
         return Check("leftovers", "ok" if not interrupted else "warning", f"{url}: no open uploads{journal}",

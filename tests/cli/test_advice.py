@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from families.s3 import Bucket
+from families.s3 import Bucket, set_store_environment
 
 from streamcrypt import api
 from streamcrypt.cli import diagnosis, main
@@ -1224,6 +1224,20 @@ def test_endpoint_and_tls(endpoint: str, verify: bool, status: str, word: str) -
     check = diagnosis._check_endpoint(KmsCalls(client), client)
     assert (check.status, word in check.found) == (status, True), check
     assert "eu-west-1" in check.found
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "code", "mend"),
+    [("http://127.0.0.1:9", 5, "try again when"), ("https://", 1, "mend the store's settings")],
+)
+def test_a_store_that_cannot_be_asked_is_no_missing_permission(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, code: int, mend: str
+) -> None:
+    set_store_environment(monkeypatch, 9)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    monkeypatch.setenv("STREAMCRYPT_STORE_RETRY_SECONDS", "1s")
+    check = diagnosis.check_uploads("s3://bucket/enc")
+    assert (check.status, check.code, check.mend.startswith(mend)) == ("failed", code, True), check
 
 
 def test_plaintext_beside_us(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
