@@ -1304,8 +1304,8 @@ def _translation(
         return kind(f"{path}: is not a name that can be asked of a store")
     if not isinstance(error, exceptions.BaseError):
         return None
-    # The first line; what follows is for the library's authors, and a query may hold a signature.
-    text = re.sub(r"\?\S+", "", str(error).partition("\n")[0].partition(": <")[0])
+    # The first line; what follows is for the library's authors.  A query may hold a signature, an endpoint a password.
+    text = re.sub(r"\?\S+|(?<=//)[^/@\s]+@", "", str(error).partition("\n")[0].partition(": <")[0])
     if "status code: 404" in text:
         return kind(f"{path}: does not exist (or its bucket does not)")
     if _TEMPORARY.search(text):

@@ -786,6 +786,14 @@ def test_missing_credentials_are_named(bucket: Bucket, monkeypatch: pytest.Monke
         sc.open(f"{bucket.url}/m")
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_password_in_an_endpoint_is_not_told(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:secret-word@127.0.0.1:9")
+    with pytest.raises(sc.StreamcryptError, match=r"http://127\.0\.0\.1:9/") as error:
+        sc.open(f"{bucket.url}/m")
+    assert "secret-word" not in str(error.value)
+
+
 def credentials_of_a_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, minutes: float
 ) -> datetime.datetime:
