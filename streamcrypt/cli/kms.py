@@ -286,7 +286,7 @@ def _caller(args: argparse.Namespace) -> Callable[[str, dict[str, Any]], dict[st
 
 
 def _translated(error: Exception, operation: str, request: Mapping[str, Any]) -> StreamcryptError:
-    from streamcrypt.keys.calls import translate
+    from streamcrypt.keys.calls import classify, translate
 
     response: dict[str, Any] = getattr(error, "response", {})
     code = response.get("Error", {}).get("Code", "")
@@ -298,6 +298,12 @@ def _translated(error: Exception, operation: str, request: Mapping[str, Any]) ->
     if code in ("ThrottlingException", "KMSInternalException", "DependencyTimeoutException"):
         return KeyUnavailableError(
             f"{key}: {said.removesuffix('.') or code}; try again", code=code, operation=operation, key=key
+        )
+    outcome = classify(error)
+    if not code and outcome is not None and outcome.unreachable:
+        return KeyUnavailableError(
+            f"kms {_kebab(operation)}: {error}; check the network and the endpoint, then try again",
+            operation=operation,
         )
     if code in ("KMSInvalidSignatureException", "KMSInvalidMacException"):
         what = "MAC" if operation == "VerifyMac" else "signature"

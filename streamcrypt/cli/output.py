@@ -322,6 +322,11 @@ def exit_code(error: BaseException) -> int:
         return FAILED
     if isinstance(error, ValueError):
         return USAGE
+    if type(error).__module__.startswith("botocore") and not _kms_code(error):
+        from streamcrypt.keys.calls import classify
+
+        outcome = classify(error) if isinstance(error, Exception) else None
+        return TEMPORARY if outcome is not None and outcome.unreachable else FAILED
     return _KMS_EXIT_CODES.get(_kms_code(error), FAILED)
 
 

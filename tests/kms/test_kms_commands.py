@@ -405,6 +405,27 @@ def test_branch_keys_in_dynamodb(run: Run, monkeypatch: pytest.MonkeyPatch):
         server.stop()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("kms", "list-keys", "--kms", "aws"),
+        ("bench", "kms", "--kms", "http://127.0.0.1:9", "--seconds", "1"),
+    ],
+)
+def test_a_kms_out_of_reach_is_worth_another_try(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+):
+    for name, value in {
+        "AWS_ENDPOINT_URL_KMS": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "eu-central-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert main(words) == 5
+    told = capsys.readouterr().err
+    assert "Could not connect to the endpoint URL" in told
+    assert "key of the ciphertext" not in told
+
+
 def test_a_reminder_until_the_backup(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def create() -> str:
         args = parser().parse_args(["kms", "create-key"])
