@@ -294,7 +294,8 @@ def _translated(error: Exception, operation: str, request: Mapping[str, Any]) ->
     if code in _BAD_REQUESTS:
         return StreamcryptError(f"kms {_kebab(operation)}: {said or code} ({code})")
     named = request.get("KeyId") or request.get("DestinationKeyId") or request.get("TargetKeyId")
-    key = str(named or request.get("AliasName") or "the key of the ciphertext")
+    unnamed = "the key of the ciphertext" if "CiphertextBlob" in request else f"kms {_kebab(operation)}"
+    key = str(named or request.get("AliasName") or unnamed)
     if code in ("ThrottlingException", "KMSInternalException", "DependencyTimeoutException"):
         return KeyUnavailableError(
             f"{key}: {said.removesuffix('.') or code}; try again", code=code, operation=operation, key=key

@@ -426,6 +426,21 @@ def test_a_kms_out_of_reach_is_worth_another_try(
     assert "key of the ciphertext" not in told
 
 
+def test_a_refusal_without_a_key_names_the_operation(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "no-such-file")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    assert main(("kms", "list-keys", "--kms", "aws")) == 4
+    assert (
+        "streamcrypt: error: kms list-keys: cannot call KMS (NoCredentialsError)" in capsys.readouterr().err
+    )
+
+
 def test_a_reminder_until_the_backup(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def create() -> str:
         args = parser().parse_args(["kms", "create-key"])
