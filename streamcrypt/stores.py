@@ -356,7 +356,6 @@ class StoreTree:
     def remove_leftovers(self, folder: str) -> None:
         """Abort multipart uploads below the root that a killed job left; those of running jobs stay."""
         if not self._swept:
-            self._swept = True
             with contextlib.suppress(StreamcryptError):  # creating objects will say so
                 self.abort_uploads()
 
@@ -365,6 +364,7 @@ class StoreTree:
 
         Only uploads that are on record below the root are ours; others are not touched.
         """
+        self._swept = True
         if self._bucket.scheme == "s3":
             for name, record, written in self._records():
                 ended = record.is_abandoned() or datetime.now(UTC) - written > _ABANDONED_AFTER

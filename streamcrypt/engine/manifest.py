@@ -23,7 +23,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from itertools import islice
+from operator import lt
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
@@ -37,6 +39,7 @@ from streamcrypt.tuples import NamedTuple
 quoted: Final = json.encoder.encode_basestring_ascii  # a name as json.dumps writes it
 _VERSION: Final = 1
 _BLOCK_LINES: Final = 256
+_HASHED_LENGTH: Final = 2**18
 MANIFEST_START: Final = b'{"streamcrypt":"manifest","version":1}\n'  # its first line
 # Up to this the lines are held back, so that the manifest's length is known when its data key is
 # asked for and counted; longer ones are written as they come, in constant memory.
@@ -114,20 +117,27 @@ class SourcesDigest:
     def __init__(self, settings: str) -> None:
         # Not hashlib's, which brings a second OpenSSL that few commands need.
         self._hash = Hash(SHA256())
-        self._hash.update(_line({"settings": settings}))
+        self._held = bytearray(_line({"settings": settings}))  # many lines are hashed at once
 
     def add(self, name: str, state: State) -> None:
         self.add_lines(source_line(quoted(name), state))
 
     def add_lines(self, lines: str) -> None:
         """Several lines of ``source_line``."""
-        self._hash.update(lines.encode())
+        self._held += lines.encode()
+        if len(self._held) > _HASHED_LENGTH:
+            self._hash_held()
 
     def add_folder(self, name: str) -> None:
-        self._hash.update(_line({"folder": name}))
+        self._held += _line({"folder": name})
 
     def hexdigest(self) -> str:
+        self._hash_held()
         return self._hash.copy().finalize().hex()
+
+    def _hash_held(self) -> None:
+        self._hash.update(self._held)
+        self._held.clear()
 
 
 class ManifestWriter:
@@ -191,25 +201,33 @@ def read_manifest(file: Iterable[bytes]) -> Generator[Listed, None, Ending]:
     _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
     files = total = 0
     previous = ""
-    records = _records(lines)
-    for record in records:
-        if "name" not in record:
-            _expect({"files", "bytes"} <= record.keys() <= frozenset(Ending._fields))
-            _expect((record["files"], record["bytes"]) == (files, total) and next(records, None) is None)
-            return Ending(**record)
-        _expect(record.keys() <= _FIELDS and isinstance(record["name"], str))
-        listed = Listed(**record)
-        parts = sort_key(check_name(listed.name))
-        _expect(previous < parts)
-        previous = parts
-        if not listed.folder and listed.failed is None:
-            files += 1
-            total += listed.size
-        yield listed
+    for records in _blocks(lines):
+        ending = records.pop() if "name" not in records[-1] else None
+        _expect(all(isinstance(record.get("name"), str) and record.keys() <= _FIELDS for record in records))
+        places = [sort_key(check_name(record["name"])) for record in records]
+        _expect(all(map(lt, (previous, *places), places)))
+        previous = places[-1] if places else previous
+        listed = [
+            _new_listed((*record.values(), False, None, ""))
+            if [*record] == _FILE_FIELDS
+            else Listed(**record)
+            for record in records
+        ]
+        yield from listed
+        of_files = [line.size for line in listed if not line.folder and line.failed is None]
+        files += len(of_files)
+        total += sum(of_files)
+        if ending is not None:
+            _expect({"files", "bytes"} <= ending.keys() <= frozenset(Ending._fields))
+            _expect((ending["files"], ending["bytes"]) == (files, total) and next(lines, None) is None)
+            return Ending(**ending)
     raise IntegrityError(_NOT_WHOLE)
 
 
 _FIELDS: Final = frozenset(Listed._fields) - {"sha256"}
+_FILE_FIELDS: Final = [*Listed._fields[:5]]
+# As ``Listed._make``, in less than half the time.
+_new_listed: Final[Callable[[tuple[object, ...]], Listed]] = partial(tuple.__new__, Listed)
 _NOT_WHOLE: Final = "is not a whole manifest of this version"
 
 
@@ -226,7 +244,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return dict(record)
 
 
-def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+def _blocks(lines: Iterator[bytes]) -> Iterator[list[dict[str, Any]]]:
     """The objects of lines of one each, many parsed at a time: one by one takes twice as long."""
     while block := list(islice(lines, _BLOCK_LINES)):
         try:
@@ -234,7 +252,7 @@ def _records(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
         except ValueError:
             records = []
         _expect(len(records) == len(block) and all(type(record) is dict for record in records))
-        yield from records
+        yield records
 
 
 def _expect(holds: bool) -> None:
