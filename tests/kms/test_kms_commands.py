@@ -420,6 +420,7 @@ def test_a_kms_out_of_reach_is_worth_another_try(
         "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "eu-central-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     assert main(words) == 5
     told = capsys.readouterr().err
     assert "Could not connect to the endpoint URL" in told
@@ -435,6 +436,7 @@ def test_a_refusal_without_a_key_names_the_operation(
         monkeypatch.setenv(name, "no-such-file")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)  # it keeps the credentials that another test had
     assert main(("kms", "list-keys", "--kms", "aws")) == 4
     assert (
         "streamcrypt: error: kms list-keys: cannot call KMS (NoCredentialsError)" in capsys.readouterr().err
