@@ -329,7 +329,11 @@ def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep
     many, more, most = ((min(20_000, round(times * turn)), 8 * KIB, MIB) for times in (0.55, 1.5, 3.5))
     large, middle, spans = (32, 24 * MIB, MIB), (400, 2 * MIB, MIB), (2, 384 * MIB, MIB)
     frames = (math.ceil(1.1 * PROCESSES_PAY / interpreter_seconds(1, 1025)), 4 * MIB, 4 * KIB)
-    short, between = (2000, 64 * KIB, 16 * KIB), (800, 640 * KIB, 256 * KIB)
+    short, between, handed = (
+        (2000, 64 * KIB, 16 * KIB),
+        (800, 640 * KIB, 256 * KIB),
+        (3500, 48 * KIB, 16 * KIB),
+    )
     cells: list[Cell] = []
 
     def add(shape: tuple[int, int, int], **fields: Any) -> None:
@@ -365,6 +369,8 @@ def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep
                 add(signed, signed=True, **common | {"fsync": False})
             if workers > 1:
                 add(most, **common)
+                if operation != "rekey":
+                    add(handed, **common)
         elif workers > 1:
             shapes.append(more)
         for shape in shapes:
@@ -373,7 +379,7 @@ def calibration(storages: Sequence[str] = ("disk",), *, cores: int = 2) -> Sweep
             add(many, **common | {"fsync": False})
             add(large, **common | {"fsync": False})
         if workers > 1 and operation != "rekey":
-            for shape in [many, large] + ([frames, between] if storage == ordered[0] else []):
+            for shape in [many, large] + ([frames, between, more, handed] if storage == ordered[0] else []):
                 add(shape, **common | {"workers": 2 * workers})
     return Sweep(_distinct(cells), 1)
 

@@ -38,6 +38,7 @@ from streamcrypt.engine.manifest import (
 )
 from streamcrypt.engine.pool import Lost, Pool, ProcessPool, ThreadPool
 from streamcrypt.engine.spans import (
+    BATCH_BYTES,
     BATCH_FILES,
     MANIFEST,
     SIGNATURE,
@@ -1013,20 +1014,39 @@ class _Run:
         return None
 
     def _lists(self, tasks: Iterator[FileTask | SmallFile]) -> Iterator[Tasks]:
-        """What goes to workers: small files together, a large one span by span."""
+        """What goes to workers: files that are worth a hand-over together, a large one span by span.
+
+        Groups that are small because small files and others take turns go together, but none waits for a second
+        data key.
+        """
+        together: list[FileTask | SmallFiles] = []
+        files = size = 0
         for group in in_batches(tasks, self._batch_files, self._batch_small_files):
-            if isinstance(group[0], SmallFile):
-                files = [file for file in group if isinstance(file, SmallFile)]
-                if self.job.reading is None:
-                    for small in self._small_files(files):
-                        yield [small]
-                else:
-                    yield from self._small_messages(files)
-            elif is_large(group[0]):
-                yield from self._spans(group[0])
+            small = [file for file in group if isinstance(file, SmallFile)]
+            if small and self.job.reading is not None:
+                yield from self._small_messages(small)
+                continue
+            if not small and is_large(first := cast("FileTask", group[0])):
+                yield from self._spans(first)
+                continue
+            length = sum(task.length for task in group)
+            if together and (files + len(group) > self._batch_files or size + length > BATCH_BYTES):
+                yield together
+                together, files, size = [], 0, 0
+            if small:
+                for number, of_one_key in enumerate(self._small_files(small)):
+                    if number:
+                        yield together
+                        together, files, size = [], 0, 0
+                    together.append(of_one_key)
             else:
-                self._tasks.update((task.number, task) for task in group)
-                yield group
+                whole = [task for task in group if isinstance(task, FileTask)]
+                self._tasks.update((task.number, task) for task in whole)
+                together += whole
+            files += len(group)
+            size += length
+        if together:
+            yield together
 
     def _small_files(self, files: list[SmallFile]) -> Iterator[SmallFiles]:
         """Their ids and keys; those of one data key together."""

@@ -193,7 +193,7 @@ class SmallMessages(NamedTuple):
         return f"<SmallMessages {self.number} to {self.number + len(self.names) - 1}>"
 
 
-# A list of them, one where there is a SmallFiles or SmallMessages.
+# A list of them, one where there is a SpanTask or SmallMessages.
 Tasks: TypeAlias = Sequence[FileTask | SpanTask | SmallFiles | SmallMessages]
 
 

@@ -129,16 +129,19 @@ class Worker:
                 tree.close()
 
     def take(self, tasks: Tasks) -> list[Outcome | SmallOutcome]:
-        """Do the tasks, all of one kind, of any kind."""
-        first = tasks[0]
-        if isinstance(first, SmallFiles):
-            return [self._small_files(first)]
-        if isinstance(first, SmallMessages):
-            return [self._small_messages(first)]
-        return [*self.run([task for task in tasks if isinstance(task, FileTask | SpanTask)])]
+        """Do the tasks, of any kind; spans come alone."""
+        outcomes: list[Outcome | SmallOutcome] = []
+        for task in tasks:
+            if isinstance(task, SmallFiles):
+                outcomes.append(self._small_files(task))
+            elif isinstance(task, SmallMessages):
+                outcomes.append(self._small_messages(task))
+        if rest := [task for task in tasks if isinstance(task, FileTask | SpanTask)]:
+            outcomes += self.run(rest)
+        return outcomes
 
     def run(self, tasks: Sequence[FileTask | SpanTask]) -> list[Outcome]:
-        """Do the tasks; what goes wrong with one is its outcome and does not stop the others."""
+        """Do the tasks, all of one kind; what goes wrong with one is its outcome and does not stop the others."""
         if isinstance(tasks[0], SpanTask):
             return [self._guard(task, self._span) for task in tasks if isinstance(task, SpanTask)]
         written: list[tuple[Target, Outcome]] = []

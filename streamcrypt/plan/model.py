@@ -4,7 +4,7 @@
            + [alone, threads] files·a + frames·f                      one at a time: the interpreter's lock
            + [threads] files·a'·(1 - 1/workers)
            + [processes] files·b·(d + (1 - d)/P) + frames·f/P         P = usable workers
-           + [encrypt] files above 256 KiB or a frame·o       one by one, not in columns
+           + [encrypt] files above 256 KiB or a frame·o       one by one, not in columns; [processes] /P
            + bytes·(c_serial + c/P)
            + [fsync] files·(t_serial + t/P) + bytes·t_B
            + [signed] files·(s_serial + s/P) + bytes·s_B/P
@@ -148,7 +148,7 @@ class Work:
         sync, signed = float(self.fsync), float(self.signed)
         return np.array([
             1.0, free, free * self.workers, lock * n, self._contended, free * n, free * n / p,
-            self.singles, self.frames * (lock + free / p), self.bytes, self.bytes / p,
+            self.singles * (lock + free / p), self.frames * (lock + free / p), self.bytes, self.bytes / p,
             sync * n, sync * n / p, sync * self.bytes, signed * n, signed * n / p, signed * self.bytes / p,
             self.keys,
         ])  # fmt: skip

@@ -162,7 +162,7 @@ function estimate(job) {
   const sync = page.sync ? 1 : 0, signed = page.signed ? 1 : 0, lock = processes ? 0 : 1, free = 1 - lock;
   const contended = processes || inTurns ? 0 : files * (1 - 1 / workers);
   const features = { start: 1, starting: free, process: free * workers, file_lock: lock * files,
-    file_contended: contended, file_serial: free * files, file: free * files / p, single: singles,
+    file_contended: contended, file_serial: free * files, file: free * files / p, single: singles * (lock + free / p),
     frame: frames * (lock + free / p), byte_serial: bytes, byte: bytes / p,
     sync_serial: sync * files, sync: sync * files / p, sync_byte: sync * bytes,
     signature_serial: signed * files, signature: signed * files / p, hash: signed * bytes / p, key: 0 };

@@ -181,6 +181,28 @@ def test_processes_give_what_threads_give(heavy, tmp_path):
     assert not any(map(is_running, children))
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_files_of_one_frame_and_of_several_are_handed_over_together(tmp_path, monkeypatch, limit):
+    """Small ones go in columns, which those of several frames interrupt: not a hand-over for each turn."""
+    make_tree(tmp_path / "in", {f"{number:03}": 5000 if number % 2 else 100 for number in range(200)})
+    handed, submit = [], ThreadPool.submit
+
+    def watched(self, tasks):
+        handed.append(len(tasks))
+        submit(self, tasks)
+
+    monkeypatch.setattr(ThreadPool, "submit", watched)
+    cache = sc.DataKeyCache(max_messages=limit) if limit else None
+    report = sc.encrypt(
+        tmp_path / "in", tmp_path / "enc", keys=KEYS, frame_size=4096, workers=1, fsync=False, cache=cache
+    )
+    assert sum(handed) == 200  # a column of one between two others
+    assert len(handed) == 4  # a quarter of them each: a worker's lists are not the whole job
+    assert report.to_json()["data_keys"] == (67 if limit else 1)  # with the manifest
+    sc.decrypt(tmp_path / "enc", tmp_path / "dec", keys=KEYS)
+    assert read_tree(tmp_path / "dec") == read_tree(tmp_path / "in")
+
+
 def test_threads_side_by_side_only_where_they_do_not_wait_for_the_interpreter(tmp_path):
     """Small files: one, in turns with the caller's; as many as asked for large ones, and where a disk is waited for."""
     make_tree(tmp_path / "small", {f"{number:03}": 1000 for number in range(300)})
