@@ -697,6 +697,7 @@ def _plan(args: argparse.Namespace) -> int:
     from streamcrypt.bench.records import RecordsError
     from streamcrypt.plan import predict as planner
     from streamcrypt.plan.model import ModelError
+    from streamcrypt.plan.simulate import MOST_CALLS
 
     try:
         records, shipped = _records_of(args.records)
@@ -715,6 +716,11 @@ def _plan(args: argparse.Namespace) -> int:
         except planner.PlanError as error:
             # Inputs were checked when the Job was made: what is left is a deadline that nothing meets.
             return _refuse(args, str(error), 1 if job.deadline is not None else USAGE_ERROR)
+        if args.simulate and found.estimate.calls > MOST_CALLS:
+            raise planner.PlanError(
+                f"--simulate plays up to {MOST_CALLS:,} calls of the KMS and this job makes {found.estimate.calls:,.0f}; "
+                "let a data key serve more messages, or leave --simulate out"
+            )
     except (planner.PlanError, RecordsError, ModelError, ValueError) as error:
         return _refuse(args, str(error), USAGE_ERROR)
     from streamcrypt.bench.records import this_machine

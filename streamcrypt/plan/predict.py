@@ -12,6 +12,7 @@ closed form with resampled rates and with the errors that the fit made on cells 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import math
@@ -26,11 +27,12 @@ from streamcrypt.bench.records import Records
 from streamcrypt.engine.manifest import HELD_LENGTH
 from streamcrypt.engine.run import PROCESSES_PAY, SAMPLE, UNLOCKED_PER_BYTE, interpreter_seconds
 from streamcrypt.engine.spans import BATCH_BYTES, BATCH_FILES, SMALL_LENGTH, SPAN_LENGTH, SPLIT_LENGTH
-from streamcrypt.message.suites import MAX_WRITTEN_FRAME_LENGTH
+from streamcrypt.message.suites import MAX_FRAMES, MAX_WRITTEN_FRAME_LENGTH
 from streamcrypt.plan import cluster, limits
 from streamcrypt.plan.closed import Load, Outcome, Sharing, closed_form, messages_by_bytes
 from streamcrypt.plan.model import CPU_TERMS, TERMS, Fit, Vector, Work, alone_from, describe, fit
 from streamcrypt.plan.simulate import simulate
+from streamcrypt.stores import MAX_PARTS, PART_LENGTH, part_length
 from streamcrypt.units import format_size
 
 TRIALS: Final = 1000
@@ -39,6 +41,7 @@ HEADER: Final = 400  # bytes: one KMS key and a few context pairs
 DIRTY: Final = 0.2  # of the memory: Linux holds back so much before whoever writes waits for the disk
 KNEE: Final = 8.0  # exponent of the norm that joins bounds; two equal ones come to 1.09 of one
 MOST_HOSTS: Final = 1 << 16
+MOST_USD: Final = 1e6  # an hour of a host
 
 # INTERFACE.md: the cache's defaults.
 MAX_AGE: Final = 300.0
@@ -204,10 +207,20 @@ class Job:
             )
         if self.kms_latency < 0:
             raise PlanError("a KMS latency is not negative")
-        if self.price_host_hour is not None and not 0 <= self.price_host_hour < math.inf:
-            raise PlanError(f"a price of {self.price_host_hour:g} USD an hour: it must be 0 or more")
+        if self.price_host_hour is not None and not 0 <= self.price_host_hour <= MOST_USD:
+            raise PlanError(
+                f"a price of {self.price_host_hour:g} USD an hour: it must be from 0 to {MOST_USD:,.0f}"
+            )
         if self.frame_size > MAX_WRITTEN_FRAME_LENGTH:
             raise PlanError(f"frame size is {self.frame_size}: it must be at most {MAX_WRITTEN_FRAME_LENGTH}")
+        largest = self.size_points.largest
+        if largest // self.frame_size + 1 > MAX_FRAMES:
+            raise PlanError(
+                f"a file of {format_size(math.ceil(largest))} in frames of {self.frame_size} bytes: a message has at most "
+                f"{MAX_FRAMES} frames; a larger frame size holds it"
+            )
+        if self.engine == "ray" and self.signed:
+            raise PlanError("a cluster does not sign messages; leave --sign out, or plan with --engine local")
         positive = {
             "deadline": self.deadline,
             "read bandwidth": self.read_bandwidth,
@@ -366,6 +379,8 @@ class Prediction:
             "knee": KNEE,
             "host_hour": host_hour(job, self.cores),
             "object_store": job.object_store,
+            "part": PART_LENGTH,
+            "most_parts": MAX_PARTS,
             "put_request": prices.put_requests.each,
             "get_request": prices.get_requests.each,
             "request_price": prices.kms.request(job.kms_operation),
@@ -683,7 +698,6 @@ def _changed(job: Job, **changes: Any) -> Job:
 def _sensitivity(job: Job, point: Any, workers: int) -> dict[str, float]:
     """d ln(seconds) / d ln(input): -1 means that twice the input halves the time."""
     base = point(job, workers).seconds
-    doubled = {"bytes", "files", "hosts", "frame_size"}
     found: dict[str, float] = {}
 
     def elasticity(changed: Job, with_workers: int, ratio: float) -> float:
@@ -691,8 +705,12 @@ def _sensitivity(job: Job, point: Any, workers: int) -> dict[str, float]:
 
     for name in ("bytes", "files", "frame_size", "hosts"):
         value = getattr(job, name)
-        if name in doubled and value:
-            found[name] = elasticity(_changed(job, **{name: value * 2}), workers, 2)
+        if not value:
+            continue
+        for ratio in (2.0, 0.5):  # a frame at its limit can only be halved
+            with contextlib.suppress(PlanError):
+                found[name] = elasticity(_changed(job, **{name: round(value * ratio)}), workers, ratio)
+                break
     found["workers"] = elasticity(job, workers * 2, 2)
     for name in ("kms_latency", "cache_max_messages", "cache_max_age", "cache_max_bytes",
                  "read_bandwidth", "write_bandwidth", "network_bandwidth"):  # fmt: skip
@@ -866,8 +884,8 @@ def _cost(job: Job, calls: float, seconds: float, cores: int) -> dict[str, float
     compute = host_hour(job, cores) * job.hosts * seconds / 3600
     store = 0.0
     if job.object_store:
-        writes = 0 if job.operation == "verify" else job.files
-        store = writes * job.prices.put_requests.each + job.files * job.prices.get_requests.each
+        puts, gets = _store_requests(job)
+        store = puts * job.prices.put_requests.each + gets * job.prices.get_requests.each
     return {
         "kms_requests": requests,
         "kms_keys": keys,
@@ -875,6 +893,15 @@ def _cost(job: Job, calls: float, seconds: float, cores: int) -> dict[str, float
         "store_requests": store,
         "total": requests + keys + compute + store,
     }
+
+
+def _store_requests(job: Job) -> tuple[float, float]:
+    """Requests that write and that read all files: a long object goes in parts, which are opened and joined."""
+    points = job.size_points.points
+    parts = [math.ceil(point / part_length(math.ceil(point), 0)) for point in points]
+    puts = sum(number + 2 if number > 1 else 1 for number in parts) / len(points)
+    gets = sum(max(1, math.ceil(point / PART_LENGTH)) for point in points) / len(points)
+    return (0.0 if job.operation == "verify" else job.files * puts), job.files * gets
 
 
 def _costs(job: Job, estimate: Estimate) -> dict[str, Any]:
@@ -964,6 +991,8 @@ def check(report: dict[str, Any], job: Job, records: Records) -> dict[str, Any]:
     """A finished job's report against its plan: predicted and actual seconds and calls, and their ratio."""
     predicted = predict(job, records)
     actual = float(report["seconds"])
+    if not 0 < actual < math.inf:
+        raise ValueError(f"a finished job did not take {actual:g} s")
     calls: Iterable[int] = report.get("kms", {}).get("calls", {}).values()
     return {
         "predicted_seconds": predicted.estimate.seconds,

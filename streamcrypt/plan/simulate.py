@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -169,6 +170,8 @@ def _play_private(load: Load, kms: _Kms, files: Iterator[tuple[float, float, int
 
 # More lists than this are played in groups: so many alike workers take a list each, at the same time.
 _EVENTS = 250_000
+# More calls of the KMS than this are not played: each is a moment that is kept.
+MOST_CALLS: Final = 20_000_000
 
 
 class _Driver:

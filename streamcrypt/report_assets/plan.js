@@ -220,12 +220,15 @@ function estimate(job) {
     "kms-quota": outcome.quotaSeconds };
   const limit = Object.keys(parts).reduce((best, name) => parts[name] > parts[best] ? name : best);
   const seconds = overhead + joined, calls = (outcome.calls + own) * busyHosts;
-  const writes = readsOnly ? 0 : job.files;
+  const partOf = (p) => Math.max(page.part, Math.ceil(Math.ceil(p) / (page.most_parts - 1)));
+  const inParts = points.map((p) => Math.ceil(p / partOf(p)));
+  const puts = readsOnly ? 0 : inParts.reduce((sum, n) => sum + (n > 1 ? n + 2 : 1), 0) / count * job.files;
+  const gets = points.reduce((sum, p) => sum + Math.max(1, Math.ceil(p / page.part)), 0) / count * job.files;
   const cost = {
     kms_requests: Math.max(0, roundEven(calls * page.questions) - page.free_requests) * page.request_price,
     kms_keys: page.keys * page.key_month * Math.max(seconds / 3600, 1) / page.hours_per_month,
     compute: page.host_hour * job.hosts * seconds / 3600,
-    store_requests: page.object_store ? writes * page.put_request + job.files * page.get_request : 0 };
+    store_requests: page.object_store ? puts * page.put_request + gets * page.get_request : 0 };
   cost.total = cost.kms_requests + cost.kms_keys + cost.compute + cost.store_requests;
   return { seconds, calls, limit, parts, cost };
 }

@@ -264,6 +264,27 @@ def test_quotas_are_dated_and_the_smallest_is_assumed():
         limits.kms_quota("GenerateDataKey", share=0)
 
 
+def test_long_objects_are_paid_for_by_the_part():
+    """Of 10 GB in parts of 8 MiB: 1,193 of them, one request that begins them and one that joins them."""
+    job = planner.Job(bytes=10**12, files=100, object_store=True)
+    each = 1195 * limits.PRICES.put_requests.each + 1193 * limits.PRICES.get_requests.each
+    assert planner.evaluate(job, RECORDS).cost["store_requests"] == pytest.approx(100 * each)
+    verify = dataclasses.replace(job, operation="verify")
+    only_read = 119_300 * limits.PRICES.get_requests.each
+    assert planner.evaluate(verify, RECORDS).cost["store_requests"] == pytest.approx(only_read)
+
+
+def test_the_longest_frame_is_planned():
+    job = dataclasses.replace(JOB, frame_size=1 << 30)
+    assert "frame_size" in planner.predict(job, RECORDS, trials=10).sensitivity
+
+
+@pytest.mark.parametrize("seconds", [math.nan, -1.0, 0.0, math.inf])
+def test_a_report_that_took_no_time_is_none(seconds):
+    with pytest.raises(ValueError, match="did not take"):
+        planner.check({"seconds": seconds}, JOB, RECORDS)
+
+
 def test_prices_come_from_a_file(tmp_path):
     ours = planner.evaluate(dataclasses.replace(JOB, object_store=True, cache=False), RECORDS).cost
     file = tmp_path / "prices.toml"
