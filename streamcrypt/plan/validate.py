@@ -173,14 +173,18 @@ def validate(
             records = Records(found.machine, tuple(run for run in found.runs if run.cell.hash in wanted))
             write_json(folder / "machine.json", records)
     assert records is not None
-    left_over = planned - len(found.runs)
+    done = {(run.round, run.cell.hash) for run in found.runs}
+    left_over = sum((number, cell.hash) not in done for number, chosen in enumerate(in_round) for cell in chosen)
 
     def judged(by: Records) -> dict[str, Any]:
         return judge(measured, by, planned=len(cells), cores=here.cores)
 
     if rates and left_over:
         measured = Records(measured.machine, ())
-    result = judged(records) | {"runs_left": left_over, "same_rounds": bool(rates)}
+    # Rates that this folder's rounds have measured may be judged again, by more rounds of the cells alone.
+    together = {(run.started, run.cell.hash) for run in found.runs}
+    same_rounds = all((run.started, run.cell.hash) in together for run in records.runs)
+    result = judged(records) | {"runs_left": left_over, "same_rounds": same_rounds}
     if rates and earlier is not None and result["measured"]:
         result["earlier"] = {"records_date": earlier.date, "summary": judged(earlier)["summary"]}
     return result

@@ -436,6 +436,9 @@ def test_validating_with_rates_of_the_same_rounds(tmp_path):
     assert {run.cell for run in by_rates.runs} == set(rates)
     assert sorted(run.round for run in by_rates.runs if run.cell == rates[0]) == [0, 3]  # one round in three
     assert sorted(run.round for run in by_rates.runs if run.cell == rates[1]) == [2]
+    again = validate.validate([held_out_cell], by_rates, tmp_path / "out", work=tmp_path, rounds=5)
+    assert (again["same_rounds"], again["rows"][0]["runs"]) == (True, 5)  # one round more, of the cell alone
+    assert not validate.validate([held_out_cell], earlier, tmp_path / "out", work=tmp_path, rounds=5)["same_rounds"]
     (row,) = result["rows"]
     predicted = planner.predict(
         validate.job_of(held_out_cell, by_rates.machine.cores), by_rates
