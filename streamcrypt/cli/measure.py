@@ -718,7 +718,7 @@ def _plan(args: argparse.Namespace) -> int:
             return _refuse(args, str(error), 1 if job.deadline is not None else USAGE_ERROR)
         if args.simulate and found.estimate.calls > MOST_CALLS:
             raise planner.PlanError(
-                f"--simulate plays up to {MOST_CALLS:,} calls of the KMS and this job makes {found.estimate.calls:,.0f}; "
+                f"--simulate plays up to {MOST_CALLS:,} calls of the KMS, this job makes {found.estimate.calls:,.0f}; "
                 "let a data key serve more messages, or leave --simulate out"
             )
     except (planner.PlanError, RecordsError, ModelError, ValueError) as error:

@@ -216,8 +216,8 @@ class Job:
         largest = self.size_points.largest
         if largest // self.frame_size + 1 > MAX_FRAMES:
             raise PlanError(
-                f"a file of {format_size(math.ceil(largest))} in frames of {self.frame_size} bytes: a message has at most "
-                f"{MAX_FRAMES} frames; a larger frame size holds it"
+                f"a file of {format_size(math.ceil(largest))} in frames of {self.frame_size} bytes: a message has at "
+                f"most {MAX_FRAMES} frames; a larger frame size holds it"
             )
         if self.engine == "ray" and self.signed:
             raise PlanError("a cluster does not sign messages; leave --sign out, or plan with --engine local")

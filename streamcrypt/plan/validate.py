@@ -176,7 +176,9 @@ def validate(
             write_json(folder / "machine.json", records)
     assert records is not None
     done = {(run.round, run.cell.hash) for run in found.runs}
-    left_over = sum((number, cell.hash) not in done for number, chosen in enumerate(in_round) for cell in chosen)
+    left_over = sum(
+        (number, cell.hash) not in done for number, chosen in enumerate(in_round) for cell in chosen
+    )
 
     def judged(by: Records) -> dict[str, Any]:
         return judge(measured, by, planned=len(cells), cores=here.cores)
@@ -225,9 +227,12 @@ def judge(measured: Records, records: Records, *, planned: int, cores: int) -> d
                 "calls_measured": round(median([float(run.calls) for run in runs])),
                 "calls_at_measured": round(planner.calls_within(job, records, wall)),
                 "exact_calls": cell.cache_max_age is None,
+                "calls_by_itself": [
+                    off <= BY_AGE for off in _from_the_others([float(max(run.calls, 1)) for run in runs])
+                ],
                 "by_best_rate": (cell.files * cell.file_size / rate) / wall - 1 if rate else math.nan,
                 "by_nearest": nearest(known, cell, cell.files * cell.file_size) / wall - 1,
-                "by_itself": _by_itself(walls),
+                "by_itself": median(apart) if (apart := _from_the_others(walls)) else None,
                 "floor": floor,
                 "allowed": max(WITHIN, 1.2 * floor),
                 "noisy": sum(1 for run in runs if run.noise),
@@ -245,14 +250,13 @@ def judge(measured: Records, records: Records, *, planned: int, cores: int) -> d
     }
 
 
-def _by_itself(walls: Sequence[float]) -> float | None:
-    """How far off, in the middle, a run is from the median of the others; None where there are no others."""
-    if len(walls) < 2:
-        return None
-    apart = []
-    for place, wall in enumerate(walls):
-        apart.append(abs(median([*walls[:place], *walls[place + 1 :]]) / wall - 1))
-    return median(apart)
+def _from_the_others(values: Sequence[float]) -> list[float]:
+    """How far off each is when foretold as the median of the others; none where there are no others."""
+    if len(values) < 2:
+        return []
+    return [
+        abs(median([*values[:place], *values[place + 1 :]]) / value - 1) for place, value in enumerate(values)
+    ]
 
 
 def _floor(walls: Sequence[float]) -> float:
@@ -308,6 +312,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "calls_by_age_at_measured": share(
             [_near(row["calls_at_measured"], row["calls_measured"]) for row in aged]
         ),
+        "calls_by_age_itself": share([held for row in aged for held in row["calls_by_itself"]]),
         "aged": len(aged),
         "noisy": sum(row["noisy"] > 0 for row in rows),
     }
@@ -369,8 +374,9 @@ def table(result: dict[str, Any]) -> str:
         f"Limiting resource right: {summary['limit_right']:.0%}. "
         f"KMS calls exact where messages or bytes limit a key: {_percent(summary['calls_exact'])}; within 5 % where "
         f"its age does ({summary['aged']} configurations): {_percent(summary['calls_by_age'])}, and "
-        f"{_percent(summary['calls_by_age_at_measured'])} of the calls of a plan that is told the time. "
-        f"Configurations with a noisy run: {summary['noisy']}.",
+        f"{_percent(summary['calls_by_age_at_measured'])} of the calls of a plan that is told the time; "
+        "so near is a run's number to the others' of its configuration in "
+        f"{_percent(summary['calls_by_age_itself'])} of runs. Configurations with a noisy run: {summary['noisy']}.",
         *_by_earlier(result.get("earlier")),
         "",
         "| configuration | measured s | noise floor | predicted s | error | 80 % interval "

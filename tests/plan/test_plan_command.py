@@ -103,7 +103,11 @@ BAD = {
     "negative price": (["--bytes", "5TB", "--files", "9", "--price-host-hour=-3"], 2, "from 0 to"),
     "price of nothing": (["--bytes", "5TB", "--files", "9", "--price-host-hour", "nan"], 2, "from 0 to"),
     "price beyond all": (["--bytes", "5TB", "--files", "9", "--price-host-hour", "1e308"], 2, "from 0 to"),
-    "more frames than a message has": (["--bytes", "5GB", "--files", "1", "--frame-size", "1"], 2, "larger frame"),
+    "more frames than a message has": (
+        ["--bytes", "5GB", "--files", "1", "--frame-size", "1"],
+        2,
+        "larger frame",
+    ),
     "a cluster that signs": (
         ["--bytes", "5TB", "--files", "9", "--engine", "ray", "--sign"],
         2,
@@ -438,7 +442,9 @@ def test_validating_with_rates_of_the_same_rounds(tmp_path):
     assert sorted(run.round for run in by_rates.runs if run.cell == rates[1]) == [2]
     again = validate.validate([held_out_cell], by_rates, tmp_path / "out", work=tmp_path, rounds=5)
     assert (again["same_rounds"], again["rows"][0]["runs"]) == (True, 5)  # one round more, of the cell alone
-    assert not validate.validate([held_out_cell], earlier, tmp_path / "out", work=tmp_path, rounds=5)["same_rounds"]
+    assert not validate.validate([held_out_cell], earlier, tmp_path / "out", work=tmp_path, rounds=5)[
+        "same_rounds"
+    ]
     (row,) = result["rows"]
     predicted = planner.predict(
         validate.job_of(held_out_cell, by_rates.machine.cores), by_rates

@@ -407,6 +407,7 @@ def test_a_run_is_foretold_from_the_others_of_its_configuration():
     )
     (row,) = validate.judge(Records(RECORDS.machine, runs), RECORDS, planned=1, cores=2)["rows"]
     assert row["by_itself"] == pytest.approx(0.625)
+    assert row["calls_by_itself"] == [True, True, True]  # a call each
     assert row["floor"] == pytest.approx(0.9)  # off by 0, 0.5 and 1 from their median: nine tenths of the way
     assert row["allowed"] == pytest.approx(1.08)
 
