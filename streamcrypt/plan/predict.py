@@ -214,7 +214,7 @@ class Job:
         if self.frame_size > MAX_WRITTEN_FRAME_LENGTH:
             raise PlanError(f"frame size is {self.frame_size}: it must be at most {MAX_WRITTEN_FRAME_LENGTH}")
         largest = self.size_points.largest
-        if largest // self.frame_size + 1 > MAX_FRAMES:
+        if largest // self.frame_size >= MAX_FRAMES:
             raise PlanError(
                 f"a file of {format_size(math.ceil(largest))} in frames of {self.frame_size} bytes: a message has at "
                 f"most {MAX_FRAMES} frames; a larger frame size holds it"
@@ -833,7 +833,7 @@ def predict(job: Job, records: Records, *, trials: int = TRIALS, seed: int = 1) 
     variants += [
         (f"frames of {label}", _changed(job, frame_size=size))
         for label, size in (("4 KiB", 1 << 12), ("64 KiB", 1 << 16), ("1 MiB", 1 << 20))
-        if size != job.frame_size
+        if size != job.frame_size and sizes.largest // size < MAX_FRAMES
     ]
     for label, variant in variants:
         other = point(variant, workers)
