@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import chain, islice
+from typing import Any
 
 from streamcrypt.engine.job import Failure, Job, Report
 from streamcrypt.engine.journal import is_interrupted
-from streamcrypt.engine.manifest import Ending, Listed, SourcesDigest, read_manifest
+from streamcrypt.engine.manifest import Ending, Listed, SourcesDigest, as_listed, read_blocks
 from streamcrypt.engine.run import entries, is_made, made_by, merge, own_rules, settings
 from streamcrypt.engine.scan import scan
 from streamcrypt.engine.spans import MANIFEST, SIGNATURE
@@ -44,6 +46,8 @@ from streamcrypt.streams import (
     unlock,
 )
 from streamcrypt.system import page_aligned
+
+_Pairs = Iterator[tuple[Entry | None, Listed | None]]
 
 
 def completed(job: Job) -> Report | None:
@@ -96,11 +100,22 @@ def _look_into(job: Job, report: Report, since: int | None) -> tuple[Ending, int
     tree, path, rules = job.destination.tree, job.destination.tree.path(MANIFEST), own_rules(job)
     ending, latest = Ending(0, 0), 0
 
-    def lines(manifest: DecryptingFile) -> Iterator[Listed]:
+    def blocks(manifest: DecryptingFile) -> Iterator[list[dict[str, Any]]]:
         nonlocal ending
-        ending = yield from read_manifest(io.BufferedReader(manifest, 2**20))
+        ending = yield from read_blocks(io.BufferedReader(manifest, 2**20))
 
-    def suspects(pairs: Iterator[tuple[Entry | None, Listed | None]]) -> Iterator[Listed]:
+    def left(entries: Iterator[Entry], blocks: Iterator[list[dict[str, Any]]]) -> _Pairs:
+        """What is there beside what is listed, from the first block of lines whose files are not all there."""
+        nonlocal latest
+        for block in blocks:
+            there = list(islice(entries, len(block)))
+            if not _are_there(block, there):
+                lines = chain.from_iterable(map(as_listed, chain((block,), blocks)))
+                return merge(chain(there, entries), lines)
+            latest = max(latest, max(entry.changed for entry in there))
+        return merge(entries, iter(()))
+
+    def suspects(pairs: _Pairs) -> Iterator[Listed]:
         nonlocal latest
         for entry, line in pairs:
             if line is None or entry is None:
@@ -132,11 +147,23 @@ def _look_into(job: Job, report: Report, since: int | None) -> tuple[Ending, int
         report.manifest_digest = f"{header.message_id.hex()}{header.tag.hex()}"
         if header.suite.signed and since is None:
             manifest.verify_signature()
-        pairs = merge(tree.walk(), lines(manifest))
+        # Most often all is as it should be, and what is done for a file is what finding that out costs.
+        if since is None:
+            pairs = left(tree.walk(), blocks(manifest))
+        else:
+            pairs = merge(tree.walk(), chain.from_iterable(map(as_listed, blocks(manifest))))
         for line, is_there in scan(tree, job.workers, suspects(pairs), look):
             if not is_there:
                 fail(line.name, "is not the message that the manifest lists")
     return ending, latest
+
+
+def _are_there(lines: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> bool:
+    """Whether these are the files and folders that the lines list, by name and length."""
+    listed = [
+        (line["name"], line.get("message_length", 0), line.get("folder", False), None) for line in lines
+    ]
+    return listed == [entry[:4] for entry in entries]
 
 
 def _sources(job: Job) -> str:

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from operator import lt
 from typing import Any, Final
 
@@ -197,31 +197,51 @@ def read_manifest(file: Iterable[bytes]) -> Generator[Listed, None, Ending]:
 
     The generator's value is the last line.
     """
+    ending = Ending(0, 0)
+
+    def blocks() -> Iterator[list[dict[str, Any]]]:
+        nonlocal ending
+        ending = yield from read_blocks(file)
+
+    yield from chain.from_iterable(map(as_listed, blocks()))
+    return ending
+
+
+def read_blocks(file: Iterable[bytes]) -> Generator[list[dict[str, Any]], None, Ending]:
+    """The same lines, several at a time and each as its JSON object, which holds fields of ``Listed``."""
     lines = iter(file)
     _expect(_parse(next(lines, b"")) == {"streamcrypt": "manifest", "version": _VERSION})
     files = total = 0
     previous = ""
     for records in _blocks(lines):
         ending = records.pop() if "name" not in records[-1] else None
-        _expect(all(isinstance(record.get("name"), str) and record.keys() <= _FIELDS for record in records))
-        places = [sort_key(check_name(record["name"])) for record in records]
+        _expect(all("name" in fields and _FIELDS.issuperset(fields) for fields in {*map(tuple, records)}))
+        names = [record["name"] for record in records]
+        _expect({*map(type, names)} <= {str})
+        places = [*map(sort_key, map(check_name, names))]
         _expect(all(map(lt, (previous, *places), places)))
         previous = places[-1] if places else previous
-        listed = [
-            _new_listed((*record.values(), False, None, ""))
-            if [*record] == _FILE_FIELDS
-            else Listed(**record)
+        sizes = [
+            record.get("size", 0)
             for record in records
+            if not record.get("folder") and record.get("failed") is None
         ]
-        yield from listed
-        of_files = [line.size for line in listed if not line.folder and line.failed is None]
-        files += len(of_files)
-        total += sum(of_files)
+        if records:
+            yield records
+        files += len(sizes)
+        total += sum(sizes)
         if ending is not None:
             _expect({"files", "bytes"} <= ending.keys() <= frozenset(Ending._fields))
             _expect((ending["files"], ending["bytes"]) == (files, total) and next(lines, None) is None)
             return Ending(**ending)
     raise IntegrityError(_NOT_WHOLE)
+
+
+def as_listed(records: Sequence[dict[str, Any]]) -> list[Listed]:
+    return [
+        _new_listed((*record.values(), False, None, "")) if [*record] == _FILE_FIELDS else Listed(**record)
+        for record in records
+    ]
 
 
 _FIELDS: Final = frozenset(Listed._fields) - {"sha256"}

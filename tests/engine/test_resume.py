@@ -261,8 +261,12 @@ def test_a_finished_folder_of_other_sources_or_settings_is_refused(source, tmp_p
     sc.encrypt(source, destination, resume=True, overwrite=True, **options)
 
 
+@pytest.mark.parametrize("block", [2, 256])  # lines of the manifest that are held against the folder at once
 @pytest.mark.parametrize("what", ["swapped", "end flipped", "removed", "added", "truncated"])
-def test_a_finished_folder_that_was_altered_is_not_found_done(source, tmp_path, keys, what):
+def test_a_finished_folder_that_was_altered_is_not_found_done(
+    source, tmp_path, keys, monkeypatch, what, block
+):
+    monkeypatch.setattr(manifest, "_BLOCK_LINES", block)
     destination = tmp_path / "encrypted"
     for number in (4, 5):
         (source / "sub" / f"{number:03}").write_bytes(os.urandom(4000))
@@ -283,8 +287,10 @@ def test_a_finished_folder_that_was_altered_is_not_found_done(source, tmp_path, 
         (destination / "added").write_bytes(four.read_bytes())
     else:
         os.truncate(four, 100)
-    with pytest.raises(sc.IntegrityError, match=r"sub/00[45]|added"):
+    with pytest.raises(sc.IntegrityError, match=r"sub/00[45]|added") as caught:
         sc.encrypt(source, destination, keys=keys, resume=True)
+    altered = {"swapped": {"sub/004", "sub/005"}, "added": {"added"}, "end flipped": {"sub/004"}}
+    assert {failure.path for failure in caught.value.report.failed} == altered.get(what, {"sub/004"})
 
 
 def test_a_manifest_that_does_not_say_what_it_was_made_of_still_serves(source, tmp_path, keys, monkeypatch):
