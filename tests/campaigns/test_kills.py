@@ -29,7 +29,8 @@ from streamcrypt.engine import run
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(0)]
 
-FILES = {f"{i % 10}/f{i}": 16 * 2**10 for i in range(80)}
+# Files of one frame go several at a time, those of several one by one; in one list both take turns.
+FILES = {f"{i % 10}/f{i}": 16 * 2**10 if i % 8 else 5 * 2**19 for i in range(80)}
 
 
 def start(operation: str, source: Path, target: Path) -> int:
