@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeAlias
 
 from streamcrypt.engine.spans import Tasks
@@ -134,6 +135,9 @@ class _Channel:
 
     What multiprocessing's Connection does too, whose import takes a worker as long as all the others
     together (benchmarks/README.md, "small files").
+
+    Where the descriptor does not block, what the other end has sent is taken while it takes nothing: with two
+    ends that both wait for the other to read, neither would ever do.
     """
 
     _LENGTH: Final = 8
@@ -141,13 +145,18 @@ class _Channel:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def send(self, value: object) -> None:
+    def send(self, value: object, meanwhile: Callable[[], None] | None = None) -> None:
+        """Send an object; ``meanwhile`` receives one."""
         import pickle
 
         data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         rest = memoryview(len(data).to_bytes(self._LENGTH, "big") + data)
         while rest:
-            rest = rest[os.write(self.descriptor, rest) :]
+            try:
+                rest = rest[os.write(self.descriptor, rest) :]
+            except BlockingIOError:
+                if self._may_read(or_write=True) and meanwhile is not None:
+                    meanwhile()
 
     def receive(self) -> Any:
         """The next object; EOFError when the other end is closed."""
@@ -159,11 +168,23 @@ class _Channel:
     def _read(self, length: int) -> bytes:
         data = b""
         while len(data) < length:
-            part = os.read(self.descriptor, length - len(data))
+            try:
+                part = os.read(self.descriptor, length - len(data))
+            except BlockingIOError:
+                self._may_read()
+                continue
             if not part:
                 raise EOFError
             data += part
         return data
+
+    def _may_read(self, *, or_write: bool = False) -> bool:
+        """Wait until the descriptor can be read, or written to; whether it can be read."""
+        import select
+
+        ready = select.poll()
+        ready.register(self.descriptor, select.POLLIN | (select.POLLOUT if or_write else 0))
+        return bool(ready.poll()[0][1] & select.POLLIN)
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -185,6 +206,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # Ctrl-C is for the parent, which tells its workers to stop
             )
+        ours.setblocking(False)
         self.channel = _Channel(ours.detach())
         self.held: deque[Tasks] = deque()
         self.delivered = False
@@ -208,6 +230,7 @@ class ProcessPool:
     def __init__(self, setup: Setup, workers: int) -> None:
         self._setup = setup
         self._deaths = 0
+        self._arrived: list[Taken] = []  # while something was sent
         self._processes = [_Process(setup) for _ in range(workers)]
 
     @property
@@ -220,19 +243,21 @@ class ProcessPool:
 
     @property
     def busy(self) -> bool:
-        return any(worker.held for worker in self._processes)
+        return bool(self._arrived) or any(worker.held for worker in self._processes)
 
     def submit(self, tasks: Tasks) -> None:
         worker = min(self._processes, key=lambda worker: len(worker.held))
         worker.held.append(tasks)
         # A worker that has died is noticed in collect, where its lists come back.
-        with contextlib.suppress(OSError):
-            worker.channel.send(tasks)
+        with contextlib.suppress(EOFError, OSError):
+            worker.channel.send(tasks, lambda: self._arrived.extend(self._receive(worker)))
 
     def collect(self) -> list[Taken]:
         import select
 
-        results: list[Taken] = []
+        results, self._arrived = self._arrived, []
+        if results:
+            return results
         by_descriptor = {worker.channel.descriptor: worker for worker in self._processes if worker.held}
         ready = select.poll()
         for descriptor in by_descriptor:
@@ -240,15 +265,17 @@ class ProcessPool:
         for descriptor, _ in ready.poll():
             worker = by_descriptor[descriptor]
             try:
-                outcomes = worker.channel.receive()
+                results += self._receive(worker)
             except (EOFError, OSError):
                 results += self._replace(worker)
-            else:
-                worker.held.popleft()
-                worker.delivered = True
-                self._deaths = 0
-                results += outcomes
         return results
+
+    def _receive(self, worker: _Process) -> list[Taken]:
+        outcomes: list[Taken] = worker.channel.receive()
+        worker.held.popleft()
+        worker.delivered = True
+        self._deaths = 0
+        return outcomes
 
     def close(self, *, cancel: bool = False) -> None:
         for worker in self._processes:

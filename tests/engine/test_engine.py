@@ -32,6 +32,7 @@ from families.trees import (
 )
 
 import streamcrypt as sc
+from streamcrypt.engine import run
 from streamcrypt.engine.journal import JOURNAL
 from streamcrypt.engine.pool import ProcessPool, ThreadPool
 from streamcrypt.engine.spans import MANIFEST, SmallFiles
@@ -1033,6 +1034,34 @@ def test_pools_end_their_workers(tmp_path):
         assert threading.active_count() == threads + 2
         pool.close(cancel=cancel)
         assert threading.active_count() == threads
+
+
+def test_lists_and_outcomes_that_fill_both_directions_at_once(tmp_path, monkeypatch):
+    """64 long names, and as many errors that name them, are more than a socket holds: who sent them waited for ever."""
+    monkeypatch.setattr(run, "processes_pay", lambda files, frames: True)
+    (tmp_path / "in").mkdir()
+    folders = [os.open(tmp_path / "in", os.O_RDONLY)]
+    for _ in range(14):
+        os.mkdir("d" * 250, dir_fd=folders[-1])
+        folders.append(os.open("d" * 250, os.O_RDONLY, dir_fd=folders[-1]))
+    for number in range(1000):
+        os.close(os.open(f"{number:0200}", os.O_WRONLY | os.O_CREAT, dir_fd=folders[-1]))
+    for folder in folders:
+        os.close(folder)
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, workers=2)
+    parent = os.open(tmp_path / "enc", os.O_RDONLY)
+    for _ in range(14):
+        parent, before = os.open("d" * 250, os.O_RDONLY, dir_fd=parent), parent
+        os.close(before)
+    for name in os.listdir(parent):
+        message = os.open(name, os.O_RDWR, dir_fd=parent)
+        length = os.fstat(message).st_size
+        os.pwrite(message, bytes([os.pread(message, 1, length - 1)[0] ^ 1]), length - 1)
+        os.close(message)
+    os.close(parent)
+    with pytest.raises(sc.IntegrityError) as caught:
+        sc.verify(tmp_path / "enc", keys=KEYS, workers=2)
+    assert len(caught.value.report.failed) == 1000
 
 
 def test_a_word_is_one_pattern_and_not_its_letters(tmp_path):
