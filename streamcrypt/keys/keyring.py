@@ -228,7 +228,7 @@ def none_opened(
         wrapped_by = ", ".join(dict.fromkeys(describe_wrapped_key(key) for key in encrypted_data_keys[:10]))
         return NoMatchingKeyError(
             f"{keys}: wrapped by {wrapped_by or 'nothing'}, and the given keys are others; "
-            "give the key that wrapped it (--key)"
+            "give the key that wrapped it (--key; for rekey --from-key)"
         )
     if len(failures) == 1:
         return failures[0]
