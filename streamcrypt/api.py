@@ -144,7 +144,7 @@ def encrypt(
         resume=resume,
         durable=fsync,
         filters=Filters(_several(include), _several(exclude)),
-        names=_several(files) if files is not None else None,
+        names=_names(files),
         dry_run=dry_run,
         progress=progress,
         audit=audit,
@@ -203,7 +203,7 @@ def decrypt(
         durable=fsync,
         require_manifest=require_manifest,
         filters=Filters(_several(include), _several(exclude)),
-        names=_several(files) if files is not None else None,
+        names=_names(files),
         dry_run=dry_run,
         progress=progress,
         audit=audit,
@@ -255,7 +255,7 @@ def verify(
         workers=_workers(workers, source, against),
         require_manifest=require_manifest,
         filters=Filters(_several(include), _several(exclude)),
-        names=_several(files) if files is not None else None,
+        names=_names(files),
         progress=progress,
         audit=audit,
         signed_by=_signer(signed_by),
@@ -325,7 +325,7 @@ def rekey(
         durable=fsync,
         require_manifest=require_manifest,
         filters=Filters(_several(include), _several(exclude)),
-        names=_several(files) if files is not None else None,
+        names=_names(files),
         dry_run=dry_run,
         progress=progress,
         audit=audit,
@@ -431,6 +431,9 @@ class Inspection:
 
     def __getitem__(self, name: str) -> Any:
         return self.to_json()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -654,7 +657,7 @@ class _Calls:
         if engine not in ("local", "ray"):
             raise ValueError(f"engine {engine!r}: it is 'local' or 'ray'")
         if address is not None and engine == "local":
-            raise ValueError("address is that of a Ray cluster; it goes with engine='ray'")
+            raise ValueError("address: is that of a Ray cluster and goes with engine='ray'")
         self._engine = engine
         self._address = address
         self._reading: References | None = None
@@ -840,6 +843,11 @@ def _several(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def _names(files: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """Names within a folder, also as ``find .`` prints them."""
+    return None if files is None else tuple(name.removeprefix("./") for name in _several(files))
+
+
 def _frame_length(frame_size: int | str) -> int:
     length = parse_size(frame_size)
     if not 1 <= length <= MAX_WRITTEN_FRAME_LENGTH:
@@ -948,7 +956,7 @@ def _placed(job: Job) -> Job:
         raise SourceError(f"{against.path}: a file is compared with a file, a folder with a folder")
     if destination is None or destination.is_stream:
         if destination is not None and whole_tree:
-            raise DestinationError("a folder does not fit standard output; name a folder")
+            raise DestinationError(f"{source.path}: a folder does not fit standard output; name a folder")
         return job
     if not whole_tree:
         if destination.name is None:

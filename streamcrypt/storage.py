@@ -101,15 +101,24 @@ class Seen(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """Which names of a tree belong to a job: shell patterns on the whole relative name."""
+    """Which names of a tree belong to a job: shell patterns on the whole relative name.
+
+    ``*`` stands for any letters, slashes too; ``**/`` for any folders, or none.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def admit(self, name: str) -> bool:
-        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+        if self.include and not any(_matches(name, pattern) for pattern in self.include):
             return False
-        return not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        return not any(_matches(name, pattern) for pattern in self.exclude)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if fnmatchcase(name, pattern):
+        return True
+    return "**/" in pattern and fnmatchcase(name, pattern.replace("**/", ""))
 
 
 class Source(Protocol):
@@ -221,7 +230,7 @@ def check_name(name: str) -> str:
         return name
     parts = name.split("/")
     if "" in parts or "." in parts or ".." in parts or "\0" in name:
-        raise StreamcryptError(f"{name!r} is not a name within a folder")
+        raise StreamcryptError(f"{name!r}: is not a name within a folder")
     return name
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+
+import pytest
+from families.keyrings import CRAFT_KEYRING
 
 import streamcrypt as sc
 from streamcrypt import errors
@@ -42,6 +46,15 @@ def test_what_the_interface_says_of_the_errors():
     assert issubclass(sc.FormatError, sc.IntegrityError)
     assert issubclass(sc.ContextMismatchError, sc.KeyAccessError)
     assert sc.KeyAccessError("x", code="DisabledException").code == "DisabledException"
+
+
+def test_a_report_is_read_by_the_names_of_its_json():
+    for found in (sc.Report("encrypt"), sc.inspect(io.BytesIO(sc.encrypt_bytes(b"x", keys=CRAFT_KEYRING)))):
+        assert {name: found[name] for name in found} == found.to_json()
+        assert next(iter(found)) in found
+        assert "no such member" not in found
+        with pytest.raises(KeyError):
+            found["no such member"]
 
 
 def test_importing_costs_no_heavy_library():

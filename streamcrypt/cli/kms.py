@@ -223,16 +223,14 @@ def _whole_request(name: str, text: str) -> dict[str, Any]:
     option, operation = "--cli-input-json", shapes.operations()[name]
     given = _json(option, _file_text(option, text))
     if not isinstance(given, dict):
-        raise StreamcryptError(f"{option}: not a JSON object")
+        raise UsageError(f"{option}: not a JSON object")
     unknown = sorted(given.keys() - operation.members)
     if unknown:
-        raise StreamcryptError(f"{option}: {name} has no member {', '.join(unknown)}")
+        raise UsageError(f"{option}: {name} has no member {', '.join(unknown)}")
     try:
         request: dict[str, Any] = operation.read(given)
     except KmsError as error:
-        raise StreamcryptError(
-            f"{option}: a member is of another type; bytes are Base64, times seconds"
-        ) from error
+        raise UsageError(f"{option}: a member is of another type; bytes are Base64, times seconds") from error
     return request
 
 
@@ -270,7 +268,7 @@ def _caller(args: argparse.Namespace) -> Callable[[str, dict[str, Any]], dict[st
     try:
         client = kms_client(args.kms, **({"region_name": args.region} if args.region else {}))
     except ValueError as error:
-        raise StreamcryptError(str(error)) from error
+        raise UsageError(str(error)) from error
     except BotoCoreError as error:
         raise _translated(error, "connect", {}) from error
 
@@ -330,7 +328,7 @@ def _value(member: str, shape: shapes.Option, given: Any, *, raw: bool) -> Any:
     text = _file_text(option, text)
     if shape.kind == "integer":
         if not re.fullmatch(r"-?[0-9]+", text):
-            raise StreamcryptError(f"{option}: {text!r} is not a whole number")
+            raise UsageError(f"{option}: {text!r} is not a whole number")
         return int(text)
     if shape.kind == "timestamp":
         return _time(option, text)
@@ -349,7 +347,7 @@ def _blob(option: str, text: str, *, raw: bool) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError as error:
-        raise StreamcryptError(
+        raise UsageError(
             f"{option}: not Base64; give fileb://FILE, or --cli-binary-format raw-in-base64-out"
         ) from error
 
@@ -360,9 +358,7 @@ def _file_text(option: str, text: str) -> str:
             try:
                 return _read(option, text.removeprefix(prefix)).decode()
             except UnicodeDecodeError as error:
-                raise StreamcryptError(
-                    f"{option}: {text.removeprefix(prefix)} is not text in UTF-8"
-                ) from error
+                raise UsageError(f"{option}: {text.removeprefix(prefix)} is not text in UTF-8") from error
     return text
 
 
@@ -390,13 +386,13 @@ def _pairs(option: str, text: str, *, structure: bool) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         found = _json(option, text)
         if not isinstance(found, dict):
-            raise StreamcryptError(f"{option}: not a JSON object")
+            raise UsageError(f"{option}: not a JSON object")
         return found
     pairs: dict[str, Any] = {}
     for pair in _split(text):
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise StreamcryptError(f"{option}: {pair!r} is not NAME=VALUE")
+            raise UsageError(f"{option}: {pair!r} is not NAME=VALUE")
         if structure and value.startswith("{") and value.endswith("}"):
             pairs[name] = _pairs(option, value[1:-1], structure=False)
         else:
@@ -420,7 +416,7 @@ def _json(option: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise StreamcryptError(f"{option}: not JSON ({error})") from error
+        raise UsageError(f"{option}: not JSON ({error})") from error
 
 
 def _time(option: str, text: str) -> datetime:
@@ -429,7 +425,7 @@ def _time(option: str, text: str) -> datetime:
             return datetime.fromtimestamp(float(text), UTC)
         found = datetime.fromisoformat(text)
     except (ValueError, OverflowError, OSError) as error:
-        raise StreamcryptError(f"{option}: {text!r} is not a time; write 2026-12-31T12:00:00Z") from error
+        raise UsageError(f"{option}: {text!r} is not a time; write 2026-12-31T12:00:00Z") from error
     return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
@@ -466,7 +462,7 @@ def _queried(shown: Any, query: str) -> Any:
     try:
         return jmespath.search(query, shown)
     except jmespath.exceptions.JMESPathError as error:
-        raise StreamcryptError(f"--query: {error}") from error
+        raise UsageError(f"--query: {error}") from error
 
 
 def _text_lines(shown: Any, name: str = "") -> Iterator[str]:

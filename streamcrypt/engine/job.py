@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -172,6 +172,10 @@ class Report:
     def __getitem__(self, name: str) -> Any:
         """A member of the JSON object."""
         return self.to_json()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of its members; without it ``in`` would count up from 0."""
+        return iter(self.to_json())
 
     @property
     def bytes_per_second(self) -> float:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final, Generic, NoReturn, TypeVar, cast
 
 from streamcrypt.errors import StreamcryptError
+from streamcrypt.units import parse_duration, parse_size
 
 MAX_MESSAGES: Final = 2**32
 MAX_BYTES: Final = 2**63 - 1
@@ -60,8 +61,9 @@ class _Entry(Generic[M]):
 class DataKeyCache:
     """Data keys for reuse; pass one as ``cache=`` to any call, and to several.
 
-    ``capacity`` entries, the least recently used leaves first; ``max_age`` in seconds, for every
-    entry; ``max_messages`` and ``max_bytes`` (of plaintext) for each data key that encrypts.
+    ``capacity`` entries, the least recently used leaves first; ``max_age`` in seconds or as ``"5m"``,
+    for every entry; ``max_messages`` and ``max_bytes`` (of plaintext, also as ``"1GiB"``) for each data
+    key that encrypts.
     ``clock`` counts seconds.
 
     An entry serves one keyring, one algorithm suite and one encryption context, byte for byte: a
@@ -71,19 +73,20 @@ class DataKeyCache:
     def __init__(
         self,
         capacity: int = 1000,
-        max_age: float = 300.0,
+        max_age: float | str = 300.0,
         max_messages: int = 100_000,
-        max_bytes: int = 2**40,
+        max_bytes: int | str = 2**40,
         clock: Callable[[], float] = elapsed_clock,
     ) -> None:
+        max_age, max_bytes = parse_duration(max_age), parse_size(max_bytes)
         if capacity < 1:
-            raise ValueError("capacity is at least 1 entry")
+            raise ValueError(f"capacity {capacity}: it is at least 1 entry")
         if not max_age > 0:
-            raise ValueError("max_age is more than 0 seconds")
+            raise ValueError(f"max_age {max_age}: it is more than 0 seconds")
         if not 1 <= max_messages <= MAX_MESSAGES:
-            raise ValueError("max_messages is from 1 to 2^32")
+            raise ValueError(f"max_messages {max_messages}: it is from 1 to 2^32")
         if not 0 <= max_bytes <= MAX_BYTES:
-            raise ValueError("max_bytes is from 0 to 2^63 - 1")
+            raise ValueError(f"max_bytes {max_bytes}: it is from 0 to 2^63 - 1")
         self._capacity = capacity
         self._max_age = max_age
         self._max_messages = max_messages

@@ -122,7 +122,7 @@ def _from(reference: str | Keyring, *, encrypting: bool, stats: KmsStats | None)
             return _keep(reference, encrypting, lambda: _raw_aes(reference, rest))
         if kind == "raw-rsa":
             return _keep(reference, encrypting, lambda: _raw_rsa(reference, rest, encrypting=encrypting))
-    raise ValueError(f"{printable(reference)!r} is not a key reference; write {_FORMS}")
+    raise ValueError(f"{printable(reference)!r}: not a key reference; write {_FORMS}")
 
 
 # KMS keys
@@ -176,10 +176,10 @@ def _reach(text: str, options: Mapping[str, str], stats: KmsStats | None) -> tup
         region = None
         if "/" in key_id and not key_id.startswith("alias/"):
             raise ValueError(
-                f"{printable(text)!r} is not a key reference: write alias/NAME, a key ID or an ARN"
+                f"{printable(text)!r}: not a key reference; write alias/NAME, a key ID or an ARN"
             )
     if not key_id:
-        raise ValueError(f"{printable(text)!r} names no key; write {_FORMS}")
+        raise ValueError(f"{printable(text)!r}: names no key; write {_FORMS}")
     if endpoint:
         if not local:
             raise ValueError(
@@ -284,7 +284,7 @@ def _hierarchy(reference: str, rest: str, *, stats: KmsStats | None) -> Keyring:
     branch_key_id, at, place = rest.partition("@")
     if not (branch_key_id and at and place):
         raise ValueError(
-            f"{printable(reference)!r} is not a key reference; write hierarchy:BRANCH-KEY-ID@local "
+            f"{printable(reference)!r}: not a key reference; write hierarchy:BRANCH-KEY-ID@local "
             "or hierarchy:BRANCH-KEY-ID@dynamodb:TABLE"
         )
     store, ttl = _branch_key_store(place, stats)
@@ -575,7 +575,7 @@ def _raw_name(reference: str, text: str) -> tuple[str, str, str]:
     namespace, slash, name = names.partition("/")
     if not (at and slash and namespace and name and file):
         form = reference.partition(":")[0]
-        raise ValueError(f"{printable(reference)!r} is not a key reference; write {form}:NAMESPACE/NAME@FILE")
+        raise ValueError(f"{printable(reference)!r}: not a key reference; write {form}:NAMESPACE/NAME@FILE")
     return namespace, name, file
 
 

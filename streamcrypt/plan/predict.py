@@ -559,8 +559,8 @@ def _estimate(
         seconds=seconds,
         calls=calls,
         messages_per_key=outcome.messages_per_key,
-        peak_per_second=min(
-            outcome.peak_per_second * job.busy_hosts * questions, quota * 2, calls * questions
+        peak_per_second=float(
+            min(outcome.peak_per_second * job.busy_hosts * questions, quota * 2, calls * questions)
         ),
         parts=parts,
         cost=_cost(job, calls, seconds, cores),

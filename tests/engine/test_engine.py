@@ -941,7 +941,9 @@ def test_names_of_255_bytes(tmp_path):
     assert read_tree(tmp_path / "dec") == contents
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a//b", ".", "..", "a/.", "x\0y"])
+@pytest.mark.parametrize(
+    "name", ["../x", "./../x", "./", "/x", "a/../../x", "a//b", ".", "..", "a/.", "x\0y"]
+)
 def test_names_that_leave_the_root_are_refused(tmp_path, name):
     make_tree(tmp_path / "in", {"a": 1})
     with pytest.raises(sc.StreamcryptError):
@@ -1077,6 +1079,24 @@ def test_a_word_is_one_pattern_and_not_its_letters(tmp_path):
     ):
         sc.encrypt(tmp_path / "in", tmp_path / str(number), keys=KEYS, **words)
         assert set(read_tree(tmp_path / str(number))) - {MANIFEST} == names, words
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ({"include": "**/*.bin"}, {"a.bin", "sub/b.bin", "sub/deep/c.bin"}),
+        ({"exclude": "**/*.bin"}, {"d"}),
+        ({"include": "sub/**/*.bin"}, {"sub/b.bin", "sub/deep/c.bin"}),
+        ({"include": "sub/**"}, {"sub/b.bin", "sub/deep/c.bin"}),
+        ({"include": "**/deep/*"}, {"sub/deep/c.bin"}),
+        ({"files": ["./a.bin", "./sub/b.bin"]}, {"a.bin", "sub/b.bin"}),
+    ],
+)
+def test_names_as_other_tools_write_them(tmp_path, words, names):
+    """``**/`` is any folder or none, as for shells, git and pathlib; ``find .`` puts ``./`` before a name."""
+    make_tree(tmp_path / "in", {"a.bin": 1, "sub/b.bin": 1, "sub/deep/c.bin": 1, "d": 1})
+    sc.encrypt(tmp_path / "in", tmp_path / "enc", keys=KEYS, **words)
+    assert set(read_tree(tmp_path / "enc")) - {MANIFEST} == names
 
 
 def test_a_pair_is_stored_or_authenticated_only(tmp_path):

@@ -164,6 +164,15 @@ def test_limits_out_of_bounds(limits):
         DataKeyCache(**limits)
 
 
+def test_limits_in_words():
+    """As on the command line."""
+    words, numbers = DataKeyCache(max_age="5m", max_bytes="1MiB"), DataKeyCache(max_age=300, max_bytes=2**20)
+    assert repr(words) == repr(numbers)
+    for limits in ({"max_age": "soon"}, {"max_bytes": "many"}):
+        with pytest.raises(ValueError, match="is not a"):
+            DataKeyCache(**limits)
+
+
 def test_a_negative_length():
     with pytest.raises(ValueError, match="plaintext_length"):
         DataKeyCache().encryption("key", -1, maker())

@@ -141,7 +141,7 @@ def test_a_request_in_json(run: Run, tmp_path: Path):
     blob = run(*sealed, "--output", "text", "--query", "CiphertextBlob").strip()
     assert run("decrypt", "--ciphertext-blob", blob, "--output", "text", "--query", "Plaintext") == "eA==\n"
     for text in ("[]", "{", '{"KeyId": 7}', '{"Plaintext": "?"}', '{"Unknown": 1}'):
-        with pytest.raises(StreamcryptError, match="--cli-input-json"):
+        with pytest.raises(UsageError, match="--cli-input-json"):
             run("encrypt", "--cli-input-json", text)
 
 
@@ -155,7 +155,7 @@ def test_inline_blobs_are_base64(run: Run):
         blob = run(*inline, *words).strip()
         opened = run("decrypt", "--ciphertext-blob", blob, "--query", "Plaintext", "--output", "text")
         assert base64.b64decode(opened) == b"hello"
-    with pytest.raises(StreamcryptError, match="not Base64"):
+    with pytest.raises(UsageError, match="not Base64"):
         run(*inline, "--plaintext", "hello!")
 
 
@@ -176,7 +176,7 @@ def test_structures_and_lists(run: Run):
     assert lines == [f"KEYS\tarn:aws:kms:local:000000000000:key/{key_id}\t{key_id}"]
 
 
-ERRORS: dict[str, tuple[list[str], type[StreamcryptError], str]] = {
+ERRORS: dict[str, tuple[list[str], type[Exception], str]] = {
     "no such key": (
         ["describe-key", "--key-id", "alias/none"],
         KeyAccessError,
@@ -193,13 +193,42 @@ ERRORS: dict[str, tuple[list[str], type[StreamcryptError], str]] = {
         StreamcryptError,
         "cannot be read",
     ),
-    "unknown KMS": (["list-keys", "--kms", "remote"], StreamcryptError, "is no KMS"),
-    "no number": (["list-keys", "--limit", "many"], StreamcryptError, "not a whole number"),
+    # Words that make no request are a usage error (exit code 2), as everywhere.
+    "unknown KMS": (["list-keys", "--kms", "remote"], UsageError, "is no KMS"),
+    "no number": (["list-keys", "--limit", "many"], UsageError, "not a whole number"),
+    "no pair": (
+        ["encrypt", "--key-id", "x", "--plaintext", "AA==", "--encryption-context", "x"],
+        UsageError,
+        "is not NAME",
+    ),
+    "no JSON": (
+        ["create-grant", "--key-id", "x", "--grantee-principal", "x", "--operations", "[x"],
+        UsageError,
+        "not JSON",
+    ),
+    "no time": (
+        [
+            "import-key-material",
+            "--key-id",
+            "x",
+            "--import-token",
+            "AA==",
+            "--encrypted-key-material",
+            "AA==",
+            "--valid-to",
+            "soon",
+        ],
+        UsageError,
+        "is not a time",
+    ),
+    "no request": (["generate-data-key", "--cli-input-json", "[]"], UsageError, "not a JSON object"),
+    "no member": (["generate-data-key", "--cli-input-json", '{"Key": "x"}'], UsageError, "has no member Key"),
+    "no query": (["list-keys", "--query", "Keys["], UsageError, "--query"),
 }
 
 
 @pytest.mark.parametrize(("words", "error", "text"), ERRORS.values(), ids=ERRORS)
-def test_errors(run: Run, words: list[str], error: type[StreamcryptError], text: str):
+def test_errors(run: Run, words: list[str], error: type[Exception], text: str):
     with pytest.raises(error, match=text):
         run(*words)
 

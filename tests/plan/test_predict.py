@@ -172,7 +172,8 @@ def test_the_peak_is_that_of_the_busiest_second():
     assert planner.evaluate(dataclasses.replace(days, hosts=50), RECORDS).peak_per_second == 50
     # A file a call, each worth a millisecond: as many as one caller can ask one after the other.
     uncached = planner.Job(bytes=10_000_000, files=100_000, cache=False, kms_latency=0.02, fsync=False)
-    assert planner.evaluate(uncached, RECORDS).peak_per_second == 50
+    peak = planner.evaluate(uncached, RECORDS).peak_per_second
+    assert (peak, type(peak)) == (50, float)  # of one type in the JSON, whatever limits it
     assert planner.evaluate(dataclasses.replace(uncached, kms_quota=10), RECORDS).peak_per_second <= 20
 
 
