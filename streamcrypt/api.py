@@ -64,6 +64,8 @@ from streamcrypt.streams import (
     OutgoingMessage,
     ReadingRules,
     header_template,
+    naming,
+    octets_of,
     open_message,
     read_bytes,
     seal_message,
@@ -444,7 +446,7 @@ def inspect(path: Path | IO[bytes]) -> Inspection:
 
     FormatError when it is not a message; IntegrityError when its length fits no message.
     """
-    with contextlib.closing(_open_source(path)) as source:
+    with contextlib.closing(_open_source(path)) as source, naming(_name(path)):
         try:
             header = source_header(source, max_encrypted_data_keys=None)
         except FormatError:
@@ -555,7 +557,8 @@ def _open_reader(
             raise
         from streamcrypt.s3client import ClientFile
 
-        file = ClientFile(found, materials, rules, name=_name(path))
+        with naming(_name(path)):
+            file = ClientFile(found, materials, rules, name=_name(path))
     if verify_signature:
         try:
             file.verify_signature()
@@ -618,7 +621,7 @@ def encrypt_bytes(
     max_encrypted_data_keys: int | None = DEFAULT_MAX_ENCRYPTED_DATA_KEYS,
 ) -> bytes:
     """The message for a plaintext in memory.  Without ``cache`` every message has its own data key."""
-    view = memoryview(plaintext).cast("B")
+    view = octets_of(plaintext)
     materials = Materials(
         encrypting_keyring(keys), cache=cache or None, max_encrypted_data_keys=max_encrypted_data_keys
     )

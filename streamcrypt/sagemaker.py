@@ -42,7 +42,6 @@ from typing import Any, Final, Literal
 from streamcrypt import api
 from streamcrypt.engine.job import Report
 from streamcrypt.engine.manifest import MANIFEST_START, Listed, read_manifest
-from streamcrypt.engine.worker import located
 from streamcrypt.errors import (
     DestinationError,
     FormatError,
@@ -57,7 +56,7 @@ from streamcrypt.keys.reference import References, decrypting_keyring
 from streamcrypt.message.header import DEFAULT_MAX_ENCRYPTED_DATA_KEYS, Header
 from streamcrypt.message.suites import CommitmentPolicy
 from streamcrypt.storage import RESERVED_FOLDER, is_ours
-from streamcrypt.streams import ReadingRules, open_messages
+from streamcrypt.streams import ReadingRules, located, open_messages
 
 ROOT: Final = "/opt/ml"
 _WAIT_STEP: Final = 0.1  # seconds between two looks for a FIFO that SageMaker has not made yet

@@ -14,7 +14,9 @@ frame is given out only when it has been authenticated.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +27,9 @@ from streamcrypt.errors import (
     ContextMismatchError,
     FormatError,
     IntegrityError,
+    KeyAccessError,
     LimitExceededError,
+    StreamcryptError,
 )
 from streamcrypt.message.derive import DerivedKeys, derive_for_reading, derive_keys
 from streamcrypt.message.footer import MAX_FOOTER_LENGTH, Signer, Verifier, parse_footer
@@ -66,6 +70,29 @@ BATCH_LENGTH: Final = 2**20
 MAX_UNFRAMED_IN_MEMORY: Final = 2**31 - 1 - UNFRAMED_OVERHEAD
 
 _FIRST_READ: Final = 4096
+
+
+def located(error: StreamcryptError, path: str) -> StreamcryptError:
+    """The error with the name of the object that it is about before it."""
+    text = str(error)
+    if not text.startswith(path):
+        error.args = (f"{path}: {text}",)
+    return error
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """What is wrong with a message is told with its name."""
+    try:
+        yield
+    except (IntegrityError, KeyAccessError, LimitExceededError) as error:
+        raise located(error, path) from error.__cause__
+
+
+def octets_of(data: Any) -> memoryview:
+    """The memory of a contiguous buffer of any shape, byte by byte."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # an array of no rows is not cast
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,10 +452,20 @@ class FrameReader:
     """
 
     def __init__(
-        self, source: Source, cipher: FrameCipher, geometry: Geometry, *, scratch: memoryview | None = None
+        self,
+        source: Source,
+        cipher: FrameCipher,
+        geometry: Geometry,
+        *,
+        scratch: memoryview | None = None,
+        name: str = "",
     ) -> None:
-        """``scratch``: memory for sealed frames, to be reused by the caller for one reader after another."""
+        """``scratch``: memory for sealed frames, to be reused by the caller for one reader after another.
+
+        ``name``: what errors call the message.
+        """
         self.geometry = geometry
+        self._name = name
         self._source = source
         self._cipher = cipher
         self._stride = geometry.frame_length + REGULAR_OVERHEAD
@@ -442,7 +479,7 @@ class FrameReader:
         self._kept_length = 0
 
     def copy(self, *, scratch: memoryview | None = None) -> FrameReader:
-        return FrameReader(self._source, self._cipher, self.geometry, scratch=scratch)
+        return FrameReader(self._source, self._cipher, self.geometry, scratch=scratch, name=self._name)
 
     def give_up_scratch(self) -> memoryview:
         """The memory for sealed frames, for the next reader; this one takes other memory if it goes on."""
@@ -459,9 +496,15 @@ class FrameReader:
         Whole frames are opened straight into ``view``: give it memory that nobody else sees until
         this returns.  When a frame does not authenticate, nothing of it stays in ``view``.
         """
+        assert 0 <= start <= start + len(view) <= self.geometry.plaintext_length
+        try:
+            self._read_into(start, view)
+        except IntegrityError as error:
+            raise located(error, self._name) from error.__cause__
+
+    def _read_into(self, start: int, view: memoryview) -> None:
         geometry, frame_length = self.geometry, self.geometry.frame_length
         position, end = start, start + len(view)
-        assert 0 <= start <= end <= geometry.plaintext_length
         while position < end:
             index = min(position // frame_length, geometry.regular_frames)
             within = position - index * frame_length
@@ -779,7 +822,11 @@ class DecryptingFile(io.BufferedIOBase):
             self._unframed = b""
             if self.header.framed:
                 self._reader = FrameReader(
-                    source, self._message.cipher, source_geometry(source, self.header), scratch=scratch
+                    source,
+                    self._message.cipher,
+                    source_geometry(source, self.header),
+                    scratch=scratch,
+                    name=name,
                 )
                 self._reader.open_final()
                 self.size = self._reader.geometry.plaintext_length
@@ -787,9 +834,11 @@ class DecryptingFile(io.BufferedIOBase):
                 chunks = SequentialReader(source, self._message).chunks()
                 self._unframed = b"".join(bytes(chunk) for chunk in chunks)
                 self.size = len(self._unframed)
-        except BaseException:
+        except BaseException as error:
             source.close()
             self._source_closed = True
+            if isinstance(error, IntegrityError | KeyAccessError | LimitExceededError):
+                raise located(error, name) from error.__cause__
             raise
 
     _source_closed = False
@@ -811,6 +860,7 @@ class DecryptingFile(io.BufferedIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}.get(whence)
         if base is None:
             raise ValueError(f"invalid whence {whence}")
+        offset = operator.index(offset)  # numpy's integers would overflow in what is computed from it
         if base + offset < 0:
             raise ValueError("negative seek position")
         self._position = base + offset
@@ -836,7 +886,7 @@ class DecryptingFile(io.BufferedIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill a caller's buffer.  It never holds a byte that has not been authenticated, not even for a moment."""
-        view = memoryview(buffer).cast("B")
+        view = octets_of(buffer)
         with self._lock:
             self._check_open()
             length = self._available(len(view))
@@ -855,6 +905,9 @@ class DecryptingFile(io.BufferedIOBase):
         """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
         with self._lock:
             self._check_open()
+            offset, length = operator.index(offset), operator.index(length)
+            if offset < 0:
+                raise ValueError("negative offset")
             length = max(0, min(length, self.size - offset))
             room = io.BytesIO(bytes(length))
             with room.getbuffer() as view:
@@ -875,8 +928,9 @@ class DecryptingFile(io.BufferedIOBase):
         """Read every byte and check the signature; IntegrityError when it fails or there is none."""
         if self._message.verification_key is None:
             raise IntegrityError("the message is not signed")
-        for _ in SequentialReader(self._source, self._message).chunks():
-            pass
+        with naming(self.name):
+            for _ in SequentialReader(self._source, self._message).chunks():
+                pass
 
     def close(self) -> None:
         if not self.closed and not self._source_closed:
@@ -900,7 +954,8 @@ class DecryptingFile(io.BufferedIOBase):
 
     def _available(self, size: int | None) -> int:
         left = max(0, self.size - self._position)
-        return left if size is None or size < 0 else min(size, left)
+        size = -1 if size is None else operator.index(size)
+        return left if size < 0 else min(size, left)
 
     def _fill(self, offset: int, view: memoryview) -> None:
         if not len(view):
@@ -962,7 +1017,7 @@ class EncryptingFile(io.BufferedIOBase):
     def write(self, data: Any, /) -> int:
         if self.closed:
             raise ValueError("I/O operation on closed file")
-        view = memoryview(data).cast("B")
+        view = octets_of(data)
         try:
             self._writer.write(view)
         except BaseException:
@@ -1022,6 +1077,9 @@ __all__ = [
     "SequentialReader",
     "UnlockedMessage",
     "header_template",
+    "located",
+    "naming",
+    "octets_of",
     "open_message",
     "open_stream",
     "seal_frames",

@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamcrypt.cli import output
 from streamcrypt.cli.output import COUNT, DURATION, PAIR, PLACE, RANGE, SIZE, UsageError
-from streamcrypt.errors import (
-    DestinationError,
-    IntegrityError,
-    KeyAccessError,
-    LimitExceededError,
-    SourceError,
-)
+from streamcrypt.errors import DestinationError, SourceError
 from streamcrypt.units import format_size
 
 if TYPE_CHECKING:
@@ -502,8 +496,7 @@ def _length(source: str) -> int | None:
 def _inspect(args: argparse.Namespace) -> int:
     from streamcrypt import api
 
-    with _named(args.message):
-        found = api.inspect(args.message)
+    found = api.inspect(args.message)
     output.out(json.dumps(found.to_json()) if args.json else "\n".join(_lines(found)))
     return output.DONE
 
@@ -537,19 +530,16 @@ def _cat(args: argparse.Namespace) -> int:
     from streamcrypt import api
 
     start, end = args.range
-    with (
-        _named(args.message),
-        api.open(
-            args.message,
-            keys=args.key,
-            context=_pairs(args.context, "--context"),
-            authenticated_context=_pairs(args.authenticated_context, "--authenticated-context"),
-            commitment_policy=args.commitment_policy,
-            max_encrypted_data_keys=args.max_encrypted_data_keys,
-            require_signed=args.require_signed,
-            verify_signature=args.verify_signature,
-        ) as message,
-    ):
+    with api.open(
+        args.message,
+        keys=args.key,
+        context=_pairs(args.context, "--context"),
+        authenticated_context=_pairs(args.authenticated_context, "--authenticated-context"),
+        commitment_policy=args.commitment_policy,
+        max_encrypted_data_keys=args.max_encrypted_data_keys,
+        require_signed=args.require_signed,
+        verify_signature=args.verify_signature,
+    ) as message:
         message.seek(start)
         written = 0
         buffer = memoryview(bytearray(_READ_LENGTH))
@@ -563,17 +553,6 @@ def _cat(args: argparse.Namespace) -> int:
     if args.json:
         output.out(json.dumps({"start": start, "bytes": written}), sys.stderr)
     return output.DONE
-
-
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """What is wrong with a message is told with its name."""
-    from streamcrypt.engine.worker import located
-
-    try:
-        yield
-    except (IntegrityError, KeyAccessError, LimitExceededError) as error:
-        raise located(error, path) from error.__cause__
 
 
 def _write_all(data: memoryview) -> None:

@@ -27,7 +27,6 @@ from streamcrypt.engine.manifest import Ending, Listed, SourcesDigest, as_listed
 from streamcrypt.engine.run import entries, is_made, made_by, merge, own_rules, settings
 from streamcrypt.engine.scan import scan
 from streamcrypt.engine.spans import MANIFEST, SIGNATURE
-from streamcrypt.engine.worker import located
 from streamcrypt.errors import (
     DestinationError,
     IntegrityError,
@@ -42,6 +41,7 @@ from streamcrypt.streams import (
     DecryptingFile,
     SequentialReader,
     UnlockedMessage,
+    located,
     source_header,
     unlock,
 )

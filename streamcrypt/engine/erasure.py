@@ -20,7 +20,6 @@ from typing import Any, Final
 from streamcrypt.engine.job import Failure, Place
 from streamcrypt.engine.scan import scan
 from streamcrypt.engine.spans import MANIFEST
-from streamcrypt.engine.worker import located
 from streamcrypt.errors import FormatError, KeyAccessError, SourceError, StreamcryptError, TemporaryError
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.calls import KmsCalls
@@ -37,7 +36,7 @@ from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.reference import kms_options
 from streamcrypt.message.header import EncryptedDataKey, Header
 from streamcrypt.storage import Tree
-from streamcrypt.streams import ReadingRules, source_header, unlock
+from streamcrypt.streams import ReadingRules, located, source_header, unlock
 from streamcrypt.tuples import NamedTuple
 
 PENDING: Final = "PendingDeletion"

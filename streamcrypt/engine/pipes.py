@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, Final
 
 from streamcrypt.engine.audit import audit_line
 from streamcrypt.engine.job import Job, Progress, Report
-from streamcrypt.engine.worker import located
 from streamcrypt.errors import DestinationError, IntegrityError, SourceError, StreamcryptError
 from streamcrypt.storage import Source
-from streamcrypt.streams import BATCH_LENGTH, MessageWriter, OutgoingMessage, header_template, open_stream
+from streamcrypt.streams import (
+    BATCH_LENGTH,
+    MessageWriter,
+    OutgoingMessage,
+    header_template,
+    located,
+    open_stream,
+)
 from streamcrypt.system import page_aligned
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ from streamcrypt.engine.spans import (
     in_batches,
     is_large,
 )
-from streamcrypt.engine.worker import Outcome, Setup, SmallOutcome, Worker, located
+from streamcrypt.engine.worker import Outcome, Setup, SmallOutcome, Worker
 from streamcrypt.errors import (
     ContextMismatchError,
     DestinationError,
@@ -92,6 +92,7 @@ from streamcrypt.streams import (
     ReadingRules,
     header_template,
     keys_alike,
+    located,
     new_message_ids,
     read_bytes,
     source_geometry,

@@ -35,11 +35,10 @@ from streamcrypt.engine.manifest import Listed
 from streamcrypt.engine.run import merge
 from streamcrypt.engine.scan import scan
 from streamcrypt.engine.spans import MANIFEST, SIGNATURE, STATEMENT
-from streamcrypt.engine.worker import located
 from streamcrypt.errors import IntegrityError, SourceError, StreamcryptError
 from streamcrypt.keys.signing import PublicKey, SigningKey, new_hash, verify_digest
 from streamcrypt.storage import Entry, Source, Tree, check_name, sort_key
-from streamcrypt.streams import SequentialReader, UnlockedMessage, read_bytes
+from streamcrypt.streams import SequentialReader, UnlockedMessage, located, read_bytes
 from streamcrypt.system import page_aligned
 
 _VERSION: Final = 1

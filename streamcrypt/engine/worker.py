@@ -36,6 +36,7 @@ from streamcrypt.streams import (
     FrameReader,
     SequentialReader,
     UnlockedMessage,
+    located,
     open_whole,
     seal_frames,
     seal_one_frame,
@@ -659,14 +660,6 @@ def _frames_length(task: FileTask, geometry: Geometry) -> int:
         return geometry.body_end
     frames = step // geometry.frame_length
     return geometry.header_length + step + frames * REGULAR_OVERHEAD + FINAL_OVERHEAD
-
-
-def located(error: StreamcryptError, path: str) -> StreamcryptError:
-    """The error with the name of the object that it is about before it."""
-    text = str(error)
-    if not text.startswith(path):
-        error.args = (f"{path}: {text}",)
-    return error
 
 
 def unexpected(path: str, error: BaseException) -> StreamcryptError:

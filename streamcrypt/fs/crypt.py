@@ -56,6 +56,7 @@ from streamcrypt.streams import (
     OutgoingMessage,
     ReadingRules,
     header_template,
+    located,
     open_stream,
     read_bytes,
     source_geometry,
@@ -758,8 +759,7 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
             with self._open_message(path) as file:
                 return {listed.name: listed for listed in read_manifest(io.BytesIO(file.read()))}
         except StreamcryptError as error:
-            error.args = (f"{path}: {error}", *error.args[1:])
-            raise
+            raise located(error, path) from error.__cause__
 
     # -- plaintext on disk
 

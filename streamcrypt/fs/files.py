@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from streamcrypt.fs.below import RemoteSource
 from streamcrypt.fs.process import keep_scratch, scratch
 from streamcrypt.keys.materials import Materials
 from streamcrypt.storage import Buffer, Source, State, Target
-from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules
+from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules, octets_of
 from streamcrypt.system import prefer_huge_pages
 from streamcrypt.tuples import NamedTuple
 
@@ -146,6 +147,7 @@ class CryptFile(io.BufferedIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.size}.get(whence)
         if base is None:
             raise ValueError(f"invalid whence {whence}")
+        offset = operator.index(offset)  # numpy's integers would overflow in what is computed from it
         if base + offset < 0:
             raise ValueError("negative seek position")
         with self._lock:
@@ -161,6 +163,7 @@ class CryptFile(io.BufferedIOBase):
     def _take(self, size: int | None) -> tuple[int, int]:
         """The place and length of the next read; moves the position behind it."""
         self._check_open()
+        size = -1 if size is None else operator.index(size)
         with self._lock:
             offset = self._sought()
             self._seeks.mine = -1, 0
@@ -168,7 +171,7 @@ class CryptFile(io.BufferedIOBase):
                 offset = self._position
                 self._turn += 1  # the position went from one thread to another: what they sought is over
             left = max(0, self.size - offset)
-            length = left if size is None or size < 0 else min(size, left)
+            length = left if size < 0 else min(size, left)
             self._position = offset + length
             return offset, length
 
@@ -182,7 +185,7 @@ class CryptFile(io.BufferedIOBase):
         return self.read_at(self.tell(), max(size, io.DEFAULT_BUFFER_SIZE))
 
     def readinto(self, buffer: Any, /) -> int:
-        with memoryview(buffer) as view, view.cast("B") as octets:
+        with octets_of(buffer) as octets:
             offset, length = self._take(len(octets))
             with self._lock:  # the message has one position of its own
                 self._message.seek(offset)
@@ -193,6 +196,7 @@ class CryptFile(io.BufferedIOBase):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """The plaintext from ``offset`` on, up to ``length`` bytes; the file's position stays."""
+        offset, length = operator.index(offset), operator.index(length)
         length = max(0, min(length, self.size - offset))
         held = self._held_at(offset, length)
         if held is not None:
@@ -219,7 +223,7 @@ class CryptFile(io.BufferedIOBase):
         if held is not None:
             return held
         buffer = pyarrow.allocate_buffer(length)
-        with memoryview(buffer) as view, view.cast("B") as octets:
+        with octets_of(buffer) as octets:
             if len(octets):
                 self.fs.fill(self._message, [(offset, octets)])
         return buffer
@@ -318,7 +322,7 @@ class CryptWriter(io.BufferedIOBase):
     def write(self, data: Any, /) -> int:
         if self.closed:
             raise ValueError("I/O operation on closed file")
-        with memoryview(data) as view, view.cast("B") as octets:
+        with octets_of(data) as octets:
             length = len(octets)
             if self._file is None and len(self._held) + length <= HELD_LENGTH:
                 self._held += octets
@@ -405,7 +409,7 @@ class TargetFile(io.BufferedIOBase):
     def write(self, data: Any, /) -> int:
         if self._target is None:
             raise ValueError("I/O operation on closed file")
-        with memoryview(data) as view, view.cast("B") as octets:
+        with octets_of(data) as octets:
             self._target.write_at(self._position, octets)
             self._position += len(octets)
             return len(octets)

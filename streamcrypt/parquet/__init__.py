@@ -22,6 +22,7 @@ from typing import Any, Final
 from streamcrypt.errors import FormatError, IntegrityError
 from streamcrypt.fs import CryptFileSystem, TargetFile, crypt_filesystem, crypt_place, filesystem
 from streamcrypt.keys.reference import References
+from streamcrypt.streams import naming
 
 try:
     import pyarrow as pa
@@ -273,9 +274,10 @@ def _below(fs: CryptFileSystem, *, modular: bool, plaintext_footer: bool) -> Any
 
 @contextlib.contextmanager
 def _translated(path: str) -> Iterator[None]:
-    """Raises what pyarrow says of a damaged modular file as an IntegrityError."""
+    """Raises what pyarrow says of a damaged modular file as an IntegrityError; ours name the file."""
     try:
-        yield
+        with naming(path):
+            yield
     except (OSError, pa.ArrowInvalid) as error:
         # An OSError of the system has a number; without one it is what pyarrow says of the bytes.
         if isinstance(error, OSError) and error.errno is not None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import multiprocessing
+import os
 import pickle
 import random
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import boto3
 import fsspec
+import numpy as np
 import pytest
 from families.datasets import KEY, flip, kms_calls, make_key
 
@@ -402,6 +404,19 @@ def test_memory_that_a_thread_still_has_goes_to_no_other_file(
         lent = id(reader._frames.obj)
         assert lent not in {id(memory.obj) for memory in process._scratch}
     assert room == data
+
+
+def test_places_that_are_numpy_integers(fs: CryptFileSystem, tmp_path: Path) -> None:
+    path, plaintext = str(tmp_path / "f"), os.urandom(70_000)
+    fs.pipe_file(path, plaintext)
+    with fs.open(path) as file:
+        assert file.seek(np.uint8(100)) == 100
+        assert file.read(np.uint8(120)) == plaintext[100:220]
+        assert file.read(np.int16(40)) == plaintext[220:260]
+        assert file.seek(np.int32(-10), 2) == 69_990
+        assert file.read() == plaintext[-10:]
+        assert file.read_at(np.uint16(60_000), np.uint16(10_000)) == plaintext[60_000:]
+        assert file.readinto(np.empty((3, 0))) == 0
 
 
 def test_threads_that_open_and_close_their_own_files(fs: CryptFileSystem, tmp_path: Path) -> None:

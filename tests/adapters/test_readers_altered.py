@@ -18,7 +18,7 @@ import pytest
 from families.datasets import KEY, flip, make_key, make_table
 
 import streamcrypt as sc
-from streamcrypt import parquet
+from streamcrypt import parquet, tensors
 
 
 def duckdb_sum(path: str) -> Any:
@@ -122,10 +122,9 @@ def test_a_flipped_bit_fails(file: Path, name: str) -> None:
     # BaseException: Polars panics, as pyo3 calls it, when a file object raises.
     with pytest.raises(BaseException) as caught:
         read(str(file))
-    if name in WRAPPED:
-        assert "authenticate" in str(caught.value)
-    else:
-        assert "authenticate" in str(integrity_error(caught.value))
+    text = str(caught.value if name in WRAPPED else integrity_error(caught.value))
+    assert "authenticate" in text
+    assert f"{file}: " in text  # of a thousand files, which
 
 
 def integrity_error(error: BaseException) -> sc.IntegrityError:
@@ -155,6 +154,40 @@ def test_a_flipped_bit_in_what_hugging_face_saved(
     with pytest.raises(Exception) as caught:
         datasets.load_from_disk(url)
     integrity_error(caught.value)
+
+
+def test_what_is_wrong_with_a_file_is_told_with_its_name(home: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    make_key()
+    array, empty, plain = tmp_path / "a.npy", tmp_path / "empty", tmp_path / "plain.parquet"
+    tensors.save_npy(array, np.zeros(5000), keys=KEY, context={"Of": "this"}, frame_size=4096)
+    modular = tmp_path / "modular.parquet"
+    parquet.write_table(make_table(50), modular, keys=KEY, column_keys={})
+    empty.write_bytes(b"")
+    pq.write_table(make_table(5), plain)
+    for error, path, read in (
+        (sc.ContextMismatchError, array, lambda: tensors.load_npy(array, context={"Of": "that"})),
+        (sc.ContextMismatchError, modular, lambda: parquet.read_table(modular, context={"Of": "that"})),
+        (sc.FormatError, empty, lambda: sc.open(empty)),
+        (sc.FormatError, plain, lambda: sc.open(plain)),
+        (sc.FormatError, plain, lambda: sc.inspect(plain)),
+        (sc.FormatError, plain, lambda: fsspec.open(f"crypt::file://{plain}").open()),
+        (sc.IntegrityError, array, lambda: sc.open(array, verify_signature=True)),
+        (sc.LimitExceededError, array, lambda: sc.open(array, max_encrypted_data_keys=1)),
+    ):
+        if error is sc.LimitExceededError:
+            tensors.save_npy(array, np.zeros(5000), keys=[KEY, KEY], frame_size=4096)
+        with pytest.raises(error) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path}: "), caught.value
+        assert str(caught.value).count(str(path)) == 1
+    flip(array, array.stat().st_size // 2)
+    with sc.open(array) as file:
+        for _ in range(2):
+            with pytest.raises(sc.IntegrityError) as caught:
+                file.readinto(bytearray(file.size))
+            assert str(caught.value).count(f"{array}: ") == 1
 
 
 def collect(source: Iterable[str], got: list[str]) -> None:

@@ -10,6 +10,7 @@ import random
 import threading
 import tracemalloc
 
+import numpy as np
 import pytest
 from families import craft, fuzz
 from families.craft import Draft
@@ -427,6 +428,38 @@ def test_a_write_that_failed_is_never_published(room):
         file.close()
     assert not target.published
     assert target.discarded
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32])
+def test_places_that_are_numpy_integers(kind):
+    """As from an array of offsets: what is computed from them does not overflow."""
+    plaintext = bytes(random.Random(3).randbytes(70_000))
+    with DecryptingFile(MemorySource(sealed(plaintext)), MATERIALS, RULES) as file:
+        assert file.seek(kind(100)) == 100
+        assert file.read(kind(20)) == plaintext[100:120]
+        assert file.read(kind(120)) == plaintext[120:240]
+        file.seek(65_500)
+        assert file.read(kind(100)) == plaintext[65_500:65_600]
+        assert file.tell() == 65_600
+        assert file.read_at(kind(100), kind(120)) == plaintext[100:220]
+        for wrong in (1.5, "1"):
+            with pytest.raises(TypeError):
+                file.seek(wrong)
+            with pytest.raises(TypeError):
+                file.read(wrong)
+        with pytest.raises(ValueError):
+            file.read_at(-1, 5)
+        assert file.tell() == 65_600
+
+
+def test_arrays_without_rows():
+    target = FailingTarget(10**9)
+    with EncryptingFile(target, outgoing(UNSIGNED), overwrite=False, durable=True) as file:
+        assert file.write(np.empty((0, 5))) == 0
+        assert file.write(np.ones((2, 5))) == 80
+    with DecryptingFile(MemorySource(sealed(b"abc")), MATERIALS, RULES) as file:
+        assert file.readinto(np.empty((3, 0))) == 0
+        assert file.read() == b"abc"
 
 
 def test_what_an_encrypting_file_promises():
