@@ -200,6 +200,12 @@ def _run_operation(args: argparse.Namespace) -> int:
         given = getattr(args, member)
         if given is not None:
             request[member] = _value(member, shape, given, raw=args.cli_binary_format != "base64")
+    try:
+        shapes.operations()[name].validate(request)
+    except TypeError as error:
+        raise UsageError(f"kms {_kebab(name)}: {error}") from error
+    except KmsError:
+        pass  # for the KMS to say
     call = _caller(args)
     whole = getattr(args, "paginate", False) and not {"Marker", "Limit"} & request.keys()
     response = _every_page(call, name, request) if whole else call(name, request)
@@ -224,14 +230,26 @@ def _whole_request(name: str, text: str) -> dict[str, Any]:
     given = _json(option, _file_text(option, text))
     if not isinstance(given, dict):
         raise UsageError(f"{option}: not a JSON object")
-    unknown = sorted(given.keys() - operation.members)
-    if unknown:
-        raise UsageError(f"{option}: {name} has no member {', '.join(unknown)}")
     try:
         request: dict[str, Any] = operation.read(given)
     except KmsError as error:
         raise UsageError(f"{option}: a member is of another type; bytes are Base64, times seconds") from error
+    if unknown := next(_left_out(given, request), None):
+        raise UsageError(f"{option}: {name} has no member {unknown}")
     return request
+
+
+def _left_out(given: Any, read: Any) -> Iterator[str]:
+    """The members that a shape's reader, which takes what it knows, has passed over."""
+    if isinstance(given, dict):
+        for name, value in given.items():
+            if name in read:
+                yield from (f"{name}.{inner}" for inner in _left_out(value, read[name]))
+            elif value is not None:
+                yield name
+    elif isinstance(given, list):
+        for one, other in zip(given, read, strict=True):
+            yield from _left_out(one, other)
 
 
 def _every_page(
@@ -298,6 +316,8 @@ def _translated(error: Exception, operation: str, request: Mapping[str, Any]) ->
         return KeyUnavailableError(
             f"{key}: {said.removesuffix('.') or code}; try again", code=code, operation=operation, key=key
         )
+    if type(error).__name__ == "ParamValidationError":  # boto3 checks lengths and ranges as KMS does
+        return StreamcryptError(f"kms {_kebab(operation)}: {str(error).partition(chr(10))[2] or error}")
     outcome = classify(error)
     if not code and outcome is not None and outcome.unreachable:
         return KeyUnavailableError(
@@ -372,10 +392,11 @@ def _read(option: str, name: str) -> bytes:
 
 
 def _list(option: str, shape: shapes.Option, given: Sequence[str]) -> list[Any]:
-    if len(given) == 1 and given[0].lstrip().startswith("["):
-        return list(_json(option, given[0]))
-    if len(given) == 1 and given[0].startswith("file://"):
-        return list(_json(option, _file_text(option, given[0])))
+    if len(given) == 1 and given[0].lstrip().startswith(("[", "file://")):
+        found = _json(option, _file_text(option, given[0]))
+        if not isinstance(found, list):
+            raise UsageError(f"{option}: not a JSON list")
+        return found
     if shape.of == "structure":
         return [_pairs(option, text, structure=True) for text in given]
     # The AWS CLI takes both: --operations Encrypt Decrypt, and Encrypt,Decrypt.
@@ -393,17 +414,24 @@ def _pairs(option: str, text: str, *, structure: bool) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"{option}: {pair!r} is not NAME=VALUE")
+        if name in pairs:
+            raise UsageError(f"{option}: two values of {name}")
         if structure and value.startswith("{") and value.endswith("}"):
             pairs[name] = _pairs(option, value[1:-1], structure=False)
         else:
-            pairs[name] = value.strip('"') if value.startswith('"') and value.endswith('"') else value
+            pairs[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
     return pairs
 
 
 def _split(text: str) -> Iterator[str]:
-    """At commas, but not within braces: ``EncryptionContextSubset={a=b,c=d}``."""
+    """At commas, but not within braces or quotes: ``EncryptionContextSubset={a=b,c=d}``, ``a="b,c"``."""
     depth = start = 0
+    quoted = False
     for position, character in enumerate(text):
+        if character == '"' and (quoted or text[position - 1 : position] == "="):
+            quoted = not quoted
+        if quoted:
+            continue
         depth += {"{": 1, "}": -1}.get(character, 0)
         if character == "," and depth == 0:
             yield text[start:position]
@@ -688,7 +716,7 @@ def _run_serve(args: argparse.Namespace) -> int:
     lock_process()
     service = open_service()
     try:
-        if args.latency or args.throttle or args.errors:
+        if args.latency or args.throttle is not None or args.errors:
             latency = parse_latency(args.latency) if args.latency else None
             service.simulation = Simulation(latency=latency, rate=args.throttle, errors=args.errors)
         service.grant_delay = args.grant_delay

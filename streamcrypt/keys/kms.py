@@ -345,6 +345,7 @@ class KmsDiscoveryKeyring(_SymmetricKms):
 
 KMS_RSA_ALGORITHMS: Final = {"oaep-sha1": "RSAES_OAEP_SHA_1", "oaep-sha256": "RSAES_OAEP_SHA_256"}
 _CONTEXT_DIGEST_LENGTH: Final = 48
+_LEAST_RSA_BITS: Final = 2048
 
 
 class KmsRsaKeyring(Keyring):
@@ -372,6 +373,10 @@ class KmsRsaKeyring(Keyring):
             raise ValueError(f"KMS RSA keys wrap with oaep-sha1 or oaep-sha256, not {padding!r}")
         if public_key is None and client is None:
             raise ValueError("a KMS RSA keyring needs a public key, a client, or both")
+        if public_key is not None and public_key.key_size < _LEAST_RSA_BITS:
+            raise ValueError(
+                f"an RSA key of a KMS has at least {_LEAST_RSA_BITS} bits; this public key has {public_key.key_size}"
+            )
         self._key_arn = key_arn
         self._public_key = public_key
         self._calls = (

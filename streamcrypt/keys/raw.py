@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hmac import HMAC
 
 from streamcrypt.errors import KeyAccessError, WrappedKeyError
-from streamcrypt.keys.keyring import RESERVED_PROVIDERS, Keyring, none_opened, printable
+from streamcrypt.keys.keyring import RESERVED_PROVIDERS, DataKey, Keyring, none_opened, printable
 from streamcrypt.message.context import serialize_context
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import IV_LENGTH, TAG_LENGTH, AlgorithmSuite
@@ -199,8 +199,8 @@ class RawRsaKeyring(Keyring):
                 found.add(b"")
         data_key = found.pop()
         if found or len(data_key) != suite.key_length:
-            return os.urandom(suite.key_length)
-        return data_key
+            return DataKey(os.urandom(suite.key_length))
+        return DataKey(data_key)
 
     def _matches(self, encrypted: EncryptedDataKey) -> bool:
         return encrypted.provider_id == self._namespace and encrypted.info == self._info

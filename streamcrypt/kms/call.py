@@ -162,7 +162,9 @@ class Call:
             new_grant=new_grant,
             time=self.now,
         )
-        grants: Sequence[policy.Grant] = [r.grant for r in self._effective_grants(key)] if key.grants else ()
+        grants: Sequence[policy.Grant] = ()
+        if key.grants or self.request.get("GrantTokens"):
+            grants = [record.grant for record in self._effective_grants(key)]
         decision = policy.evaluate(request, key.key_policy, grants)
         if not decision.allowed:
             error = KmsError("AccessDeniedException", decision.message(request, by_ciphertext=by_ciphertext))

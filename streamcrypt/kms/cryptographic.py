@@ -81,7 +81,7 @@ def re_encrypt(call: Call) -> Response:
     call.require_enabled(destination)
     call.require_usage(destination, ENCRYPT_DECRYPT)
     call.require_algorithm(destination, algorithm)
-    blob = _encrypt_under(call, destination, algorithm, plaintext or b"\0", context)
+    blob = _encrypt_under(call, destination, algorithm, plaintext, context)
     response = {
         "CiphertextBlob": blob,
         "SourceKeyId": source.arn,

@@ -84,7 +84,8 @@ def import_key_material(call: Call) -> Response:
     generation.expiration_model = model
     generation.valid_to = valid_to if model == "KEY_MATERIAL_EXPIRES" else None
     generation.description = request.get("KeyMaterialDescription", generation.description)
-    if key.state == "PendingImport" and all(m.sealed is not None for m in key.materials):
+    needed = [m for m in key.materials if m.state != "PENDING_ROTATION"]
+    if key.state == "PendingImport" and all(m.sealed is not None for m in needed):
         key.state = "Enabled"
     call.store.save_key(key)
     return {"KeyId": key.arn, "KeyMaterialId": identity}

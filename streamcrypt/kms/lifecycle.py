@@ -72,7 +72,8 @@ def drop_material(store: Store, key: Key, generation: Material) -> None:
     generation.sealed = None
     store.forget_material(generation.id)
     if generation.state == "PENDING_ROTATION":
-        key.materials.remove(generation)
+        if not store.imported_elsewhere(key, generation.id):
+            key.materials.remove(generation)
     elif key.state in ("Enabled", "Disabled"):
         key.state = "PendingImport"
 
@@ -237,7 +238,7 @@ def rotate_key_on_demand(call: Call) -> Response:
     pending = None
     if key.origin == "EXTERNAL":
         pending = next((m for m in key.materials if m.state == "PENDING_ROTATION"), None)
-        if pending is None:
+        if pending is None or pending.sealed is None:
             refuse(
                 "KMSInvalidStateException",
                 f"No available key material pending rotation for the key: {key.arn}.",

@@ -6,6 +6,7 @@ description and state are each Region's own.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from streamcrypt.kms import keys, lifecycle, policy
@@ -44,7 +45,7 @@ def replicate_key(call: Call) -> Response:
         key_policy=request.get("Policy") or policy.default_key_policy(primary.account),
         tags=tags,
         primary_region=primary.region,
-        materials=primary.materials,
+        materials=[copy.copy(generation) for generation in primary.materials],
     )
     arn = key_arn(replica.account, region, replica.id)
     replica.facts = primary.facts._replace(arn=arn, multi_region_key_type="REPLICA", aliases=(), tags=tags)
@@ -53,6 +54,8 @@ def replicate_key(call: Call) -> Response:
     keys.check_key_quota(call, region)
     if replica.origin == "EXTERNAL":
         replica.state = "PendingImport"  # the same material is imported once more, into the replica
+        for generation in replica.materials:
+            generation.sealed = None
     call.store.save_key(replica)
     call.keys.append(replica)
     # AWS answers before the replica is ready.

@@ -168,7 +168,12 @@ def _structure_checker(shapes: dict[str, Any], shape: dict[str, Any]) -> _Check:
                 )
         for name, member in value.items():
             entry = members.get(name)
-            if entry is not None and member is not None:
+            if entry is None:
+                # A constraint of a grant that is misspelt would be no constraint.
+                raise TypeError(
+                    f"{path.rstrip('.')} has no member {name}; it has {', '.join(sorted(members))}"
+                )
+            if member is not None:
                 entry[1](member, path + entry[0], violations)
 
     def nested(value: Any, path: str, violations: list[str]) -> None:
@@ -357,9 +362,11 @@ def _read_blob(value: Any) -> bytes:
 
 
 def _read_integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, float) and value.is_integer():  # not of infinity, nor of what is no number
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
         _wrong_type()
-    return int(value)
+    return value
 
 
 def _read_boolean(value: Any) -> bool:

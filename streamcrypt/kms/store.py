@@ -136,6 +136,7 @@ class GrantRecord(NamedTuple):
 _KEY_RECORD: Final = (
     "created", "spec", "usage", "origin", "manager", "description", "state", "key_policy", "tags", "deletion_date",
     "deletion_window", "primary_region", "rotation_period", "rotation_next", "rotation_start", "on_demand_rotations",
+    "imports",
 )  # fmt: skip
 
 
@@ -143,6 +144,8 @@ class Key:
     """A KMS key in one Region, as it was read.  Shared between threads: never change a cached one.
 
     ``materials``, ``aliases``, ``grants`` and ``facts`` are loaded beside the record, not part of it.
+    ``imports`` says of a multi-Region key which imported material this Region holds, and its expiration model,
+    end and description; None before it was first saved so.
     """
 
     __slots__ = ("account", "aliases", "facts", "grants", "id", "materials", "region", *_KEY_RECORD)
@@ -169,6 +172,7 @@ class Key:
         rotation_next: float | None = None,
         rotation_start: float | None = None,
         on_demand_rotations: int = 0,
+        imports: dict[str, list[Any]] | None = None,
         materials: list[Material] | None = None,
     ) -> None:
         self.account = account
@@ -190,6 +194,7 @@ class Key:
         self.rotation_next = rotation_next
         self.rotation_start = rotation_start
         self.on_demand_rotations = on_demand_rotations
+        self.imports = imports
         self.materials = materials if materials is not None else []
         self.aliases: tuple[str, ...] = ()
         self.grants: tuple[GrantRecord, ...] = ()
@@ -202,6 +207,11 @@ class Key:
     @property
     def multi_region(self) -> bool:
         return self.primary_region is not None
+
+    @property
+    def imported_by_region(self) -> bool:
+        """Whether each Region of this key imports, deletes and lets expire the one material by itself."""
+        return self.multi_region and self.origin == "EXTERNAL"
 
     @property
     def current(self) -> Material | None:
@@ -616,6 +626,16 @@ class Store:
             (account, key_id),
         ):
             key.materials.append(Material(ordinal=ordinal, sealed=sealed, **json.loads(record)))
+        imports = key.imports
+        if imports is None and key.imported_by_region and key.state == "PendingImport":
+            imports = {}
+        for material in key.materials:
+            if imports is None:
+                break
+            held = imports.get(material.id)
+            if held is None:
+                material.sealed, held = None, [None, None, None]
+            material.expiration_model, material.valid_to, material.description = held
         key.aliases = tuple(
             row[0]
             for row in self.query(
@@ -647,19 +667,46 @@ class Store:
 
     def save_key(self, key: Key) -> None:
         """Write the key's record and materials, within a transaction."""
+        if key.imported_by_region:
+            key.imports = {
+                m.id: [m.expiration_model, m.valid_to, m.description]
+                for m in key.materials
+                if m.sealed is not None
+            }
         record = {name: getattr(key, name) for name in _KEY_RECORD}
+        if key.imports is None:
+            del record["imports"]
         connection = self._db()
         connection.execute(
             "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?)",
             (key.account, key.region, key.id, key.next_event, json.dumps(record)),
         )
+        self._save_materials(key)
+        self.changed()
+
+    def _save_materials(self, key: Key) -> None:
+        elsewhere = self._imported_elsewhere(key)
+        connection = self._db()
         connection.execute("DELETE FROM materials WHERE account = ? AND key = ?", (key.account, key.id))
         for ordinal, material in enumerate(key.materials):
+            sealed = material.sealed if material.sealed is not None else elsewhere.get(material.id)
             connection.execute(
                 "INSERT INTO materials VALUES (?, ?, ?, ?, ?)",
-                (key.account, key.id, ordinal, json.dumps(material.record()), material.sealed),
+                (key.account, key.id, ordinal, json.dumps(material.record()), sealed),
             )
-        self.changed()
+
+    def _imported_elsewhere(self, key: Key) -> dict[str, bytes]:
+        """The sealed material that other Regions of a multi-Region key hold, by its id."""
+        if not key.imported_by_region:
+            return {}
+        regions = [region for region in self.key_regions(key.account, key.id) if region != key.region]
+        others = [self._load_key(key.account, region, key.id) for region in regions]
+        materials = [material for other in others if other is not None for material in other.materials]
+        return {m.id: m.sealed for m in materials if m.sealed is not None}
+
+    def imported_elsewhere(self, key: Key, material_id: str) -> bool:
+        """Whether another Region of this key holds imported material."""
+        return material_id in self._imported_elsewhere(key)
 
     def delete_key(self, key: Key) -> None:
         """Remove the key with its aliases and grants, and its material with the last Region."""
@@ -672,6 +719,10 @@ class Store:
             connection.execute("DELETE FROM materials WHERE account = ? AND key = ?", (key.account, key.id))
             for material in key.materials:
                 self.forget_material(material.id)
+        elif key.imported_by_region:
+            for material in key.materials:
+                material.sealed = None
+            self._save_materials(key)
         self.changed()
 
     # -- material ------------------------------------------------------------------------------

@@ -59,7 +59,11 @@ class KeyringTests:
         for suite in self.suites:
             data_key, encrypted = encrypting.generate(suite, CONTEXT)
             assert len(data_key) == suite.key_length
-            assert decrypting.unwrap(suite, CONTEXT, encrypted) == data_key
+            opened = decrypting.unwrap(suite, CONTEXT, encrypted)
+            assert opened == data_key
+            assert {repr(data_key), repr(opened)} == {
+                "<data key>"
+            }  # they outlive the call, as variables of frames
 
     def test_wrapped_keys_open(self, encrypting, decrypting):
         for suite in self.suites:

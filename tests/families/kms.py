@@ -404,6 +404,13 @@ class KmsTests(KmsBasics):
         blob = public.encrypt(b"offline", oaep)
         opened = kms.decrypt(CiphertextBlob=blob, KeyId=key["Arn"], EncryptionAlgorithm="RSAES_OAEP_SHA_256")
         assert opened["Plaintext"] == b"offline"
+        # The public key encrypts nothing, too.
+        symmetric = kms.create_key()["KeyMetadata"]["KeyId"]
+        again = kms.re_encrypt(
+            CiphertextBlob=public.encrypt(b"", oaep), SourceKeyId=key["Arn"], DestinationKeyId=symmetric,
+            SourceEncryptionAlgorithm="RSAES_OAEP_SHA_256",
+        )  # fmt: skip
+        assert kms.decrypt(CiphertextBlob=again["CiphertextBlob"])["Plaintext"] == b""
 
     def test_rsa_signatures(self, kms):
         key = kms.create_key(KeySpec="RSA_2048", KeyUsage="SIGN_VERIFY")["KeyMetadata"]
@@ -688,6 +695,32 @@ class KmsTests(KmsBasics):
         self.bring(there, primary, b"m" * 32)
         assert there.decrypt(CiphertextBlob=blob)["Plaintext"] == b"x"
 
+    def test_a_replica_s_imported_material_ends_in_its_region_alone(self, kms, region_of, clock):
+        primary = kms.create_key(MultiRegion=True, Origin="EXTERNAL")["KeyMetadata"]["KeyId"]
+        self.bring(kms, primary, b"m" * 32)
+        blob = kms.encrypt(KeyId=primary, Plaintext=b"x")["CiphertextBlob"]
+        kms.replicate_key(KeyId=primary, ReplicaRegion="eu-west-1")
+        there = region_of("eu-west-1")
+        until = datetime.fromtimestamp(clock.now + DAY, UTC)
+
+        def states() -> list[str]:
+            return [one.describe_key(KeyId=primary)["KeyMetadata"]["KeyState"] for one in (kms, there)]
+
+        self.bring(there, primary, b"m" * 32, ExpirationModel="KEY_MATERIAL_EXPIRES", ValidTo=until)
+        assert states() == ["Enabled", "Enabled"]
+        assert "ValidTo" not in kms.describe_key(KeyId=primary)["KeyMetadata"]
+        clock.pass_days(2)  # expired there
+        assert states() == ["Enabled", "PendingImport"]
+        assert kms.decrypt(CiphertextBlob=blob)["Plaintext"] == b"x"
+        self.bring(there, primary, b"m" * 32)
+        there.delete_imported_key_material(KeyId=primary)
+        assert states() == ["Enabled", "PendingImport"]
+        assert kms.decrypt(CiphertextBlob=blob)["Plaintext"] == b"x"
+        self.bring(there, primary, b"m" * 32)
+        kms.delete_imported_key_material(KeyId=primary)
+        assert states() == ["PendingImport", "Enabled"]
+        assert there.decrypt(CiphertextBlob=blob)["Plaintext"] == b"x"
+
     # -- aliases, tags, policies ------------------------------------------------------------------------
 
     def test_alias_refusals(self, kms, key):
@@ -802,6 +835,16 @@ class KmsTests(KmsBasics):
             refusal(kms.revoke_grant, KeyId=key["KeyId"], GrantId=grant["GrantId"])[0] == "NotFoundException"
         )
         assert refusal(kms.revoke_grant, KeyId=key["KeyId"], GrantId="x")[0] == "InvalidGrantIdException"
+
+    def test_a_token_that_is_none_is_refused_on_a_key_without_grants_too(self, kms, key):
+        for _ in range(2):
+            refused = refusal(kms.encrypt, KeyId=key["KeyId"], Plaintext=b"x", GrantTokens=["nonsense"])
+            assert refused[:2] == ("InvalidGrantTokenException", 400)
+            kms.create_grant(
+                KeyId=key["KeyId"],
+                GranteePrincipal="arn:aws:iam::000000000000:user/alice",
+                Operations=["Encrypt"],
+            )
 
     def test_retire_grant(self, kms, key, as_user):
         bob = "arn:aws:iam::000000000000:user/bob"

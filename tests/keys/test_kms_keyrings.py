@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from families.keyring import CONTEXT, FOREIGN, UNSIGNED, KeyringTests
 
@@ -180,6 +181,12 @@ class TestRsa(KeyringTests):
         _, encrypted = encrypting.generate(UNSIGNED, CONTEXT)
         with pytest.raises(KeyAccessError, match="only the public key"):
             encrypting.unwrap(UNSIGNED, CONTEXT, encrypted)
+
+
+def test_an_rsa_key_too_short_to_be_a_kms_s(key_arn):
+    public_key = rsa.generate_private_key(public_exponent=65537, key_size=1024).public_key()
+    with pytest.raises(ValueError, match="at least 2048 bits"):
+        KmsRsaKeyring(key_arn, public_key=public_key)
 
 
 class TestRsaSha1(TestRsa):

@@ -143,6 +143,9 @@ def test_a_request_in_json(run: Run, tmp_path: Path):
     for text in ("[]", "{", '{"KeyId": 7}', '{"Plaintext": "?"}', '{"Unknown": 1}'):
         with pytest.raises(UsageError, match="--cli-input-json"):
             run("encrypt", "--cli-input-json", text)
+    path.write_text(json.dumps(request | {"Constraints": {"EncryptionContextsubset": {"a": "b"}}}))
+    with pytest.raises(UsageError, match=r"CreateGrant has no member Constraints\.EncryptionContextsubset"):
+        run("create-grant", "--cli-input-json", f"file://{path}")
 
 
 def test_inline_blobs_are_base64(run: Run):
@@ -176,6 +179,10 @@ def test_structures_and_lists(run: Run):
     assert lines == [f"KEYS\tarn:aws:kms:local:000000000000:key/{key_id}\t{key_id}"]
 
 
+TAGS = ["tag-resource", "--key-id", "x", "--tags"]
+GRANT = ["create-grant", "--key-id", "x", "--grantee-principal", "arn:aws:iam::000000000000:user/a",
+         "--operations", "Decrypt", "--constraints"]  # fmt: skip
+ENCRYPT = ["encrypt", "--key-id", "x", "--plaintext", "eA==", "--encryption-context"]
 ERRORS: dict[str, tuple[list[str], type[Exception], str]] = {
     "no such key": (
         ["describe-key", "--key-id", "alias/none"],
@@ -224,6 +231,16 @@ ERRORS: dict[str, tuple[list[str], type[Exception], str]] = {
     "no request": (["generate-data-key", "--cli-input-json", "[]"], UsageError, "not a JSON object"),
     "no member": (["generate-data-key", "--cli-input-json", '{"Key": "x"}'], UsageError, "has no member Key"),
     "no query": (["list-keys", "--query", "Keys["], UsageError, "--query"),
+    "a number for text": ([*TAGS, '[{"TagKey": 1, "TagValue": "x"}]'], UsageError, "tagKey must be a str"),
+    "no structure": ([*TAGS, "[1]"], UsageError, "must be a dict"),
+    "no text in a context": ([*ENCRYPT, '{"a": 1}'], UsageError, "must map str to str"),
+    "a name twice": ([*ENCRYPT, "a=1,a=2"], UsageError, "two values of a"),
+    # A constraint that is misspelt must not become none.
+    "no such constraint": (
+        [*GRANT, "EncryptionContextsubset={a=b}"],
+        UsageError,
+        "constraints has no member EncryptionContextsubset; it has EncryptionContextEquals",
+    ),
 }
 
 
@@ -231,6 +248,21 @@ ERRORS: dict[str, tuple[list[str], type[Exception], str]] = {
 def test_errors(run: Run, words: list[str], error: type[Exception], text: str):
     with pytest.raises(error, match=text):
         run(*words)
+
+
+def test_a_context_whose_value_has_a_comma(run: Run):
+    run("create-key", "--alias", "alias/ml", "--quiet")
+    inline = ["encrypt", "--key-id", "alias/ml", "--plaintext", "eA==", "--query", "CiphertextBlob"]
+    blob = json.loads(run(*inline, "--encryption-context", 'a="x,{y",b=z'))
+    run("decrypt", "--ciphertext-blob", blob, "--encryption-context", '{"a": "x,{y", "b": "z"}')
+
+
+def test_boto3_s_own_refusal_is_no_key_s_fault(run: Run, monkeypatch: pytest.MonkeyPatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    with pytest.raises(StreamcryptError, match="Limit, value: 0, valid min value: 1") as caught:
+        run("list-keys", "--kms", "local@http://127.0.0.1:1", "--limit", "0")
+    assert not isinstance(caught.value, KeyAccessError)
 
 
 def test_a_refusal_names_the_statement_and_the_condition(run: Run, home: Path):

@@ -363,12 +363,15 @@ def test_an_unknown_operation_and_bad_json(service: Service, server: Server):
     kms.meta.events.register("before-sign.kms", set_target)
     assert refusal(kms.list_keys)[:2] == ("UnknownOperationException", 400)
 
+    body = b""
+
     def set_body(request: Any, **_: Any) -> None:
-        request.data = b"{nonsense"
+        request.data = body
 
     kms = client(server.url, key)
     kms.meta.events.register("before-sign.kms", set_body)
-    assert refusal(kms.list_keys)[:2] == ("SerializationException", 400)
+    for body in (b"{nonsense", b'{"Limit": 1e999}', b'{"Limit": NaN}', b'{"Limit": 1.5}', b'{"Limit": true}'):
+        assert refusal(kms.list_keys)[:2] == ("SerializationException", 400), body
 
 
 def test_a_lone_surrogate_is_refused(service: Service, server: Server):
