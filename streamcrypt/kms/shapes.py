@@ -30,6 +30,16 @@ _MODEL: Final = os.path.join(os.path.dirname(__file__), "model.json")
 # Regions outside AWS: the embedded KMS's own.  The model's pattern knows only AWS's names.
 LOCAL_REGION: Final = "local"
 
+# Text that is secret, or lets whoever holds it do something.  A violation is told and recorded without it.
+_NOT_SHOWN: Final = frozenset(
+    {
+        "GrantTokenList",
+        "GrantTokenType",
+        "KeyStorePasswordType",
+        "XksProxyAuthenticationRawSecretAccessKeyType",
+    }
+)
+
 _Check = Callable[[Any, str, list[str]], None]
 _Convert = Callable[[Any], Any]
 
@@ -138,7 +148,7 @@ def _checker(shapes: dict[str, Any], name: str) -> _Check:
     if kind == "structure":
         return _structure_checker(shapes, shape)
     if kind == "list":
-        return _list_checker(shapes, shape)
+        return _list_checker(shapes, name)
     if kind == "map":
         return _check_map
     if kind == "string":
@@ -182,9 +192,10 @@ def _structure_checker(shapes: dict[str, Any], shape: dict[str, Any]) -> _Check:
     return nested
 
 
-def _list_checker(shapes: dict[str, Any], shape: dict[str, Any]) -> _Check:
+def _list_checker(shapes: dict[str, Any], name: str) -> _Check:
+    shape = shapes[name]
     check_member = _checker(shapes, shape["member"]["shape"])
-    check_length = _length_check(shape)
+    check_length = _length_check(shape, shown=name not in _NOT_SHOWN)
     member_shape = shapes[shape["member"]["shape"]]
     enum = member_shape.get("enum")
 
@@ -215,7 +226,8 @@ def _check_map(value: Any, path: str, violations: list[str]) -> None:
 
 
 def _string_checker(name: str, shape: dict[str, Any]) -> _Check:
-    check_length = _length_check(shape)
+    shown = name not in _NOT_SHOWN
+    check_length = _length_check(shape, shown=shown)
     bounded = "min" in shape or "max" in shape
     enum = frozenset(shape["enum"]) if "enum" in shape else None
     enum_text = ", ".join(shape.get("enum", ()))
@@ -238,7 +250,7 @@ def _string_checker(name: str, shape: dict[str, Any]) -> _Check:
             and not (name == "RegionType" and value == LOCAL_REGION)
         ):
             violations.append(
-                f"Value '{value}' at '{path}' failed to satisfy constraint: "
+                f"{_named(value, shown)} at '{path}' failed to satisfy constraint: "
                 f"Member must satisfy regular expression pattern: {pattern}"
             )
 
@@ -298,10 +310,15 @@ def _length_check(shape: dict[str, Any], *, shown: bool = True) -> Callable[[int
             return
         if isinstance(value, list | tuple):
             value = f"[{', '.join(map(str, value))}]"
-        text = f"Value '{value}'" if shown else "Value"
-        violations.append(f"{text} at '{path}' failed to satisfy constraint: Member must have length {bound}")
+        violations.append(
+            f"{_named(value, shown)} at '{path}' failed to satisfy constraint: Member must have length {bound}"
+        )
 
     return check
+
+
+def _named(value: Any, shown: bool) -> str:
+    return f"Value '{value}'" if shown else "Value"
 
 
 def _camel(name: str) -> str:

@@ -333,6 +333,18 @@ def test_every_call_is_recorded_whether_it_succeeds_or_not(service: Service) -> 
     ]  # fmt: skip
 
 
+def test_a_violation_is_recorded_without_the_tokens_that_it_is_about(service: Service) -> None:
+    key = service.create_key()["KeyMetadata"]["KeyId"]
+    grant = service.create_grant(
+        KeyId=key, GranteePrincipal="arn:aws:iam::000000000000:user/alice", Operations=["Encrypt"]
+    )
+    for tokens in ([grant["GrantToken"]] * 11, [grant["GrantToken"] * 100]):
+        with pytest.raises(KmsError, match=r"Value at 'grantTokens.*Member must have length") as caught:
+            service.encrypt(KeyId=key, Plaintext=b"x", GrantTokens=tokens)
+        assert grant["GrantToken"] not in str(caught.value)
+    assert grant["GrantToken"] not in repr(service.store.query("SELECT * FROM audit"))
+
+
 def test_follow_yields_what_comes_and_ends_when_told(service: Service) -> None:
     rounds = iter([True, True, False])
 
