@@ -29,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 import streamcrypt as sc
 import streamcrypt.fs
 from streamcrypt import arrow, parquet
+from streamcrypt.parquet import tables
 from streamcrypt.storage import LocalSource
 
 MEGABYTES = int(os.environ.get("STREAMCRYPT_READER_MB", "400"))
@@ -156,7 +157,7 @@ def table_ratio(data: Data, kind: str, columns: list[str] | None, rounds: int = 
     """Of ``read_table``; and the bound by opening the frames, and decoding what is in memory."""
     plain, encrypted = data.plain(f"{kind}/t.parquet"), data.encrypted(f"{kind}/t.parquet")
     memory = pa.BufferReader(Path(plain).read_bytes())
-    chunks = list(parquet._chunks(pq.ParquetDataset(plain), columns, None))
+    chunks = list(tables._chunks(pq.ParquetDataset(plain), columns, None))
     fs = sc.fs.CryptFileSystem()
 
     def frames() -> None:

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from streamcrypt.fs import CryptFile, CryptFileSystem, crypt_filesystem, crypt_place
 from streamcrypt.keys.reference import References
 
-try:
+if TYPE_CHECKING:  # pyarrow and fsspec are imported when a function is first used
     import pyarrow as pa
-except ImportError as error:  # pragma: no cover - a test starts an interpreter without pyarrow
-    raise ImportError("streamcrypt.arrow needs pyarrow: pip install pyarrow") from error
+
+    from streamcrypt.fs import CryptFile, CryptFileSystem
 
 Path = str | os.PathLike[str]
 
@@ -39,6 +38,8 @@ def open_file(
     ``streamcrypt.fs.CryptFileSystem``.  Raises IntegrityError, KeyAccessError and their families; closing
     the reader closes nothing that the caller opened.
     """
+    import pyarrow as pa
+
     return pa.ipc.open_file(pa.PythonFile(_open(source, keys, options), mode="r"), options=ipc_options)
 
 
@@ -46,6 +47,8 @@ def read_table(
     source: Path | IO[bytes], *, keys: References | None = None, ipc_options: Any = None, **options: Any
 ) -> pa.Table:
     """All record batches of an encrypted IPC file as a table over one decrypted buffer."""
+    import pyarrow as pa
+
     with _open(source, keys, options) as file:
         whole = pa.BufferReader(file.buffer_at(0, file.size))
     return pa.ipc.open_file(whole, options=ipc_options).read_all()
@@ -60,6 +63,8 @@ def open_stream(
     or is missing is known at the end, which a cut stream does not reach: it raises IntegrityError.
     From a pipe it is copied, out of the frames' memory, and comes when the next frame has.
     """
+    import pyarrow as pa
+
     if not isinstance(source, str | os.PathLike) and not source.seekable():
         fs, _ = _place(None, keys, options)
         file: Any = _InOrder(fs.open_in_order(source))
@@ -83,6 +88,8 @@ def write_file(
     ``data`` is a table, a batch, a reader or any iterable of batches, then with ``schema``;
     ``max_chunksize`` rows at most go into one batch of a table.
     """
+    import pyarrow as pa
+
     _write(pa.ipc.new_file, data, where, keys, schema, max_chunksize, ipc_options, options)
 
 
@@ -97,6 +104,8 @@ def write_stream(
     **options: Any,
 ) -> None:
     """Write an encrypted IPC stream; as ``write_file``."""
+    import pyarrow as pa
+
     _write(pa.ipc.new_stream, data, where, keys, schema, max_chunksize, ipc_options, options)
 
 
@@ -110,6 +119,8 @@ def _write(
     ipc_options: Any,
     options: dict[str, Any],
 ) -> None:
+    import pyarrow as pa
+
     schema = schema or getattr(data, "schema", None)
     if schema is None:
         raise ValueError("give schema= with an iterable of record batches")
@@ -127,6 +138,8 @@ def _write(
 def _place(
     source: Path | None, keys: References | None, options: dict[str, Any]
 ) -> tuple[CryptFileSystem, str]:
+    from streamcrypt.fs import crypt_filesystem, crypt_place
+
     given = options.pop("filesystem", None)
     if keys is not None:
         options["keys"] = keys
@@ -174,6 +187,8 @@ class _InOrder:
 
     def read_buffer(self, size: int) -> pa.Buffer:
         """The next ``size`` bytes, fewer only at the end."""
+        import pyarrow as pa
+
         # Grows as bytes come: a length that a stream claims costs no memory by itself.
         room = pa.BufferOutputStream()
         while not self._ended and room.tell() < size:

@@ -21,7 +21,6 @@ from typing import Any
 
 from streamcrypt import api
 from streamcrypt.engine.job import Report
-from streamcrypt.fs import crypt_place, filesystem
 from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring
 
 
@@ -105,6 +104,8 @@ def _filesystem(paths: Any, options: Mapping[str, Any]) -> tuple[Any, list[str]]
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:
         raise ValueError("no path is given")
+    from streamcrypt.fs import crypt_place, filesystem  # needs fsspec; jobs do not
+
     below, _ = crypt_place(given[0], **options)
     return filesystem(below), [below._strip_protocol(os.fspath(path)) for path in given]
 

@@ -68,6 +68,17 @@ def test_importing_costs_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_an_adapter_costs_no_library_that_it_serves():
+    heavy = ("pyarrow", "pandas", "fsspec", "safetensors", "torch", "ray", "boto3")
+    code = (
+        "import sys; from streamcrypt import arrow, parquet, ray, tensors, torch; "
+        f"print([m for m in {heavy} if m in sys.modules]); "
+        "print(arrow.read_table.__module__, parquet.read_table.__name__, 'dataset' in dir(parquet))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "streamcrypt.arrow read_table True"]
+
+
 def test_importing_asks_nothing_of_the_network():
     """Whichever module is imported (RELIABILITY 34)."""
     code = """
