@@ -94,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.hold_standard_descriptors()
     with output.signals(words, restore=arguments is not None):
         try:
+            if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version"):
+                raise output.UsageError(
+                    f"{words[0]}: options stand after the command; see `streamcrypt --help`"
+                )
             parsed = parser_for(words[0] if words else None).parse_args(words)
             code: int = parsed.run(parsed)
             if sys.stdout is not None:

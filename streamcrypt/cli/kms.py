@@ -12,6 +12,7 @@ import argparse
 import base64
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from streamcrypt.cli.output import INTERRUPTED, UsageError
+from streamcrypt.cli.output import COUNT, INTERRUPTED, UsageError
 from streamcrypt.errors import (
     IntegrityError,
     KeyAccessError,
@@ -128,6 +129,15 @@ def _add_operation(commands: Any, name: str) -> None:
             action="store_false",
             help="only the first page, as also with --limit and --marker",
         )
+        group = parser.add_argument_group("a part of the list, as the AWS CLI cuts it")
+        group.add_argument(
+            "--max-items",
+            type=COUNT,
+            metavar="N",
+            help="so many at most; NextToken says where the rest begins",
+        )
+        group.add_argument("--starting-token", metavar="TOKEN", help="go on where this NextToken says")
+        group.add_argument("--page-size", type=COUNT, metavar="N", help="ask for so many at a time")
     if name == "CreateKey":
         parser.add_argument("--alias", metavar="alias/NAME", help="also make this alias for the new key")
     parser.add_argument(
@@ -207,8 +217,13 @@ def _run_operation(args: argparse.Namespace) -> int:
     except KmsError:
         pass  # for the KMS to say
     call = _caller(args)
-    whole = getattr(args, "paginate", False) and not {"Marker", "Limit"} & request.keys()
-    response = _every_page(call, name, request) if whole else call(name, request)
+    if any(
+        getattr(args, option, None) is not None for option in ("max_items", "page_size", "starting_token")
+    ):
+        response = _part_of_list(call, name, request, args)
+    else:
+        whole = getattr(args, "paginate", False) and not {"Marker", "Limit"} & request.keys()
+        response = _every_page(call, name, request) if whole else call(name, request)
     if getattr(args, "alias", None):
         key_id = response["KeyMetadata"]["KeyId"]
         try:
@@ -262,6 +277,42 @@ def _every_page(
         page = call(name, {**request, "Marker": page["NextMarker"]})
         whole |= {member: whole[member] + found for member, found in page.items() if isinstance(found, list)}
     return {member: found for member, found in whole.items() if member not in ("Truncated", "NextMarker")}
+
+
+def _part_of_list(
+    call: Callable[[str, dict[str, Any]], dict[str, Any]],
+    name: str,
+    request: dict[str, Any],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """A list as the AWS CLI cuts it; its token is the CLI's own: a marker, and how much of that page was told."""
+    if {"Marker", "Limit"} & request.keys() or not args.paginate:
+        raise UsageError(
+            "--max-items, --page-size and --starting-token cut the list themselves; leave the others out"
+        )
+    if args.page_size is not None:
+        request["Limit"] = args.page_size
+    told = 0
+    if args.starting_token is not None:
+        try:
+            token = json.loads(base64.b64decode(args.starting_token, validate=True))
+            told = int(token.pop("boto_truncate_amount", 0))
+            request |= {"Marker": str(token["Marker"])} if token["Marker"] is not None else {}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError("--starting-token: not a NextToken of such a list") from error
+    items: list[Any] = []
+    while True:
+        page = call(name, request)
+        (member,) = (key for key, value in page.items() if isinstance(value, list))
+        rest, left = page[member][told:], math.inf if args.max_items is None else args.max_items - len(items)
+        if len(rest) > left or (len(rest) == left and page.get("Truncated")):
+            token = {"Marker": request.get("Marker"), "boto_truncate_amount": told + int(left)}
+            text = base64.b64encode(json.dumps(token).encode()).decode()
+            return {member: items + rest[: int(left)], "NextToken": text}
+        items += rest
+        if not page.get("Truncated"):
+            return {member: items}
+        request["Marker"], told = page["NextMarker"], 0
 
 
 def _caller(args: argparse.Namespace) -> Callable[[str, dict[str, Any]], dict[str, Any]]:

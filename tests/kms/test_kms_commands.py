@@ -162,6 +162,27 @@ def test_inline_blobs_are_base64(run: Run):
         run(*inline, "--plaintext", "hello!")
 
 
+@pytest.mark.parametrize("page", [[], ["--page-size", "1"], ["--page-size", "2"], ["--page-size", "9"]])
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 9])
+def test_a_list_in_parts_as_the_aws_cli_cuts_it(run: Run, page: list[str], most: int):
+    for _ in range(5):
+        run("create-key", "--quiet")
+    whole = json.loads(run("list-keys", *page))["Keys"]
+    assert len(whole) == 5
+    found: list[object] = []
+    token: list[str] = []
+    for _ in range(-(-5 // most)):
+        part = json.loads(run("list-keys", *page, "--max-items", str(most), *token))
+        assert len(part["Keys"]) == min(most, 5 - len(found))
+        found += part["Keys"]
+        token = ["--starting-token", part.get("NextToken", "")]
+    assert found == whole
+    assert part.keys() == {"Keys"}
+    for words in (["--limit", "1"], ["--no-paginate"], ["--starting-token", "x"]):
+        with pytest.raises(UsageError, match="--starting-token"):
+            run("list-keys", "--max-items", "2", *words)
+
+
 def test_structures_and_lists(run: Run):
     key_id = json.loads(run("create-key", "--tags", "TagKey=team,TagValue=ml", "TagKey=x,TagValue=y"))[
         "KeyMetadata"
