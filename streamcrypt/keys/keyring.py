@@ -25,6 +25,7 @@ from streamcrypt.errors import (
     StreamcryptError,
     WrappedKeyError,
 )
+from streamcrypt.hygiene import forget_variables
 from streamcrypt.message.header import EncryptedDataKey
 from streamcrypt.message.suites import AlgorithmSuite
 
@@ -121,6 +122,7 @@ class Keyring(KeyHolder, abc.ABC):
                 data_key = DataKey(self._open(suite, context, encrypted))
                 check_length(suite, data_key, self.describe())
             except StreamcryptError as error:
+                forget_variables(error)
                 failures.append(error)
             else:
                 return data_key

@@ -15,8 +15,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from streamcrypt.errors import IntegrityError, LimitExceededError
-from streamcrypt.hygiene import lock
+from streamcrypt.errors import IntegrityError, LimitExceededError, StreamcryptError
+from streamcrypt.hygiene import forget_variables, lock
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.keyring import KeyHolder, Keyring
 from streamcrypt.message.context import PUBLIC_KEY_NAME, check_caller_context
@@ -178,7 +178,11 @@ class Materials:
 
             signing_key = ec.generate_private_key(suite.curve)
             full[PUBLIC_KEY_NAME] = encode_public_key(signing_key.public_key())
-        data_key, encrypted = self._keyring.generate(suite, full)
+        try:
+            data_key, encrypted = self._keyring.generate(suite, full)
+        except StreamcryptError as error:
+            forget_variables(error)
+            raise
         lock(data_key)
         self._check_count(len(encrypted))
         return EncryptionMaterials(suite, MappingProxyType(full), encrypted, data_key, signing_key)

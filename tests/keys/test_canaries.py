@@ -23,18 +23,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 from families.processes import child_processes
 from families.trees import make_tree
 
 import streamcrypt as sc
+from streamcrypt.keys.ecdh import KmsEcdhKeyring, RawEcdhKeyring
 from streamcrypt.keys.keyring import Keyring
-from streamcrypt.keys.kms import KmsKeyring
+from streamcrypt.keys.kms import KmsKeyring, KmsRsaKeyring
 from streamcrypt.keys.materials import Materials
+from streamcrypt.keys.raw import RawAesKeyring
 from streamcrypt.keys.reference import decrypting_keyring, encrypting_keyring
 from streamcrypt.kms import open_service
 from streamcrypt.kms.service import Service
 from streamcrypt.message.derive import derive_keys
 from streamcrypt.message.header import parse_header
+from streamcrypt.message.suites import UNSIGNED
 
 REPOSITORY = str(Path(sc.__file__).parents[1])
 
@@ -371,5 +376,65 @@ def test_no_key_among_the_variables_of_a_traceback(
         fail(Failing(message, keyring, recorder, served, tmp_path))
     secrets = dict(keys_of(message, Materials(keyring)))
     secrets |= dict.fromkeys(recorder.given, "a data key") | {service.store._root: "the root key"}
+    named = {f"{what} {number}": secret for number, (secret, what) in enumerate(secrets.items())}
+    assert not found_in(shown_with_locals(caught.value), named)
+
+
+class Liar:
+    """A KMS that answers for another key than the one it was asked for."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __getattr__(self, name: str) -> Callable[..., dict[str, Any]]:
+        ask = getattr(self._recorder, name)
+        return lambda **request: ask(**request) | {"KeyId": "arn:aws:kms:local:000000000000:key/other"}
+
+
+def agreed(service: Service) -> tuple[list[Keyring], dict[bytes, str]]:
+    """ECDH keyrings, with a private key at hand and with one in the KMS, and the secrets that they agree on."""
+    own, peer = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    made = service.create_key(KeySpec="ECC_NIST_P384", KeyUsage="KEY_AGREEMENT")["KeyMetadata"]["Arn"]
+    public = load_der_public_key(service.get_public_key(KeyId=made)["PublicKey"])
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    secrets = {
+        own.exchange(ec.ECDH(), peer.public_key()): "a shared secret",
+        own.exchange(ec.ECDH(), public): "a shared secret of KMS",
+    }
+    keyrings = [RawEcdhKeyring(own, peer.public_key()), KmsEcdhKeyring(service, made, own.public_key())]
+    return keyrings, secrets
+
+
+@pytest.mark.parametrize(
+    "kind", ["ecdh", "kms-ecdh", "kms-rsa", "raw-aes", "refused answer", "refused data key"]
+)
+def test_no_key_of_a_keyring_among_the_variables_of_a_traceback(home: Path, kind: str) -> None:
+    service = open_service(home)
+    recorder = Recorder(service)
+    arn = service.create_key()["KeyMetadata"]["Arn"]
+    secrets: dict[bytes, str] = {}
+    opening: Keyring | None = None
+    if "ecdh" in kind:
+        (raw, far), agreements = agreed(service)
+        keyring, secrets = (raw if kind == "ecdh" else far), agreements
+    elif kind == "kms-rsa":
+        rsa = service.create_key(KeySpec="RSA_2048", KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]["Arn"]
+        keyring = KmsRsaKeyring(rsa, client=service)
+    elif kind == "raw-aes":
+        keyring = RawAesKeyring("space", "name", os.urandom(32))
+    elif kind == "refused answer":
+        keyring, opening = KmsKeyring(recorder, arn), KmsKeyring(Liar(recorder), arn)
+    else:
+        keyring = KmsKeyring(Liar(recorder), arn)
+    data_key, context = os.urandom(32), {"k": "v"}
+    if kind == "refused data key":
+        with pytest.raises(sc.StreamcryptError) as caught:
+            Materials(keyring).for_encryption(UNSIGNED, context, 1)
+    else:
+        wrapped = keyring.wrap(UNSIGNED, context, data_key)
+        asked = context if opening is not None else {"k": "another"}
+        with pytest.raises(sc.StreamcryptError) as caught:
+            Materials(opening or keyring).for_decryption(UNSIGNED, asked, wrapped)
+    secrets |= dict.fromkeys([data_key, *recorder.given], "a data key")
     named = {f"{what} {number}": secret for number, (secret, what) in enumerate(secrets.items())}
     assert not found_in(shown_with_locals(caught.value), named)
