@@ -61,6 +61,7 @@ from streamcrypt.engine.worker import Outcome, Setup, SmallOutcome, Worker
 from streamcrypt.errors import (
     ContextMismatchError,
     DestinationError,
+    FormatError,
     IntegrityError,
     KeyAccessError,
     SourceError,
@@ -543,7 +544,7 @@ class _Run:
             if file.header.suite.signed:
                 file.verify_signature()
         except StreamcryptError as error:
-            raise located(error, tree.path(MANIFEST)) from error.__cause__
+            raise located(_of_a_message(error), tree.path(MANIFEST)) from error.__cause__
         return file
 
     # -- one file into a task
@@ -608,6 +609,8 @@ class _Run:
                 cast("StoreTree", job.source.tree).lend(entry.name, cast("StoreSource", source))
                 source = None
         except StreamcryptError as error:
+            if listed is not None:
+                error = _of_a_message(error)
             self._fail(number, entry.name, located(error, self._path(entry.name)))
             return None
         finally:
@@ -1531,6 +1534,13 @@ def made_by(job: Job, source_name: str) -> Materials:
     materials = job.resuming or job.writing
     assert materials is not None
     return materials
+
+
+def _of_a_message(error: StreamcryptError) -> StreamcryptError:
+    """The error of what was a message once: if it does not look like one now, it is not the wrong file."""
+    if isinstance(error, FormatError) and not error.recognised:
+        return FormatError(f"{error}: it was replaced, or cut short")
+    return error
 
 
 def is_made(
