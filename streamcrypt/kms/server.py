@@ -290,12 +290,12 @@ class _Connection(asyncio.Protocol):
         service = self._server.service
         try:
             key, region = authenticate(service.store, method, path, headers, body, self._server.clock())
-        except KmsError as error:
-            answer = wire.refusal(error)
+        except Exception as error:  # noqa: BLE001 - one request must not end the others, nor its connection
+            answer = wire.refusal(error) if isinstance(error, KmsError) else _failure("authentication", error)
             self._write(answer.status, answer.request_id, answer.body, keep=keep)
             return
         caller = self._caller(key, headers.get("user-agent", ""))
-        target = headers["x-amz-target"]
+        target = headers.get("x-amz-target", "")
         delay = service.delay()
 
         def run() -> wire.Answer:
@@ -304,9 +304,7 @@ class _Connection(asyncio.Protocol):
                     service, target, body, caller=caller, region=region, tls=self._tls, wait=False
                 )
             except Exception as error:  # noqa: BLE001 - one request must not end the others
-                # The class alone: an exception's text may quote the request.
-                print(f"kms serve: {target}: {type(error).__name__}", file=sys.stderr)  # noqa: T201
-                return wire.refusal(KmsError("KMSInternalException"))
+                return _failure(target, error)
 
         if target in _QUICK and not delay:
             answer = run()
@@ -350,6 +348,13 @@ class _Connection(asyncio.Protocol):
         self._transport.write(f"{head}\r\n".encode() + body)
         if not keep:
             self._transport.close()
+
+
+def _failure(what: str, error: Exception) -> wire.Answer:
+    """The answer where this server failed at a request."""
+    # The class alone: an exception's text may quote the request.
+    print(f"kms serve: {what}: {type(error).__name__}", file=sys.stderr)  # noqa: T201
+    return wire.refusal(KmsError("KMSInternalException"))
 
 
 def _parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:

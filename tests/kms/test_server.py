@@ -383,6 +383,33 @@ def test_a_lone_surrogate_is_refused(service: Service, server: Server):
     assert kms.list_keys()["Keys"]
 
 
+def test_what_the_server_fails_at_is_answered(
+    service: Service, server: Server, capfd: pytest.CaptureFixture[str]
+):
+    """No traceback, and the connection goes on: a header that is signed and absent, a secret that was altered."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    bob, root = (
+        principals.access_key(service.store, principals.principal_arn(name)) for name in ("bob", None)
+    )
+
+    def ask(key: AccessKey, target: str = "TrentService.ListKeys") -> tuple[int, bytes]:
+        request = AWSRequest("POST", server.url, headers={"X-Amz-Target": target}, data=b"{}")
+        SigV4Auth(Credentials(key.id, key.secret), "kms", "local").add_auth(request)
+        headers = {name: value for name, value in request.headers.items() if value}
+        connection.request("POST", "/", b"{}", headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    assert ask(root, target="") == (400, b'{"__type": "UnknownOperationException"}')
+    with service.store.transaction() as database:
+        database.execute("UPDATE access_keys SET sealed = zeroblob(60) WHERE id = ?", (bob.id,))
+        service.store.changed()
+    assert ask(bob) == (500, b'{"__type": "KMSInternalException"}')
+    assert ask(root)[0] == 200
+    connection.close()
+    assert capfd.readouterr().err == "kms serve: authentication: KeyAccessError\n"
+
+
 def test_a_response_is_not_cached(service: Service, server: Server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     headers, body = signed(principals.access_key(service.store, ROOT))
