@@ -48,7 +48,7 @@ class InlinePool:
 
     has_room = True
 
-    def __init__(self, setup, workers):
+    def __init__(self, setup, workers, *, in_turns=False):
         self._worker = Worker(setup)
         self._results = []
 
