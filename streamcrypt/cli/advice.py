@@ -228,7 +228,8 @@ def _branch_key_use(reference: str, rest: str) -> KeyUse:
     where, _, query = place.partition("?")
     options = dict(option.partition("=")[::2] for option in query.split("&"))
     if not options.get("kms"):
-        raise ValueError(f"{reference}: name the KMS key that wraps the branch key: …&kms=KEY-ARN")
+        more = f"{reference}{'&' if query else '?'}kms=KEY-ARN"
+        raise ValueError(f"{reference}: name the KMS key that wraps the branch key: {more}")
     arn = KeyArn.parse(options["kms"])
     table = where.partition("dynamodb:")[2]
     table_arn = table

@@ -401,8 +401,11 @@ def _environment() -> Environment:
 
     Without values that are secrets; the access key ID changes with them.
     """
-    secret = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    return tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_") and i[0] not in secret))
+
+    def secret(name: str) -> bool:  # a token's file is none
+        return "SECRET" in name or name.endswith("_TOKEN") or name.startswith("AWS_BEARER_TOKEN")
+
+    return tuple(sorted(i for i in os.environ.items() if i[0].startswith("AWS_") and not secret(i[0])))
 
 
 _clients: dict[tuple[Any, ...], Any] = {}

@@ -355,6 +355,19 @@ def test_endpoints(monkeypatch):
     check_endpoint("http://kms.example.com")
 
 
+def test_what_tells_clients_apart_holds_no_credential(monkeypatch):
+    names = (
+        "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+        "AWS_BEARER_TOKEN_BEDROCK",
+    )  # fmt: skip
+    for name in names:
+        monkeypatch.setenv(name, "a credential")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/a/file")
+    identity = repr(encrypting_keyring("aws:alias/ml").identity)
+    assert "a credential" not in identity
+    assert "/a/file" in identity
+
+
 def test_a_plain_http_endpoint_from_the_environment_is_refused(aws, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", "http://kms.example.com:8400")
     keyring = encrypting_keyring("aws:alias/one")
