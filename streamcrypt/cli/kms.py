@@ -581,7 +581,15 @@ def _remind_of_backup() -> None:
 
 
 def _out(text: str) -> None:
+    if sys.stdout.isatty():
+        # Descriptions, contexts and messages may be another's: none of them writes to a terminal what it obeys.
+        text = "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
     print(text, flush=True)  # noqa: T201
+
+
+def _escaped(character: str) -> str:
+    """As JSON writes it, so that what is JSON stays it."""
+    return json.dumps(character)[1:-1] if not character.isascii() else f"\\u{ord(character):04x}"
 
 
 def _say(text: str) -> None:

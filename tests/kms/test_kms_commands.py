@@ -286,6 +286,20 @@ def test_boto3_s_own_refusal_is_no_key_s_fault(run: Run, monkeypatch: pytest.Mon
     assert not isinstance(caught.value, KeyAccessError)
 
 
+def test_a_terminal_is_shown_no_control_characters(run: Run, monkeypatch: pytest.MonkeyPatch):
+    described = "f\u00fcr\u202e\x1b[2J\x9b1m\U000e0001\x7f"
+    made = json.loads(run("create-key", "--description", described))["KeyMetadata"]
+    assert made["Description"] == described
+    show = ("describe-key", "--key-id", made["KeyId"], "--query", "KeyMetadata.Description")
+    assert run(*show, "--output", "text") == described + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for words in (show, (*show, "--output", "text")):
+        shown = run(*words)
+        assert shown.strip().isprintable(), ascii(shown)
+        assert "f\u00fcr" in shown
+    assert json.loads(run(*show)) == described
+
+
 def test_a_refusal_names_the_statement_and_the_condition(run: Run, home: Path):
     key_id = json.loads(run("create-key", "--quiet"))["KeyMetadata"]["KeyId"]
     root = {"AWS": "arn:aws:iam::000000000000:root"}
