@@ -33,6 +33,17 @@ def _roles(text: str) -> list[str]:
     return roles
 
 
+class _Roles(argparse._AppendAction):
+    """Roles of one word or of several; the first takes the place of the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        roles = values if before is self.default else [*before, *values]
+        setattr(namespace, self.dest, list(dict.fromkeys(roles)))
+
+
 # --- iam-policy -----------------------------------------------------------------------------------
 
 
@@ -71,6 +82,7 @@ def _add_iam_policy(subparsers: Any) -> None:
     parser.add_argument(
         "--for",
         dest="roles",
+        action=_Roles,
         type=_roles,
         default=["encrypt", "decrypt"],
         metavar="ROLE,…",
@@ -271,6 +283,7 @@ def _add_doctor(subparsers: Any) -> None:
     parser.add_argument(
         "--for",
         dest="roles",
+        action=_Roles,
         type=_roles,
         default=["encrypt", "decrypt"],
         metavar="ROLE,…",

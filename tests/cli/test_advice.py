@@ -345,6 +345,23 @@ def test_no_policy_for_such_a_place(keys: list[str], words: list[str], capsys: p
     assert "S3" in (text := capsys.readouterr().err) or "bucket" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "roles"),
+    [
+        ([], ["encrypt", "decrypt"]),
+        (["--for", "rekey"], ["rekey"]),
+        (["--for", "rekey", "--for", "resume"], ["rekey", "resume"]),
+        (["--for", "rekey", "resume,rekey"], ["rekey", "resume"]),
+    ],
+)
+def test_roles_given_one_by_one_add_up(
+    keys: list[str], words: list[str], roles: list[str], capsys: pytest.CaptureFixture[str]
+):
+    """The last one alone would be a policy that lacks what the others need."""
+    assert main(["iam-policy", "--key", f"local:{keys[0]}", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["roles"] == roles
+
+
 def test_resuming_in_a_store_takes_the_same(
     service: Service, keys: list[str], dataset: Path, bucket: Bucket, capsys: pytest.CaptureFixture[str]
 ) -> None:
