@@ -274,7 +274,12 @@ def _add_work(parser: argparse.ArgumentParser, *, writes: bool = True) -> None:
         "--files-from", metavar="FILE", help="only the names in FILE, one a line (-: standard input)"
     )
     group = parser.add_argument_group("work")
-    group.add_argument("--workers", type=COUNT, metavar="N", help="how many at a time (default: the cores)")
+    group.add_argument(
+        "--workers",
+        type=COUNT,
+        metavar="N",
+        help="how many at a time (default: the cores; with an object store at least 8)",
+    )
     if writes:
         group.add_argument("--overwrite", action="store_true", help="replace what is there")
         group.add_argument("--resume", action="store_true", help="go on with a job that was stopped")
