@@ -38,7 +38,7 @@ from numpy.lib import format as npy_format
 
 from streamcrypt import api
 from streamcrypt.engine.job import default_workers
-from streamcrypt.errors import FormatError, IntegrityError
+from streamcrypt.errors import DestinationError, FormatError, IntegrityError
 from streamcrypt.keys.cache import DataKeyCache
 from streamcrypt.keys.materials import Materials
 from streamcrypt.keys.reference import References, encrypting_keyring
@@ -66,6 +66,7 @@ Tensor: TypeAlias = Any  # a torch.Tensor or an Array: torch is imported only wh
 MAX_HEADER_LENGTH: Final = 100_000_000
 MAX_INDEX_LENGTH: Final = 100_000_000
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+_METADATA: Final = "__metadata__"
 
 # Bytes that one thread takes at a time; less than this in all is not worth a thread.
 _SPAN: Final = 8 * 2**20
@@ -157,7 +158,7 @@ def _parse_header(file: DecryptingFile, name: str) -> tuple[dict[str, _Layout], 
         raise _not_safetensors(name, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _not_safetensors(name, "its header is not an object")
-    metadata = header.pop("__metadata__", None)
+    metadata = header.pop(_METADATA, None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
@@ -207,7 +208,7 @@ def _make_header(
 ) -> bytes:
     header: dict[str, Any] = {}
     if metadata is not None:
-        header["__metadata__"] = dict(metadata)
+        header[_METADATA] = dict(metadata)
     position = 0
     for name, kind, shape, length in layouts:
         header[name] = {"dtype": kind.code, "shape": shape, "data_offsets": (position, position + length)}
@@ -288,6 +289,8 @@ def _to_bytes(tensors: Mapping[str, Tensor]) -> list[tuple[str, _Type, tuple[int
     for name, tensor in tensors.items():
         if not isinstance(name, str):
             raise TypeError(f"the name of a tensor is text, not {type(name).__name__}")
+        if name == _METADATA:
+            raise ValueError(f"{name!r} is no name for a tensor: the file's metadata stand under it")
         if isinstance(tensor, np.ndarray | np.generic):
             entries.append((name, *_numpy_bytes(name, np.asarray(tensor))))
         elif "torch" in sys.modules and isinstance(tensor, sys.modules["torch"].Tensor):
@@ -324,7 +327,9 @@ def _torch_bytes(name: str, tensor: Any) -> tuple[_Type, tuple[int, ...], memory
     shape = tuple(tensor.shape)
     if kind.packed > 1:
         shape = (*shape[:-1], shape[-1] * kind.packed)
-    flat = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    # A view that is conjugate or negative is not what its memory says.
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    flat = plain.reshape(-1).view(torch.uint8)
     return kind, shape, flat.numpy().data
 
 
@@ -453,7 +458,7 @@ def _open_message(
         except ImportError as error:
             raise ImportError("URLs need fsspec: pip install 'streamcrypt[fsspec]'") from error
         # We decrypt ourselves, in threads: the protocol that does it is left out.
-        url = re.sub(r"^(crypt|streamcrypt)::", "", filename)
+        url = re.sub(r"^(crypt|streamcrypt)(::|://(::)?)", "", filename)
         filename = stack.enter_context(fsspec.open(url, "rb"))
     file: DecryptingFile = api.open(filename, "rb", **options)
     return file
@@ -930,7 +935,10 @@ def _write(
     )
     message = OutgoingMessage.begin(materials, header_template(materials, frame_length), frame_length)
     geometry = message.geometry(plaintext.length)
-    folder, name = os.path.split(os.path.abspath(os.fspath(filename)))
+    path = os.fspath(filename)
+    if path.endswith("/") or os.path.isdir(path):
+        raise DestinationError(f"{path}: is a folder; name the file to be made")
+    folder, name = os.path.split(os.path.abspath(path))
     root = os.path.realpath(folder)
     tree = LocalTree(root, missing_folders(root))
     target = tree.create(name, size=geometry.message_length, overwrite=True)

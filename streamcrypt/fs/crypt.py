@@ -80,6 +80,11 @@ _MARKS: Final = (
 
 _TEXT_OPTIONS: Final = ("encoding", "errors", "newline")
 
+# What every filesystem of fsspec takes.
+_FSSPEC_OPTIONS: Final = frozenset(
+    ("use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "asynchronous", "loop")
+)
+
 Info = dict[str, Any]
 
 
@@ -158,6 +163,11 @@ class CryptFileSystem(ChainedFileSystem, metaclass=_FileSystemType):  # type: ig
     ) -> None:
         if self._cached:
             return  # fsspec calls this again for an instance that it keeps
+        for name in options.keys() - _FSSPEC_OPTIONS:
+            raise TypeError(
+                f"crypt has no option {name!r}; those of the filesystem below go under its name, as s3={{…}}, "
+                "or into target_options"
+            )
         super().__init__(**options)
         if fs is not None and target_protocol is not None:
             raise ValueError("give the filesystem below as fs= or as target_protocol=, not both")

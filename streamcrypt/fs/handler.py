@@ -58,14 +58,18 @@ def crypt_filesystem(target: Any = None, **options: Any) -> tuple[CryptFileSyste
 
 def crypt_place(source: str | os.PathLike[str], **options: Any) -> tuple[CryptFileSystem, str]:
     """The fsspec filesystem of a path or URL, and the path there."""
-    url = str(stringify_path(source))
+    url = stringify_path(source)
+    if not isinstance(url, str):
+        raise TypeError(f"a path or URL is needed, not {type(source).__name__}")
     if "::" not in url and "://" not in url:
         # fsspec takes a chain's word of small letters for a protocol: crypt::train would be one.
         url = os.path.abspath(os.path.expanduser(url))
     if not url.startswith(_URL_STARTS):
         url = f"crypt::{url}"
     below = options.pop("target_options", None)
-    if below:
+    if below and "::" not in url:
+        options["target_options"] = dict(below)
+    elif below:
         # Each part of a chain takes the options under its own protocol's name.
         rest = url.partition("::")[2]
         options[rest.partition("://")[0] if "://" in rest else "file"] = dict(below)

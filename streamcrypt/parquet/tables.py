@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -117,7 +117,7 @@ def _chunks(
 
 
 def dataset(
-    source: Path | Sequence[Path],
+    source: Path | Iterable[Path],
     *,
     keys: References | None = None,
     plaintext_footer: bool = False,
@@ -131,11 +131,13 @@ def dataset(
     limit of pyarrow): call this again in the worker.  Damage in a modular file is reported by pyarrow's
     scanner in its own words, as an OSError.
     """
-    first = source if isinstance(source, str | os.PathLike) else next(iter(source))
-    fs, path, options = _place(first, keys, options)
+    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources:
+        raise ValueError("a dataset needs a source")
+    fs, path, options = _place(sources[0], keys, options)
     paths: Any = path
     if not isinstance(source, str | os.PathLike):
-        paths = [fs._strip_protocol(one) for one in source]
+        paths = [fs._strip_protocol(one) for one in sources]
     options.setdefault("format", "parquet")
     modular = _is_modular(fs, path, folder=fs.isdir(path))
     below = _below(fs, modular=modular, plaintext_footer=plaintext_footer)

@@ -71,6 +71,7 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
                 ...                                         # {"x": tensor, "y": tensor}
 
     ``source``: a file, a folder (its ``*.parquet`` files), a glob, a URL, or a list of them.
+    Columns are those that the files hold, alike in all of them; what a folder's name says (``day=1``) is none.
     ``batch_size``: rows of a batch; None yields single rows, for a DataLoader that batches them.
     ``shuffle``: row groups in random order, and rows within windows of ``shuffle_buffer`` rows, by
     ``seed`` and epoch.  ``rank`` and ``world_size``: None for those of torch.distributed where it is
@@ -92,7 +93,7 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
         source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         batch_size: int | None = 8192,
-        columns: Sequence[str] | None = None,
+        columns: str | Sequence[str] | None = None,
         shuffle: bool = False,
         shuffle_buffer: int = 100_000,
         seed: int = 0,
@@ -124,7 +125,7 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
         if not self._sources:
             raise ValueError("a dataset needs a source")
         self.batch_size = batch_size
-        self.columns = list(columns) if columns is not None else None
+        self.columns = [columns] if isinstance(columns, str) else None if columns is None else list(columns)
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
@@ -167,7 +168,9 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
         if self._plan is None:
             paths = self._paths()
             with ThreadPoolExecutor(min(_PLANNING_THREADS, len(paths)), "streamcrypt-plan") as pool:
-                self._plan = tuple(pool.map(self._planned, paths))
+                planned = list(pool.map(self._planned, paths))
+            _check_alike(planned)
+            self._plan = tuple(file for file, _ in planned)
         return self._plan
 
     def __len__(self) -> int:
@@ -318,19 +321,22 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
             raise SourceError(f"{planned.path}: is another message than when the dataset was planned")
         return _parquet(file)
 
-    def _planned(self, path: str) -> PlannedFile:
+    def _planned(self, path: str) -> tuple[PlannedFile, pa.Schema]:
+        """The file, and the types of the columns that are wanted of it."""
         file = self._fs().open(path, "rb")
         message_id = _message_id(file)
         parquet = _parquet(file)
         try:
-            metadata = parquet.metadata
-            missing = set(self.columns or ()) - set(parquet.schema_arrow.names)
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            missing = set(self.columns or ()) - set(schema.names)
             if missing:
                 raise ValueError(f"{path}: has no column {', '.join(sorted(missing))}")
+            if self.columns is not None:
+                schema = pa.schema([schema.field(name) for name in self.columns])
             rows = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
         finally:
             parquet.close(force=True)
-        return PlannedFile(path, message_id, rows)
+        return PlannedFile(path, message_id, rows), schema
 
     def _fs(self) -> Any:
         if self._filesystem is not None:
@@ -346,12 +352,13 @@ class ParquetDataset(torch.utils.data.IterableDataset):  # type: ignore[type-arg
         paths: list[str] = []
         for source in self._sources:
             path = fs._strip_protocol(source)
-            if any(sign in path for sign in "*?["):
-                paths += sorted(fs.glob(path))
-            elif fs.isdir(path):
-                paths += sorted(name for name in fs.find(path) if name.endswith(_SUFFIXES))
-            else:
-                paths.append(path)
+            # What is there under a name with such signs in it is meant by that name.
+            is_glob = any(sign in path for sign in "*?[") and not fs.exists(path)
+            for found in sorted(fs.glob(path)) if is_glob else [path]:
+                if not (is_glob and found.endswith(_SUFFIXES)) and fs.isdir(found):
+                    paths += sorted(name for name in fs.find(found) if name.endswith(_SUFFIXES))
+                else:
+                    paths.append(found)
         if not paths:
             raise SourceError(f"{', '.join(self._sources)}: no Parquet file there (*.parquet)")
         return paths
@@ -467,6 +474,26 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}: ranks are counted from 0")
     return rank, world_size
+
+
+def _check_alike(planned: Sequence[tuple[PlannedFile, pa.Schema]]) -> None:
+    """ValueError unless all files that have rows have the same columns: a batch may be of two files."""
+    with_rows = [(file.path, schema) for file, schema in planned if sum(file.rows)]
+    for path, schema in with_rows[1:]:
+        first_path, first = with_rows[0]
+        if schema.equals(first):
+            continue
+        difference = "its columns are in another order, or null in another way"
+        for name in dict.fromkeys((*first.names, *schema.names)):
+            here, there = (
+                str(one.field(name).type) if name in one.names else "missing" for one in (schema, first)
+            )
+            if here != there:
+                difference = f"its column {name!r} is {here}, not {there}"
+                break
+        raise ValueError(
+            f"{path}: {difference}, as in {first_path}; name columns= that are alike in all files"
+        )
 
 
 def _message_id(file: Any) -> str:

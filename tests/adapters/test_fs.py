@@ -23,7 +23,7 @@ import pytest
 from families.datasets import KEY, flip, kms_calls, make_key
 
 import streamcrypt as sc
-from streamcrypt.fs import CryptFileSystem, PlaintextOnDiskWarning, process
+from streamcrypt.fs import CryptFileSystem, PlaintextOnDiskWarning, crypt_place, process
 from streamcrypt.message.frames import FrameCipher
 from streamcrypt.storage import LocalSource
 
@@ -518,6 +518,21 @@ def test_writing_needs_a_key_and_a_mode(fs: CryptFileSystem, tmp_path: Path) -> 
         CryptFileSystem(keys=object())
     with pytest.raises(ValueError, match="frame size"):
         CryptFileSystem(keys=KEY, frame_size=0)
+
+
+def test_an_option_that_is_none(home: Path, tmp_path: Path) -> None:
+    """A word that was mistaken, ``require_manifest`` say, is not passed over."""
+    for refused in (
+        lambda: CryptFileSystem(require_manifst=True),
+        lambda: fsspec.open(f"crypt::file://{tmp_path}/f", anon=True),
+        lambda: sc.filesystem(str(tmp_path), context_={"a": "b"}),
+    ):
+        with pytest.raises(TypeError, match=r"crypt has no option '(require_manifst|anon|context_)'"):
+            refused()
+    CryptFileSystem(use_listings_cache=False, skip_instance_cache=True)
+    for place in (f"crypt::file://{tmp_path}/f", f"crypt://{tmp_path}/f", f"{tmp_path}/f"):
+        fs, path = crypt_place(place, target_options={"auto_mkdir": True})
+        assert (fs.fs.auto_mkdir, path) == (True, f"{tmp_path}/f")
 
 
 def test_context_is_written_and_required(home: Path, tmp_path: Path) -> None:

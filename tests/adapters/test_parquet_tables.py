@@ -107,6 +107,21 @@ def test_trees(keys: str, tmp_path: Path, column_keys: Any) -> None:
     assert parquet.dataset(dataset.files, partitioning=None).count_rows() == 5000
 
 
+def test_a_dataset_of_several_files(keys: str, tmp_path: Path) -> None:
+    table = make_table(30)
+    paths = [tmp_path / f"{n}.parquet" for n in range(3)]
+    for n, path in enumerate(paths):
+        parquet.write_table(table.slice(10 * n, 10), path, keys=keys)
+    assert parquet.dataset(paths).to_table().equals(table)
+    assert parquet.dataset(iter(paths)).to_table().equals(table)  # the first is not lost
+    with pytest.raises(ValueError, match="needs a source"):
+        parquet.dataset([])
+    with open(paths[0], "rb") as file:
+        for wrong in (paths, None, file):
+            with pytest.raises(TypeError, match="a path or URL is needed, not"):
+                parquet.read_table(wrong)  # type: ignore[arg-type]
+
+
 def test_an_encrypted_tree_shows_only_its_data_files(keys: str, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     table = make_table(3000)

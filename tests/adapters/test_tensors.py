@@ -163,6 +163,7 @@ def test_what_cannot_be_saved_is_refused_before_a_file_is_touched(tmp_path, keys
         ({"x": x.to(torch.complex128)}, TypeError),
         ({"x": [1, 2]}, TypeError),
         ({3: x}, TypeError),
+        ({"__metadata__": x}, ValueError),  # safetensors saves it, and nobody can load the file
     ]:
         with pytest.raises(error):
             tensors.save_file(bad, path, keys=keys)
@@ -170,8 +171,19 @@ def test_what_cannot_be_saved_is_refused_before_a_file_is_touched(tmp_path, keys
         tensors.save_file({"x": x}, path, {"step": 3}, keys=keys)
     with pytest.raises(ValueError):
         tensors.save_file({"x": x}, path, keys="nonsense")
+    for folder in (f"{path}/", tmp_path):
+        with pytest.raises(sc.DestinationError, match="is a folder"):
+            tensors.save_file({"x": x}, folder, keys=keys)
     tensors.save_file({"x": x[:4], "y": x[4:]}, path, keys=keys)  # neighbours do not share memory
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_views_that_are_not_what_their_memory_says(tmp_path, keys):
+    torch = pytest.importorskip("torch", reason="TORCH IS MISSING: its lazy views were not tested")
+    x = torch.tensor([1 + 2j, 3 - 4j])
+    for view in (x.conj(), x.conj().imag.contiguous(), torch._neg_view(torch.tensor([1.0, 2.0]))):
+        tensors.save_file({"x": view}, tmp_path / "a", keys=keys)
+        assert torch.equal(tensors.load_file(tmp_path / "a", keys=keys)["x"], view)
 
 
 def test_big_endian_arrays_are_stored_as_the_format_says(tmp_path, keys):
@@ -196,7 +208,10 @@ def test_urls(tmp_path, keys):
     source = {"x": np.arange(100_000).reshape(100, 1_000)}
     tensors.save_file(source, tmp_path / "a", keys=keys, frame_size=F)
     fsspec.filesystem("memory").pipe_file("/tensors/a", (tmp_path / "a").read_bytes())
-    for url in ("memory://tensors/a", "crypt::memory://tensors/a", f"file://{tmp_path}/a"):
+    for url in (
+        "memory://tensors/a", "crypt::memory://tensors/a", "crypt://::memory://tensors/a", f"file://{tmp_path}/a",
+        f"crypt://{tmp_path}/a", f"crypt::{tmp_path}/a", f"streamcrypt::file://{tmp_path}/a",
+    ):  # fmt: skip
         assert same(tensors.load_file(url, framework="np", keys=keys)["x"], source["x"])
         with tensors.safe_open(url, "np", keys=keys) as file:
             assert same(file.get_slice("x")[7:9, 3], source["x"][7:9, 3])

@@ -20,7 +20,7 @@ import pytest
 from families.datasets import KEY, flip, make_key, make_table
 
 import streamcrypt as sc
-from streamcrypt import tensors
+from streamcrypt import parquet, tensors
 from streamcrypt.kms import default_home
 
 torch = pytest.importorskip("torch", reason="TORCH IS MISSING: its loaders were not tested")
@@ -238,6 +238,45 @@ def test_sources(data):
     (data / "text").write_bytes(sc.encrypt_bytes(b"not Parquet", keys=KEY))
     with pytest.raises(sc.SourceError, match="not a Parquet file"):
         list(ParquetDataset(data / "text"))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "what?", "a*b"])
+def test_a_folder_whose_name_looks_like_a_pattern(data, name):
+    os.rename(data / "enc", data / name)
+    assert ids(ParquetDataset(data / name, columns="id")) == list(range(ROWS))
+    assert ids(ParquetDataset(data / name / "part-0.parquet", columns="id")) == list(range(2_500))
+
+
+def test_a_pattern_of_folders(data):
+    for day in range(4):
+        (data / "days" / f"day={day}").mkdir(parents=True)
+        (data / "enc" / f"part-{day}.parquet").rename(data / "days" / f"day={day}" / "part-0.parquet")
+    assert ids(ParquetDataset(data / "days" / "day=[0-3]", columns="id")) == list(range(ROWS))
+    assert ids(ParquetDataset(data / "days" / "day=0", columns="id")) == list(range(2_500))
+
+
+@pytest.mark.parametrize("batch_size", [3, 4])
+@pytest.mark.parametrize(
+    ("second", "difference"),
+    [
+        ({"a": pa.array([4, 5, 6], pa.int32()), "b": [1.0, 2.0, 3.0]}, "'a' is int32, not int64"),
+        ({"a": [4, 5, 6]}, "'b' is missing, not double"),
+        ({"b": [1.0, 2.0, 3.0], "a": [4, 5, 6]}, "another order"),
+    ],
+)
+def test_files_of_other_columns(tmp_path, home, second, difference, batch_size):
+    """Also where no batch holds rows of two files: the first would be alright, and the second another thing."""
+    for number, table in enumerate((pa.table({"a": [1, 2, 3], "b": [1.0, 2.0, 3.0]}), pa.table(second))):
+        parquet.write_table(table, tmp_path / f"{number}.parquet", keys=KEY)
+    with pytest.raises(ValueError, match=f"1.parquet.*{difference}.*0.parquet"):
+        list(ParquetDataset(tmp_path, batch_size=batch_size))
+    if "order" in difference:
+        assert [int(a) for batch in ParquetDataset(tmp_path, columns=["a"]) for a in batch["a"]] == [
+            *range(1, 7)
+        ]
+    # without rows it takes part in no batch, and pandas makes such a file with other types
+    parquet.write_table(pa.table({"a": pa.nulls(0)}), tmp_path / "1.parquet", keys=KEY)
+    assert len(list(ParquetDataset(tmp_path, batch_size=3))) == 1
 
 
 @pytest.mark.parametrize(
