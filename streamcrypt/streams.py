@@ -208,6 +208,8 @@ def seal_frames(
 class MessageWriter:
     """Seals a plaintext of unknown length as it comes; ``emit`` gets the message's bytes in order.
 
+    One thread at a time: two would seal different plaintexts under one IV.
+
     What ``emit`` is given is a reused buffer: it must be done with it when it returns.
     """
 
@@ -980,6 +982,10 @@ class EncryptingFile(io.BufferedIOBase):
 
     The message appears under its name only when the file is closed cleanly: a ``with`` block that
     raises, ``discard``, or an object that is forgotten leaves nothing behind.
+
+    Two writes at once would seal two plaintexts as one frame, under one key and one IV.  Threads therefore
+    wait for each other, a write within a write (a signal handler's) is an error, and so is one in a forked
+    child, which leaves the message to its parent.
     """
 
     _target: Target | None = None
@@ -997,11 +1003,14 @@ class EncryptingFile(io.BufferedIOBase):
         """``sync_name`` makes the message's name durable, where the caller does not do that itself."""
         super().__init__()
         self.name = name
-        self._target = target
         self._overwrite = overwrite
         self._durable = durable
         self._sync_name = sync_name
         self._offset = 0
+        self._lock = threading.RLock()
+        self._writing = False
+        self._process = os.getpid()
+        self._target = target
         try:
             self._writer = MessageWriter(message, self._append)
         except BaseException:
@@ -1017,34 +1026,62 @@ class EncryptingFile(io.BufferedIOBase):
     def write(self, data: Any, /) -> int:
         if self.closed:
             raise ValueError("I/O operation on closed file")
+        if self._process != os.getpid():
+            raise ValueError(
+                "this message was begun before the fork and is the parent's; open a file of this process"
+            )
         view = octets_of(data)
-        try:
-            self._writer.write(view)
-        except BaseException:
-            self.discard()  # what is missing now can never be made good: no later close() may publish it
-            raise
+        with self._lock:
+            self._check_alone()
+            if self._target is None:
+                raise ValueError("I/O operation on closed file")
+            self._writing = True
+            try:
+                self._writer.write(view)
+            except BaseException:
+                self.discard()  # what is missing now can never be made good: no later close() may publish it
+                raise
+            finally:
+                self._writing = False
         return len(view)
 
     def close(self) -> None:
-        if self._target is None:
-            super().close()
-            return
-        try:
-            self._writer.finish()
-            if self._durable:
-                self._target.flush()
-            self._target.publish(overwrite=self._overwrite)
-            if self._durable and self._sync_name is not None:
-                self._sync_name()
-        finally:
+        if self._process != os.getpid():
             self.discard()
+            return
+        with self._lock:
+            if self._target is None:
+                super().close()
+                return
+            self._check_alone()
+            self._writing = True
+            try:
+                self._writer.finish()
+                if self._durable:
+                    self._target.flush()
+                self._target.publish(overwrite=self._overwrite)
+                if self._durable and self._sync_name is not None:
+                    self._sync_name()
+            finally:
+                self._writing = False
+                self.discard()
 
     def discard(self) -> None:
         """Close without making the message appear."""
-        target, self._target = self._target, None
-        if target is not None:
-            target.discard()
+        if self._target is None:
+            pass
+        elif self._process != os.getpid():
+            self._target = None  # its temporary file is the parent's
+        else:
+            with self._lock:
+                target, self._target = self._target, None
+                if target is not None:
+                    target.discard()
         super().close()
+
+    def _check_alone(self) -> None:
+        if self._writing:
+            raise RuntimeError(f"{self!r}: a write or close within another")
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:

@@ -37,9 +37,13 @@ from streamcrypt.engine.journal import JOURNAL
 from streamcrypt.engine.pool import ProcessPool, ThreadPool
 from streamcrypt.engine.spans import MANIFEST, SmallFiles
 from streamcrypt.engine.worker import Worker
+from streamcrypt.keys.materials import Materials
+from streamcrypt.keys.reference import encrypting_keyring
 from streamcrypt.kms import open_service
 from streamcrypt.message.header import parse_header
+from streamcrypt.message.suites import UNSIGNED
 from streamcrypt.storage import LocalSource, LocalTree
+from streamcrypt.streams import EncryptingFile, OutgoingMessage, header_template
 
 KEYS = CRAFT_KEYRING
 F = 1024
@@ -807,6 +811,75 @@ def limit(what, soft):
         yield
     finally:
         resource.setrlimit(what, old)
+
+
+def test_threads_that_write_one_file_seal_no_frame_twice(tmp_path):
+    """Two plaintexts under one IV would give away both, and the key of the tags."""
+    blocks = [bytes([number]) * 2**18 for number in range(1, 41)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with sc.open(tmp_path / "m", "wb", keys=KEYS, frame_size=1024) as file:
+            threads = [
+                threading.Thread(target=lambda part=part: [file.write(block) for block in part])
+                for part in (blocks[n::4] for n in range(4))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    plaintext = sc.open(tmp_path / "m", keys=KEYS).read()
+    found = Counter(plaintext[start : start + 2**18] for start in range(0, len(plaintext), 2**18))
+    assert found == Counter(blocks)
+
+
+class _Reentrant:
+    """A target within whose write something writes again, as a signal handler may."""
+
+    def __init__(self):
+        self.again = None
+        self.discarded = False
+
+    def write_at(self, offset, data):
+        if self.again is not None:
+            self.again()
+
+    def discard(self):
+        self.discarded = True
+
+
+@pytest.mark.parametrize("again", ["write", "close"])
+def test_a_write_within_a_write_is_refused(again):
+    materials = Materials(encrypting_keyring(KEYS)).for_encryption(UNSIGNED, {}, None)
+    target = _Reentrant()
+    message = OutgoingMessage.begin(materials, header_template(materials, F), F)
+    file = EncryptingFile(target, message, overwrite=False, durable=False)
+    target.again = (lambda: file.write(b"x" * 2**21)) if again == "write" else file.close
+    with pytest.raises(RuntimeError, match="within another"):
+        file.write(b"y" * 2**21)
+    assert target.discarded
+    assert file.closed
+
+
+def test_a_forked_child_leaves_a_message_to_its_parent(tmp_path):
+    with sc.open(tmp_path / "m", "wb", keys=KEYS, frame_size=1024) as file:
+        file.write(b"before " * 2**18)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                try:
+                    file.write(b"child " * 2**18)
+                except ValueError as error:
+                    file.close()  # must neither publish nor remove what the parent writes
+                    file.discard()
+                    code = 0 if "fork" in str(error) and not (tmp_path / "m").exists() else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        file.write(b"after")
+    assert sc.open(tmp_path / "m", keys=KEYS).read() == b"before " * 2**18 + b"after"
 
 
 def write_message(path, plaintext):
