@@ -585,6 +585,7 @@ class _Run:
         job, (number, entry, listed) = self.job, item
         assert job.reading is not None
         source: Source | None = None
+        header: Header | None = None
         try:
             source = job.source.tree.open(entry.name)
             header = self._header = source_header(
@@ -611,7 +612,7 @@ class _Run:
         except StreamcryptError as error:
             if listed is not None:
                 error = _of_a_message(error)
-            self._fail(number, entry.name, located(error, self._path(entry.name)))
+            self._fail(number, entry.name, located(error, self._path(entry.name)), header=header)
             return None
         finally:
             if source is not None:
@@ -1127,7 +1128,7 @@ class _Run:
         try:
             large = self._begin_large(task)
         except StreamcryptError as error:
-            self._fail(task.number, task.source, located(error, self._path(task.source)))
+            self._fail(task.number, task.source, located(error, self._path(task.source)), task)
             return
         for span in cut(task, large.target.temporary if large.target is not None else None):
             if large.error is not None or large.lost is not None:
@@ -1169,7 +1170,8 @@ class _Run:
             large.spans_out -= 1
             self._end_large_if_done(large)
         elif outcome.error is not None:
-            self._fail(outcome.number, self._tasks.pop(outcome.number).source, outcome.error)
+            task = self._tasks.pop(outcome.number)
+            self._fail(outcome.number, task.source, outcome.error, task)
         else:
             self._finish_file(self._tasks.pop(outcome.number), outcome)
 
@@ -1274,7 +1276,7 @@ class _Run:
                 made = target.state()
                 target.publish(overwrite=self._may_replace)
         except StreamcryptError as error:
-            self._fail(task.number, task.source, error)
+            self._fail(task.number, task.source, error, task)
         else:
             size = large.source_state[0]
             outcome = Outcome(task.number, size, task.target_length or 0, 0, None, large.source_state, made)
@@ -1310,7 +1312,7 @@ class _Run:
             self._finish_file(published, outcome_of(published))
         elif task.attempt >= _ATTEMPTS:
             error = StreamcryptError(f"{self._path(task.source)}: {reason} each time it had this file")
-            self._fail(task.number, task.source, error)
+            self._fail(task.number, task.source, error, task)
         else:
             sealing = self._sealing(task.source, task.length) if task.sealing is not None else None
             again = task._replace(sealing=sealing, attempt=task.attempt + 1)
@@ -1398,11 +1400,18 @@ class _Run:
             header[-TAG_LENGTH:].hex(),
         )
 
-    def _fail(self, number: int, name: str, error: StreamcryptError) -> None:
+    def _fail(
+        self,
+        number: int,
+        name: str,
+        error: StreamcryptError,
+        task: FileTask | None = None,
+        header: Header | None = None,
+    ) -> None:
         self.report.failed.append(Failure(name, error))
         self._list(number, Listed(name, failed=type(error).__name__))
         if self.job.audit is not None:
-            self.job.audit(self._audit_line(name, None, error))
+            self.job.audit(self._audit_line(name, task, error, header))
 
     def _fail_integrity(self, name: str, reason: str) -> None:
         self._fail(self._take_number(), name, IntegrityError(f"{self._path(name)}: {reason}"))
@@ -1451,13 +1460,17 @@ class _Run:
             target, message, overwrite=self._may_replace, durable=job.durable, name=tree.path(MANIFEST)
         )
 
-    def _audit_line(self, name: str, task: FileTask | None, error: StreamcryptError | None) -> dict[str, Any]:
-        header = None
+    def _audit_line(
+        self, name: str, task: FileTask | None, error: StreamcryptError | None, header: Header | None = None
+    ) -> dict[str, Any]:
+        """The line of a file; of one that failed it says what is known of its message, and no bytes."""
+        found = header.serialize() if header is not None else None
         if task is not None and task.sealing is not None:
-            header = task.sealing.header
+            found = task.sealing.header
         elif task is not None and task.opening is not None:
-            header = task.opening.header
-        return audit_line(self.job.operation, name, header, task.length if task is not None else 0, error)
+            found = task.opening.header
+        length = task.length if task is not None and error is None else 0
+        return audit_line(self.job.operation, name, found, length, error)
 
     # -- small things
 

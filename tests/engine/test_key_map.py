@@ -76,6 +76,22 @@ def test_the_audit_names_keys_by_their_arns(arns, tree, tmp_path):
     assert {name: lines[name]["keys"] for name in FILES} == {name: expected(arns, name) for name in FILES}
 
 
+def test_the_audit_of_a_failure_says_what_is_known_of_the_message(kms, arns, tree, tmp_path):
+    """Whoever asks which data a caller was denied finds it there."""
+    kms.disable_key(KeyId=arns["one"])
+    whole = (tree / "readme").read_bytes()
+    (tree / "readme").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (tree / "subject=3/a").write_bytes(b"no message")
+    lines: dict[str, dict] = {}
+    with pytest.raises(sc.IntegrityError):
+        sc.decrypt(tree, tmp_path / "dec", audit=lambda line: lines.update({line["path"]: line}))
+    denied, damaged, replaced = (lines[name] for name in ("subject=1/a", "readme", "subject=3/a"))
+    assert (denied["outcome"], denied["keys"], denied["bytes"]) == ("KeyAccessError", [arns["one"]], 0)
+    assert (damaged["outcome"], damaged["keys"], damaged["bytes"]) == ("IntegrityError", [arns["default"]], 0)
+    assert damaged["message_id"] == parse_header(whole)[0].message_id.hex()
+    assert (replaced["outcome"], "keys" in replaced) == ("FormatError", False)
+
+
 def test_names_that_take_turns_do_not_cost_more_data_keys(kms, tmp_path):
     make_tree(tmp_path / "in", {f"{number:03}": 10 for number in range(40)})
     rules = {"*[02468]": "local:alias/one", "*": "local:alias/two"}
