@@ -977,6 +977,9 @@ class DecryptingFile(io.BufferedIOBase):
         return part
 
 
+BEFORE_FORK: Final = "this message was begun before the fork and is the parent's; open a file of this process"
+
+
 class EncryptingFile(io.BufferedIOBase):
     """A write-only file that becomes one message; what ``sc.open(…, "wb")`` returns.
 
@@ -1027,9 +1030,7 @@ class EncryptingFile(io.BufferedIOBase):
         if self.closed:
             raise ValueError("I/O operation on closed file")
         if self._process != os.getpid():
-            raise ValueError(
-                "this message was begun before the fork and is the parent's; open a file of this process"
-            )
+            raise ValueError(BEFORE_FORK)
         view = octets_of(data)
         with self._lock:
             self._check_alone()

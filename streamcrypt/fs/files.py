@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import operator
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,14 @@ from streamcrypt.fs.below import RemoteSource
 from streamcrypt.fs.process import keep_scratch, scratch
 from streamcrypt.keys.materials import Materials
 from streamcrypt.storage import Buffer, Source, State, Target
-from streamcrypt.streams import DecryptingFile, EncryptingFile, FrameReader, ReadingRules, octets_of
+from streamcrypt.streams import (
+    BEFORE_FORK,
+    DecryptingFile,
+    EncryptingFile,
+    FrameReader,
+    ReadingRules,
+    octets_of,
+)
 from streamcrypt.system import prefer_huge_pages
 from streamcrypt.tuples import NamedTuple
 
@@ -289,7 +297,8 @@ def _reopen(fs: CryptFileSystem, path: str, position: int) -> CryptFile:
 class CryptWriter(io.BufferedIOBase):
     """A new file that becomes one message and appears when it is closed cleanly.
 
-    Within a transaction of the filesystem it appears when the transaction ends (``commit``).
+    Within a transaction of the filesystem it appears when the transaction ends (``commit``).  Threads that
+    write to it wait for each other; a forked child leaves it to its parent.
     """
 
     mode = "wb"
@@ -308,6 +317,8 @@ class CryptWriter(io.BufferedIOBase):
         self._file: EncryptingFile | None = None
         self._target: LateTarget | None = None
         self._position = 0
+        self._lock = threading.RLock()
+        self._process = os.getpid()
 
     @property
     def name(self) -> str:
@@ -322,13 +333,15 @@ class CryptWriter(io.BufferedIOBase):
     def write(self, data: Any, /) -> int:
         if self.closed:
             raise ValueError("I/O operation on closed file")
-        with octets_of(data) as octets:
+        if self._process != os.getpid():
+            raise ValueError(BEFORE_FORK)
+        with octets_of(data) as octets, self._lock:
             length = len(octets)
             if self._file is None and len(self._held) + length <= HELD_LENGTH:
                 self._held += octets
             else:
                 self._flush_held(None).write(octets)
-        self._position += length
+            self._position += length
         return length
 
     def _flush_held(self, length: int | None) -> EncryptingFile:
@@ -343,14 +356,18 @@ class CryptWriter(io.BufferedIOBase):
         return self._file
 
     def close(self) -> None:
-        if self.closed:
+        if self._process != os.getpid():
+            self.discard()
             return
-        try:
-            self._flush_held(len(self._held)).close()
-            self.fs.forget(self.path)
-        finally:
-            self._file = None
-            super().close()
+        with self._lock:
+            if self.closed:
+                return
+            try:
+                self._flush_held(len(self._held)).close()
+                self.fs.forget(self.path)
+            finally:
+                self._file = None
+                super().close()
 
     def commit(self) -> None:
         """Make the closed file of a transaction appear."""
@@ -364,7 +381,7 @@ class CryptWriter(io.BufferedIOBase):
         self._held = bytearray()
         if file is not None:
             file.discard()
-        if self._target is not None:
+        if self._target is not None and self._process == os.getpid():
             self._target.abandon()
         super().close()
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -462,6 +463,43 @@ def break_off(fs: CryptFileSystem, path: str, size: int) -> None:
     with contextlib.suppress(RuntimeError), fs.open(path, "wb") as file:
         file.write(bytes(size))
         raise RuntimeError
+
+
+def test_threads_that_write_one_file_begin_one_message(fs: CryptFileSystem, tmp_path: Path) -> None:
+    blocks = [bytes([number]) * 2**22 for number in range(1, 5)]
+    with fs.open(f"{tmp_path}/m", "wb") as file:
+        begin, begun = file._begin, []
+
+        def begin_late(length: int | None) -> Any:
+            begun.append(length)
+            time.sleep(0.3)  # as a KMS far away may take
+            return begin(length)
+
+        file._begin = begin_late
+        with ThreadPoolExecutor(len(blocks)) as pool:
+            list(pool.map(file.write, blocks))
+    assert begun == [None]
+    written = fs.cat_file(f"{tmp_path}/m")
+    assert sorted(written[start : start + 2**22] for start in range(0, len(written), 2**22)) == blocks
+
+
+def test_a_forked_child_leaves_a_file_to_its_parent(fs: CryptFileSystem, tmp_path: Path) -> None:
+    for name, length in (("held", 10), ("begun", 2**22)):
+        with fs.open(f"{tmp_path}/{name}", "wb") as file:
+            file.write(b"a" * length)
+            child = os.fork()
+            if child == 0:
+                code = 1
+                with contextlib.suppress(BaseException):
+                    try:
+                        file.write(b"c")
+                    except ValueError:
+                        file.close()
+                        code = int((tmp_path / name).exists())
+                os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            file.write(b"b")
+        assert fs.cat_file(f"{tmp_path}/{name}") == b"a" * length + b"b"
 
 
 def test_a_file_appears_when_it_is_closed(fs: CryptFileSystem, tmp_path: Path) -> None:
