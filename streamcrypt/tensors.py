@@ -1110,6 +1110,10 @@ def save_sharded(
     shard is at most ``max_shard_size`` bytes, unless one tensor is larger.  One data key serves all.
     """
     limit = parse_size(max_shard_size)
+    if not _SHARD_NAME.fullmatch(f"{name}-.safetensors"):
+        raise ValueError(
+            f"name {name!r}: a checkpoint's files lie beside its index, so their name is no path"
+        )
     _refuse_shared({key: tensor for key, tensor in tensors.items() if not isinstance(tensor, np.ndarray)})
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0

@@ -588,6 +588,14 @@ def test_sharded_checkpoints(tmp_path, keys):
             assert file.metadata()["total_size"] == index["metadata"]["total_size"]
 
 
+@pytest.mark.parametrize("name", ["a/b", "../a"])
+def test_a_checkpoint_that_could_not_be_loaded_is_not_saved(tmp_path, keys, name):
+    """An index that names files elsewhere is refused when it is read."""
+    with pytest.raises(ValueError, match="beside its index"):
+        tensors.save_sharded(arrays(), tmp_path / "c", keys=keys, name=name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensors_that_share_memory_are_refused_in_shards_too(tmp_path, keys):
     torch = pytest.importorskip("torch")
     tied = torch.rand(50, 50)
