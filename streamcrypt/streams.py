@@ -89,6 +89,22 @@ def naming(path: str) -> Iterator[None]:
         raise located(error, path) from error.__cause__
 
 
+def filled(length: int, fill: Callable[[memoryview], object]) -> bytes:
+    """Bytes that ``fill`` writes in place: BytesIO gives its buffer away without copying it."""
+    room = io.BytesIO(bytes(length))
+    try:
+        with room.getbuffer() as view:
+            fill(view)
+    except BaseException as error:
+        import traceback
+
+        # Its frames hold slices of the buffer, part of which may be plaintext; Python 3.13 complains of them, too.
+        traceback.clear_frames(error.__traceback__)
+        del room, view
+        raise
+    return room.getvalue()
+
+
 def octets_of(data: Any) -> memoryview:
     """The memory of a contiguous buffer of any shape, byte by byte."""
     view = memoryview(data)
@@ -872,12 +888,9 @@ class DecryptingFile(io.BufferedIOBase):
         with self._lock:
             self._check_open()
             length = self._available(size)
-            # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
-            room = io.BytesIO(bytes(length))
-            with room.getbuffer() as view:
-                self._fill(self._position, view)
+            data = filled(length, lambda view: self._fill(self._position, view))
             self._position += length
-            return room.getvalue()
+            return data
 
     def read1(self, size: int = -1, /) -> bytes:
         return self.read(size)
@@ -911,10 +924,7 @@ class DecryptingFile(io.BufferedIOBase):
             if offset < 0:
                 raise ValueError("negative offset")
             length = max(0, min(length, self.size - offset))
-            room = io.BytesIO(bytes(length))
-            with room.getbuffer() as view:
-                self._fill(offset, view)
-            return room.getvalue()
+            return filled(length, lambda view: self._fill(offset, view))
 
     def fill(self, offset: int, view: memoryview) -> None:
         """Open the plaintext from ``offset`` on straight into memory that only the caller sees until this returns."""

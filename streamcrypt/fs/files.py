@@ -26,6 +26,7 @@ from streamcrypt.streams import (
     EncryptingFile,
     FrameReader,
     ReadingRules,
+    filled,
     octets_of,
 )
 from streamcrypt.system import prefer_huge_pages
@@ -211,12 +212,12 @@ class CryptFile(io.BufferedIOBase):
             return bytes(memoryview(held))
         if length < PARALLEL_LENGTH:
             return self._message.read_at(offset, length)
-        # BytesIO gives its buffer away as bytes without copying it, so frames are opened in place.
-        room = io.BytesIO(bytes(length))
-        with room.getbuffer() as view:
+
+        def fill(view: memoryview) -> None:
             prefer_huge_pages(view)
             self.fs.fill(self._message, [(offset, view)])
-        return room.getvalue()
+
+        return filled(length, fill)
 
     def read_buffer(self, size: int | None = -1, /) -> Any:
         """The next ``size`` bytes as a ``pyarrow.Buffer``, opened in place: pyarrow asks for this."""

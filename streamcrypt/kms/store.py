@@ -335,6 +335,11 @@ class Store:
             self._private_keys.clear()
             self._blob_keys.clear()
 
+    def __del__(self) -> None:
+        # Nobody need close a KMS that was merely used, and from 3.13 on Python warns of such a database.
+        if (connection := getattr(self, "_connection", None)) is not None:
+            connection.close()
+
     # -- files ---------------------------------------------------------------------------
 
     def _prepare_folder(self, create: bool) -> None:

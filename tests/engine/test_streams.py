@@ -8,6 +8,7 @@ import io
 import os
 import random
 import threading
+import traceback
 import tracemalloc
 
 import numpy as np
@@ -243,6 +244,22 @@ def test_every_flipped_bit_and_every_prefix(suite_id, frame_length, way):
     for length in range(len(message)):
         with pytest.raises(StreamcryptError):
             way(message[:length])
+
+
+@pytest.mark.parametrize(
+    "read", [DecryptingFile.read, lambda file: file.read_at(0, 4 * F)], ids=["read", "read_at"]
+)
+def test_a_failed_read_leaves_no_plaintext_in_its_traceback(read):
+    """Frames before the altered one authenticated, but nobody is to get them."""
+    message = bytearray(craft.assemble(Draft(0x0478, bytes(4 * F), F)).join())
+    message[-3 * F] ^= 1
+    with (
+        DecryptingFile(MemorySource(message), MATERIALS, RULES) as file,
+        pytest.raises(IntegrityError) as caught,
+    ):
+        read(file)
+    held = [value for frame, _ in traceback.walk_tb(caught.tb) for value in frame.f_locals.values()]
+    assert not any(isinstance(value, (memoryview, io.BytesIO)) for value in held)
 
 
 @pytest.mark.parametrize("way", WAYS_IN.values(), ids=WAYS_IN)

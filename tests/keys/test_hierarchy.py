@@ -234,7 +234,7 @@ def test_the_file_is_private_and_whole(home):
     store = branch_key_store("local", kms_key_arn=arn)
     branch_key_id = store.create()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         assert connection.execute("SELECT count(*) FROM branch_keys").fetchone() == (3,)
     connection.close()
     key = store.active(branch_key_id).key

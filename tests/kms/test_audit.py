@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import sqlite3
@@ -30,7 +31,7 @@ SECRET = b"secret-plaintext"
 
 def make(operation: str = "Decrypt", request: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """The event of one call, through a real table."""
-    with sqlite3.connect(":memory:") as database:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.execute(audit.SCHEMA)
         made = row(
             more.pop("time", NOON), operation, more.pop("caller", ALICE), request or {}, more.pop("response", None),
@@ -149,7 +150,7 @@ def test_re_encrypt_names_both_keys() -> None:
 
 
 def test_what_kms_does_by_itself() -> None:
-    with sqlite3.connect(":memory:") as database:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.execute(audit.SCHEMA)
         database.execute(audit.INSERT, service_row(NOON, "DeleteKey", KEY))
         made = event(database.execute(*Filter().select()).fetchone())
@@ -271,7 +272,7 @@ FILTERS: dict[str, tuple[Filter, list[int]]] = {
 
 @pytest.mark.parametrize(("wanted", "expected"), FILTERS.values(), ids=FILTERS)
 def test_filters(wanted: Filter, expected: list[int]) -> None:
-    with sqlite3.connect(":memory:") as database:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.execute(audit.SCHEMA)
         for number, fields in enumerate(STORED):
             made = {"caller": ALICE, "keys": [KEY], "error": None, **fields}
