@@ -417,6 +417,7 @@ class TargetFile(io.BufferedIOBase):
         self._path = path
         self._target: Target | None = fs.target(path, overwrite=True)
         self._position = 0
+        self._process = os.getpid()
 
     def writable(self) -> bool:
         return True
@@ -427,6 +428,10 @@ class TargetFile(io.BufferedIOBase):
     def write(self, data: Any, /) -> int:
         if self._target is None:
             raise ValueError("I/O operation on closed file")
+        if self._process != os.getpid():
+            raise ValueError(
+                "this file was begun before the fork and is the parent's; open one of this process"
+            )
         with octets_of(data) as octets:
             self._target.write_at(self._position, octets)
             self._position += len(octets)
@@ -434,7 +439,7 @@ class TargetFile(io.BufferedIOBase):
 
     def close(self) -> None:
         target, self._target = self._target, None
-        if target is not None:
+        if target is not None and self._process == os.getpid():
             try:
                 target.flush()
                 target.publish(overwrite=True)
@@ -454,7 +459,7 @@ class TargetFile(io.BufferedIOBase):
 
     def _discard(self) -> None:
         target, self._target = getattr(self, "_target", None), None
-        if target is not None:
+        if target is not None and self._process == os.getpid():  # a forked child leaves it to its parent
             target.discard()
 
 
