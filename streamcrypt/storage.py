@@ -115,10 +115,14 @@ class Filters(NamedTuple):
         return not any(_matches(name, pattern) for pattern in self.exclude)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str, start: int = 0) -> bool:
+    """``**/`` before ``start`` stand for some folders, those after it for some or none."""
     if fnmatchcase(name, pattern):
         return True
-    return "**/" in pattern and fnmatchcase(name, pattern.replace("**/", ""))
+    place = pattern.find("**/", start)
+    return place >= 0 and (
+        _matches(name, pattern[:place] + pattern[place + 3 :], place) or _matches(name, pattern, place + 3)
+    )
 
 
 class Source(Protocol):

@@ -31,6 +31,7 @@ from streamcrypt.errors import (
     LimitExceededError,
     StreamcryptError,
 )
+from streamcrypt.hygiene import forget_variables
 from streamcrypt.message.derive import DerivedKeys, derive_for_reading, derive_keys
 from streamcrypt.message.footer import MAX_FOOTER_LENGTH, Signer, Verifier, parse_footer
 from streamcrypt.message.frames import (
@@ -92,14 +93,13 @@ def naming(path: str) -> Iterator[None]:
 def filled(length: int, fill: Callable[[memoryview], object]) -> bytes:
     """Bytes that ``fill`` writes in place: BytesIO gives its buffer away without copying it."""
     room = io.BytesIO(bytes(length))
+    view = room.getbuffer()
     try:
-        with room.getbuffer() as view:
+        with view:
             fill(view)
     except BaseException as error:
-        import traceback
-
-        # Its frames hold slices of the buffer, part of which may be plaintext; Python 3.13 complains of them, too.
-        traceback.clear_frames(error.__traceback__)
+        # They hold slices of the buffer, part of which may be plaintext; Python 3.13 complains of them, too.
+        forget_variables(error)
         del room, view
         raise
     return room.getvalue()
@@ -987,7 +987,7 @@ class DecryptingFile(io.BufferedIOBase):
         return part
 
 
-BEFORE_FORK: Final = "this message was begun before the fork and is the parent's; open a file of this process"
+BEFORE_FORK: Final = "this file was begun before the fork and is the parent's; open one of this process"
 
 
 class EncryptingFile(io.BufferedIOBase):

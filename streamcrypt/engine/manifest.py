@@ -238,6 +238,7 @@ def read_blocks(file: Iterable[bytes]) -> Generator[list[dict[str, Any]], None, 
 
 
 def as_listed(records: Sequence[dict[str, Any]]) -> list[Listed]:
+    """The lines of such a block."""
     return [
         _new_listed((*record.values(), False, None, "")) if [*record] == _FILE_FIELDS else Listed(**record)
         for record in records

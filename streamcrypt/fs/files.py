@@ -429,9 +429,7 @@ class TargetFile(io.BufferedIOBase):
         if self._target is None:
             raise ValueError("I/O operation on closed file")
         if self._process != os.getpid():
-            raise ValueError(
-                "this file was begun before the fork and is the parent's; open one of this process"
-            )
+            raise ValueError(BEFORE_FORK)
         with octets_of(data) as octets:
             self._target.write_at(self._position, octets)
             self._position += len(octets)

@@ -1162,6 +1162,7 @@ def test_a_word_is_one_pattern_and_not_its_letters(tmp_path):
         ({"include": "sub/**/*.bin"}, {"sub/b.bin", "sub/deep/c.bin"}),
         ({"include": "sub/**"}, {"sub/b.bin", "sub/deep/c.bin"}),
         ({"include": "**/deep/*"}, {"sub/deep/c.bin"}),
+        ({"include": "**/sub/**/c.bin"}, {"sub/deep/c.bin"}),
         ({"files": ["./a.bin", "./sub/b.bin"]}, {"a.bin", "sub/b.bin"}),
     ],
 )
